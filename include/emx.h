@@ -1,0 +1,400 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * libentmax: attention whose weights are exactly zero for irrelevant tokens (alpha-entmax), with a sparse decode that says
+ * whether it lost anything.
+ *
+ *     p_i = [(alpha-1) s_i - tau]_+ ^ (1/(alpha-1)),   tau such that sum_i p_i = 1          (alpha = 1: softmax)
+ *
+ * Shape letters, everywhere:  B batch, H query heads, G key/value heads (H a multiple of G; query head h reads KV head
+ * h / (H/G)), S query tokens, N keys, D head dimension, P page size, M pages, R rows.
+ *
+ * Conventions that hold for every function here:
+ *   - emx_status is 0 or negative; results go through out-pointers that stay untouched on failure; emx_last_error() has a
+ *     sentence of detail for the calling thread. The library never prints, exits or aborts, and never falls back silently.
+ *   - Option and argument structs begin with struct_size and are filled by their _init function; fields are only ever appended.
+ *   - Tensors are borrowed strided views with a contiguous last dimension. Sizes are size_t, counts int64_t.
+ *   - No function allocates unless its name ends in _create, or its comment says so. Working memory is the caller's:
+ *     ask for the size, pass a buffer (any alignment; 64 bytes of slack are included in the size).
+ *   - tau is in units of (alpha-1) * score and is never a log-sum-exp. "score" is scale * (q.k) + ALiBi bias.
+ *   - Infinities are data: -inf masks a score. A fully masked row gives zero output, support 0 and tau = -inf. NaN or +inf in q
+ *     or in a key that is read gives NaN for that row. A NaN in V of a token with weight zero does not leak.
+ *   - Results do not depend on the number of threads, nor on the other rows of a batch.
+ *   - Two threads that use one context are serialised. Handles made from a context must not outlive it.
+ */
+#ifndef EMX_H
+#define EMX_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define EMX_API __attribute__((visibility("default")))
+#else
+#define EMX_API
+#endif
+
+#define EMX_VERSION_MAJOR 0
+#define EMX_VERSION_MINOR 1
+#define EMX_VERSION_PATCH 0
+#define EMX_ABI_VERSION 1
+
+/* "0.1.0", of the library that is loaded. */
+EMX_API const char *emx_version(void);
+/* EMX_ABI_VERSION of the library that is loaded; a binding compares it with the header it was written for. */
+EMX_API int32_t emx_abi_version(void);
+
+/* ------------------------------------------------------------------------------------------------------------- status */
+
+typedef int32_t emx_status;
+enum {
+  EMX_OK = 0,
+  EMX_ERR_INVALID = -1,     /* an argument has no meaning (NULL, negative size, alpha < 1, unknown enum) */
+  EMX_ERR_SHAPE = -2,       /* shapes or strides contradict each other */
+  EMX_ERR_DTYPE = -3,       /* dtype not accepted here, or dtypes that must agree do not */
+  EMX_ERR_UNSUPPORTED = -4, /* meaningful, but this back end cannot do it; the detail names the nearest thing it can */
+  EMX_ERR_NOMEM = -5,       /* out of memory; the detail has the number of bytes */
+  EMX_ERR_WORKSPACE = -6,   /* the caller's buffer is smaller than the size that the size query gives */
+  EMX_ERR_IO = -7,          /* the operating system refused to read or write */
+  EMX_ERR_FORMAT = -8,      /* a file is not what it claims to be */
+  EMX_ERR_DEVICE = -9,      /* the accelerator or its driver reported a fault */
+  EMX_ERR_STATE = -10,      /* the handle is not in a state that allows this (unknown sequence, no free page) */
+  EMX_ERR_CANCELLED = -11,  /* emx_ctx_cancel() was called */
+  EMX_ERR_NONFINITE = -12,  /* training met a NaN or an infinity */
+  EMX_ERR_INTERNAL = -13    /* a defect of this library */
+};
+/* Name of a status, "EMX_ERR_SHAPE"; "unknown status" for any other number. Never NULL. */
+EMX_API const char *emx_status_name(emx_status status);
+/* What went wrong in the last call of this thread that failed; "" if none did. Valid until the next failure. */
+EMX_API const char *emx_last_error(void);
+
+/* ------------------------------------------------------------------------------------------------------------ tensors */
+
+enum { EMX_F32 = 1, EMX_F16 = 2, EMX_BF16 = 3, EMX_F64 = 4, EMX_I32 = 5, EMX_Q8 = 16 /* reserved for quantised K and V */ };
+enum { EMX_DEVICE_CPU = 0, EMX_DEVICE_CUDA = 1 };
+/* How 4-D attention tensors are laid out. BHND: [B,H,S,D] and pools [M,G,P,D]. BNHD: [B,S,H,D] and pools [M,P,G,D]. */
+enum { EMX_LAYOUT_BHND = 0, EMX_LAYOUT_BNHD = 1 };
+
+#define EMX_MAX_DIMS 5
+/* A borrowed view. Strides count elements and must be positive for dimensions longer than 1; the last one must be 1. */
+typedef struct emx_tensor {
+  void *data;
+  int32_t dtype;
+  int32_t device;
+  int32_t ndim;
+  int32_t reserved;
+  int64_t shape[EMX_MAX_DIMS];
+  int64_t stride[EMX_MAX_DIMS];
+} emx_tensor;
+
+/* Bytes of one element, 0 for an unknown dtype. */
+EMX_API size_t emx_dtype_size(int32_t dtype);
+/* "f32", "bf16", ...; "unknown" otherwise. */
+EMX_API const char *emx_dtype_name(int32_t dtype);
+/* A CPU view of a C-contiguous array. ndim above EMX_MAX_DIMS gives a view that every function refuses. */
+EMX_API emx_tensor emx_tensor_view(void *data, int32_t dtype, int32_t ndim, const int64_t *shape);
+
+/* ------------------------------------------------------------------------------------------------------------ context */
+
+typedef struct emx_ctx emx_ctx;
+
+/* Runs task(arg, i, worker) for i = 0..n-1, each exactly once, and returns when all have ended. worker is in [0, threads) and no
+ * two tasks run at the same time with the same worker. */
+typedef void (*emx_task_fn)(void *arg, int64_t i, int32_t worker);
+typedef void (*emx_parallel_for_fn)(void *user, int64_t n, emx_task_fn task, void *arg);
+
+typedef struct emx_ctx_opts {
+  uint32_t struct_size;
+  int32_t device;       /* EMX_DEVICE_*; default CPU */
+  int32_t device_index; /* which GPU; 0 */
+  int32_t threads;      /* workers; 0: EMX_THREADS from the environment, else the CPUs this process may run on */
+  void *stream;         /* cudaStream_t; NULL: the default stream. Ignored on the CPU */
+  emx_parallel_for_fn parallel_for; /* NULL: own threads. Otherwise the caller's, with `threads` workers */
+  void *parallel_user;
+} emx_ctx_opts;
+EMX_API void emx_ctx_opts_init(emx_ctx_opts *opts);
+
+/* opts may be NULL for the defaults. Errors: INVALID, UNSUPPORTED (device not in this build, unknown EMX_ISA), NOMEM. */
+EMX_API emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out);
+EMX_API void emx_ctx_destroy(emx_ctx *ctx); /* NULL is allowed */
+
+typedef struct emx_ctx_info {
+  uint32_t struct_size;
+  int32_t device;
+  int32_t threads;
+  int32_t reserved;
+  char isa[32];          /* CPU: "scalar", "avx2", "avx512": the kernel table in use */
+  char device_name[128]; /* CPU model or GPU name */
+} emx_ctx_info;
+/* Set info->struct_size first. */
+EMX_API emx_status emx_ctx_get_info(emx_ctx *ctx, emx_ctx_info *info);
+/* Waits for the context's work and returns its first asynchronous fault. On the CPU nothing is asynchronous. */
+EMX_API emx_status emx_ctx_sync(emx_ctx *ctx);
+EMX_API emx_status emx_ctx_set_stream(emx_ctx *ctx, void *stream);
+/* Makes running and later calls on this context return EMX_ERR_CANCELLED between two tiles, until emx_ctx_resume. Safe to call
+ * from a signal handler and from other threads. Outputs of a cancelled call are undefined; caches stay consistent. */
+EMX_API void emx_ctx_cancel(emx_ctx *ctx);
+EMX_API void emx_ctx_resume(emx_ctx *ctx);
+
+/* ------------------------------------------------------------------------------------------------------------ mapping */
+
+typedef struct emx_entmax_desc {
+  uint32_t struct_size;
+  int32_t reserved;
+  double alpha; /* 1 (softmax) or 1 < alpha <= 4 */
+} emx_entmax_desc;
+EMX_API void emx_entmax_desc_init(emx_entmax_desc *desc); /* alpha = 1.5 */
+
+/* Rows of alpha-entmax (Peters et al. 2019, eq. 10; threshold form as above).
+ *   x [R,N] f32, f16, bf16 or f64;  p [R,N], same dtype as x (may be x itself)
+ *   tau [R] f32 or f64, optional (alpha = 1: log-sum-exp does not belong here, NaN is stored);  support [R] i32, optional
+ * Weights are within 1e-6 of the exact ones for f32 and f64 rows of any length; each row sums to one within 1e-6.
+ * R or N may be 0. Errors: INVALID, SHAPE, DTYPE, CANCELLED. Working memory: per worker one row, from the context's cache, which
+ * grows on the first call with a longer row (the one allocation; NOMEM). */
+EMX_API emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *x, const emx_tensor *p,
+                                      const emx_tensor *tau, const emx_tensor *support);
+
+/* dx = J^T dp with J = diag(u) - u u^T / sum(u), u_i = p_i^(2-alpha) on the support (Peters et al. 2019, prop. 2; alpha = 1: u = p).
+ *   p, dp, dx [R,N], one dtype (f32, f16, bf16, f64); dx may be dp. alpha in {1, 1.5, 2}; others: UNSUPPORTED.
+ * A fully masked row (all p zero) gives zeros. */
+EMX_API emx_status emx_entmax_backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *p, const emx_tensor *dp,
+                                       const emx_tensor *dx);
+
+/* ---------------------------------------------------------------------------------------------------- dense attention */
+
+enum { EMX_ATTN_CAUSAL = 1 }; /* query i of S sees keys 0 .. N-S+i (bottom-right aligned) */
+
+typedef struct emx_attn_desc {
+  uint32_t struct_size;
+  uint32_t flags;       /* EMX_ATTN_* */
+  double alpha;         /* 1 or 1 < alpha <= 4; backward: 1 <= alpha <= 2 */
+  float scale;          /* of q.k, before the (alpha-1) factor; 0: 1/sqrt(D) */
+  int32_t layout;       /* EMX_LAYOUT_* of every 4-D tensor and of a paged pool */
+  int32_t window_left;  /* keys before the query's own position that it sees; -1: all. Others: UNSUPPORTED for now */
+  int32_t window_right; /* the same after it; -1: all */
+} emx_attn_desc;
+EMX_API void emx_attn_desc_init(emx_attn_desc *desc); /* alpha 1.5, causal, BHND, no window */
+
+/* The tensors of one attention call. Optional ones are NULL. q, k, v, o and the gradients share one dtype (f32, f16, bf16 or f64),
+ * except that o and the gradients may be f32 when q is f16 or bf16. Head dims 16..256 (f64: 1..256).
+ *
+ *   padded   q, o [B,H,S,D]; k, v [B,G,N,D] (in BNHD: [B,S,H,D], [B,N,G,D]); seqlens_q, seqlens_k [B] i32 optional: rows past a
+ *            length are not read, outputs there are zero.
+ *   packed   cu_seqlens_q, cu_seqlens_k [B+1] i32 set: q, o [T,H,D]; k, v [T',G,D]; sequence b is rows cu[b]..cu[b+1]-1.
+ *   paged    block_table [B,M] i32 set: k, v are pools [M',P,G,D] (BNHD) or [M',G,P,D] (BHND), any strides; logical page p of
+ *            sequence b is block_table[b][p]; seqlens_k [B] is required. Forward only.
+ * tau: f32 (f64 for f64 input), support: i32; shape of q without D. alibi_slopes [H] f32: adds -slope * |i+N-S-j| to the score. */
+typedef struct emx_attn_io {
+  uint32_t struct_size;
+  uint32_t reserved;
+  const emx_tensor *q, *k, *v;
+  const emx_tensor *o;
+  const emx_tensor *tau;     /* forward: optional output; backward: required input (alpha = 1: the row's log-sum-exp of scores) */
+  const emx_tensor *support; /* forward: optional output */
+  const emx_tensor *alibi_slopes;
+  const emx_tensor *block_table;
+  const emx_tensor *seqlens_q, *seqlens_k;
+  const emx_tensor *cu_seqlens_q, *cu_seqlens_k;
+  const emx_tensor *d_o;                 /* backward: gradient of o, shape of q */
+  const emx_tensor *d_q, *d_k, *d_v;     /* backward: outputs; d_k, d_v are compact, with G heads */
+} emx_attn_io;
+EMX_API void emx_attn_io_init(emx_attn_io *io);
+
+enum { EMX_PASS_FORWARD = 0, EMX_PASS_BACKWARD = 1 };
+/* Depends on shapes only, never on the data. Errors as for the pass itself. */
+EMX_API emx_status emx_attn_workspace_size(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass,
+                                           size_t *bytes);
+/* o_i = sum_j p_ij v_j; one pass over the keys, exact tau (threshold of a subset is a lower bound: docs/math.md).
+ * Cost: 2 D FLOP a visible pair, 2 D a nonzero. Errors: INVALID, SHAPE, DTYPE, UNSUPPORTED, WORKSPACE, CANCELLED. */
+EMX_API emx_status emx_attn_forward(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, void *workspace,
+                                    size_t workspace_bytes);
+/* Gradients from (q, k, v, tau, d_o) alone; nothing else of the forward pass is needed (AdaSplash-2; docs/math.md).
+ * 1 <= alpha <= 2 and contiguous or packed K and V, else UNSUPPORTED. Rows past a length get zero gradients. */
+EMX_API emx_status emx_attn_backward(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, void *workspace,
+                                     size_t workspace_bytes);
+
+/* ----------------------------------------------------------------------------------------------------- paged KV cache */
+
+typedef struct emx_kv emx_kv; /* one layer's keys and values: a pool of pages, and sequences over them */
+
+/* Page summaries, side arrays indexed by physical page and KV head. */
+enum {
+  EMX_SUMMARY_MINMAX = 1, /* minimum and maximum of each coordinate, in the cache's dtype (2 D elements) */
+  EMX_SUMMARY_MOMENTS = 2 /* mean and spread of each coordinate (2 D f32) and the radius of the page about its mean (f32) */
+};
+
+typedef struct emx_kv_opts {
+  uint32_t struct_size;
+  int32_t dtype;     /* EMX_F32, EMX_F16 or EMX_BF16 */
+  int32_t kv_heads;  /* G */
+  int32_t head_dim;  /* D, 16..256 */
+  int32_t page_size; /* P: 16, 32 or 64 */
+  int32_t layout;    /* EMX_LAYOUT_BNHD: page [P,G,D]; EMX_LAYOUT_BHND (default): page [G,P,D] */
+  int32_t summaries; /* EMX_SUMMARY_* bits */
+  int32_t max_seqs;  /* sequences that may exist at the same time; default 64 */
+  int64_t max_pages; /* size of the pool */
+  /* The caller's pool, or NULL for one of the library's: 4-D in `layout` order, any strides, page dimension = max_pages (K and V may
+   * be interleaved in one allocation). It must outlive the cache. */
+  const emx_tensor *k_pool, *v_pool;
+} emx_kv_opts;
+EMX_API void emx_kv_opts_init(emx_kv_opts *opts);
+
+/* Bytes that emx_kv_create would take with these options (the caller's pool not counted). */
+EMX_API emx_status emx_kv_memory_size(const emx_kv_opts *opts, size_t *bytes);
+/* Errors: INVALID, DTYPE, SHAPE, UNSUPPORTED, NOMEM (more than the machine has: refused before allocating, with the bytes). */
+EMX_API emx_status emx_kv_create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out);
+EMX_API void emx_kv_destroy(emx_kv *kv);
+
+typedef struct emx_kv_info {
+  uint32_t struct_size;
+  int32_t dtype, kv_heads, head_dim, page_size, layout, summaries, seqs;
+  int64_t max_pages, free_pages;
+  int64_t bytes_kv;      /* of the pool */
+  int64_t bytes_summary; /* of the side arrays */
+} emx_kv_info;
+EMX_API emx_status emx_kv_get_info(const emx_kv *kv, emx_kv_info *info); /* set info->struct_size first */
+/* Views of the pool, 4-D in the cache's layout order: what emx_attn_forward takes with a block table. */
+EMX_API emx_status emx_kv_pool_view(const emx_kv *kv, emx_tensor *k, emx_tensor *v);
+
+/* Sequences that the library manages: an id, a length and a block table. Pages are shared by reference count; a fork shares every
+ * page of its parent, and a shared page that would be written to is copied first (copy-on-write). */
+EMX_API emx_status emx_seq_create(emx_kv *kv, int32_t *seq);
+EMX_API emx_status emx_seq_fork(emx_kv *kv, int32_t parent, int32_t *seq);
+/* Keeps the first `length` tokens. A page that is cut into is open again: its summaries are rebuilt on the next append. */
+EMX_API emx_status emx_seq_truncate(emx_kv *kv, int32_t seq, int64_t length);
+EMX_API emx_status emx_seq_destroy(emx_kv *kv, int32_t seq);
+EMX_API emx_status emx_seq_length(const emx_kv *kv, int32_t seq, int64_t *length);
+/* The sequence's physical pages in logical order; valid until the sequence is changed. */
+EMX_API emx_status emx_seq_block_table(const emx_kv *kv, int32_t seq, const int32_t **pages, int64_t *n);
+
+/* Which sequences a call works on: either `seqs` (ids of the library's sequences), or the caller's own tables as vLLM and
+ * FlashInfer have them. Lengths are those before an append in the same call; the caller advances its own afterwards. */
+typedef struct emx_kv_batch {
+  uint32_t struct_size;
+  int32_t batch;               /* B */
+  const int32_t *seqs;         /* [B] distinct ids, or NULL */
+  const int32_t *block_table;  /* [B, block_table_stride] physical pages, -1 absent */
+  int64_t block_table_stride;
+  const int32_t *seq_lens;     /* [B] */
+} emx_kv_batch;
+EMX_API void emx_kv_batch_init(emx_kv_batch *batch);
+
+/* Appends n[b] tokens (n NULL: all T of them) of sequence b; k_new, v_new [B,G,T,D] (BHND) or [B,T,G,D] (BNHD) in the cache's layout
+ * order and dtype, or f32, which is rounded to nearest. Summaries of touched pages are brought up to date in O(D) a token. Atomic: on
+ * failure (STATE: not enough free pages; the detail has the number) no sequence has changed. */
+EMX_API emx_status emx_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_tensor *k_new,
+                                 const emx_tensor *v_new, const int32_t *n);
+/* Builds the summaries of the given physical pages, each holding tokens[i] tokens (NULL: all full), for pages that somebody
+ * else wrote into a caller's pool. */
+EMX_API emx_status emx_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n);
+
+typedef struct emx_kv_summary {
+  uint32_t struct_size;
+  int32_t valid;          /* 1: the summaries describe `tokens` tokens of this page */
+  int32_t tokens;
+  int32_t nonfinite;      /* 1: the page holds a NaN or an infinity in K and is always read */
+  const void *min, *max;  /* [D], cache dtype; NULL without EMX_SUMMARY_MINMAX */
+  const float *mean;      /* [D]; NULL without EMX_SUMMARY_MOMENTS */
+  const float *m2;        /* [D], sum of squared deviations from the mean: spread^2 = m2 / tokens */
+  float radius;           /* >= the largest distance of a key to `mean`; set when the page is complete, else +inf */
+} emx_kv_summary;
+/* A look at one page's summaries for one KV head (tests, inspection). Set out->struct_size first. */
+EMX_API emx_status emx_kv_get_summary(const emx_kv *kv, int32_t page, int32_t kv_head, emx_kv_summary *out);
+
+/* ------------------------------------------------------------------------------------------------ selection and decode */
+
+enum {
+  EMX_SELECT_ALL = 0,       /* every token; K streamed once; exact */
+  EMX_SELECT_TOPK = 1,      /* the pages with the best box bound, fixed token budget (EntmaxKV's first selector; Quest's score) */
+  EMX_SELECT_GAUSSIAN = 2,  /* threshold estimated from page means and spreads (EntmaxKV's second selector, eq. 19) */
+  EMX_SELECT_CERTIFIED = 3, /* branch and bound on sound bounds (reserved: UNSUPPORTED in this version) */
+  EMX_SELECT_PAGES = 4      /* emx_decode only: the caller's page lists */
+};
+enum {
+  EMX_TAU_EXACT = 0,     /* solve tau on what was selected */
+  EMX_TAU_CORRECTED = 1, /* a few bracketed steps from the estimate (GAUSSIAN only) */
+  EMX_TAU_FIXED = 2      /* the estimate as it is; weights need not sum to one, the report has their sum (GAUSSIAN only) */
+};
+
+typedef struct emx_select_desc {
+  uint32_t struct_size;
+  int32_t kind;     /* EMX_SELECT_* */
+  int32_t tau_mode; /* EMX_TAU_* */
+  int32_t tau_steps;       /* CORRECTED: steps; 0: 3 */
+  int64_t budget;          /* TOPK: tokens per query head, in whole pages, the newest page included; at least one page */
+  int64_t max_bytes;       /* CERTIFIED: stop after this many bytes; 0: none */
+  double max_delta;        /* CERTIFIED: stop when delta_bound is at most this; 0: exact */
+  float max_quantile;      /* GAUSSIAN: quantile of a page's maximum that is compared with the threshold; 0.995 */
+  float safety_margin;     /* GAUSSIAN: margin below the threshold, in units of the overall score spread; 0 */
+  float excess_margin;     /* GAUSSIAN: margin as a fraction of the threshold's excess over typical pages; 0.1 */
+  int32_t reserved;
+} emx_select_desc;
+EMX_API void emx_select_desc_init(emx_select_desc *desc); /* ALL */
+
+enum { EMX_STOP_DONE = 0, EMX_STOP_BUDGET = 1, EMX_STOP_BYTES = 2, EMX_STOP_DELTA = 3 };
+enum { EMX_PATH_ALL = 0, EMX_PATH_PAGES = 1, EMX_PATH_LADDER = 2 };
+enum {
+  EMX_REPORT_CERTIFIED = 1, /* tau was solved exactly, nothing unread can have weight, everything read was finite */
+  EMX_REPORT_NONFINITE = 2  /* q or a key that was read holds NaN or +inf: the output is NaN */
+};
+
+/* What one query row did: 64 bytes, written where the work runs. Bytes are counted in 64-byte lines. */
+typedef struct emx_report {
+  float tau;          /* threshold used, (alpha-1) * score units; alpha = 1: NaN */
+  float delta_bound;  /* sound upper bound of the entmax (alpha = 1: softmax) mass of all tokens that were not read; 0 if certified */
+  float mass;         /* sum of the weights used: 1 up to rounding, except in EMX_TAU_FIXED and _CORRECTED */
+  float max_unread;   /* upper bound of (alpha-1) * score over all unread tokens; -inf if all were read */
+  int32_t support;    /* tokens with a nonzero weight */
+  int32_t tokens;     /* tokens whose key was read */
+  int32_t pages;      /* pages read */
+  uint8_t select;     /* EMX_SELECT_* asked for */
+  uint8_t path;       /* EMX_PATH_* taken */
+  uint8_t stopped_by; /* EMX_STOP_* */
+  uint8_t flags;      /* EMX_REPORT_* */
+  int64_t bytes_k;    /* keys read for this row (shared reads are counted for each row that shares them) */
+  int64_t bytes_v;
+  int64_t bytes_meta; /* summaries */
+  int64_t reserved;
+} emx_report;
+
+/* Tensors of a selection or a decode. S query tokens per sequence, the last of them at position length-1: row (b,h,s) sees keys
+ * 0 .. length-S+s (length counts the appended tokens). In this version S = 1 unless the selector is ALL. */
+typedef struct emx_decode_io {
+  uint32_t struct_size;
+  int32_t layout;            /* of q, o, k_new, v_new: EMX_LAYOUT_BHND [B,H,S,D] or EMX_LAYOUT_BNHD [B,S,H,D] */
+  double alpha;              /* 1 or 1 < alpha <= 4 (GAUSSIAN: > 1) */
+  float scale;               /* 0: 1/sqrt(D) */
+  int32_t reserved;
+  const emx_tensor *q;             /* f32, f16 or bf16 */
+  const emx_tensor *k_new, *v_new; /* emx_decode: S new tokens to append first, or NULL */
+  const emx_tensor *o;             /* emx_decode: output, dtype of q or f32 */
+  const emx_tensor *alibi_slopes;  /* [H] f32: score gets slope * (j - i) */
+  /* Page lists, per row in BHND order: logical pages, ascending, unique. Outputs of emx_select; inputs of emx_decode with PAGES. */
+  const emx_tensor *pages;         /* [B,H,S,M] i32, -1 past the end */
+  const emx_tensor *n_pages;       /* [B,H,S] i32 */
+  const emx_tensor *bound;         /* [B,H,S] f32, emx_select: see emx_report.max_unread */
+  emx_report *reports;             /* row (b,h,s) at index (b*H + h)*S + s; NULL: none */
+  int64_t report_stride;           /* bytes between reports; 0: 64 */
+} emx_decode_io;
+EMX_API void emx_decode_io_init(emx_decode_io *io);
+
+/* Working memory of emx_select and emx_decode for sequences of at most max_len tokens. */
+EMX_API emx_status emx_decode_workspace_size(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select,
+                                             const emx_decode_io *io, int64_t max_len, size_t *bytes);
+/* Page lists and the bound of what they leave out, nothing else. TOPK and GAUSSIAN need their summaries (else STATE). */
+EMX_API emx_status emx_select(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select,
+                              const emx_decode_io *io, void *workspace, size_t workspace_bytes);
+/* Appends (if k_new), selects, solves tau, accumulates, reports. K is read once at most; V for the support only (alpha > 1).
+ * Page lists from anyone go through the same certificate as the library's own: bounds from MINMAX if the cache has them, else from
+ * MOMENTS, else nothing is known of unread pages and delta_bound is 1. An empty sequence gives zeros, support 0.
+ * Errors: INVALID, SHAPE, DTYPE, UNSUPPORTED, STATE, WORKSPACE, CANCELLED. A failed call has appended nothing. */
+EMX_API emx_status emx_decode(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select,
+                              const emx_decode_io *io, void *workspace, size_t workspace_bytes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* EMX_H */

@@ -1,0 +1,194 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * libentmax_model: model folders, sessions over a paged cache, text generation and training, on top of emx.h.
+ * The conventions of emx.h hold here too. Functions named _create, _open, _save and _write allocate.
+ *
+ * A model is a folder with config.json and model.safetensors (Llama tensor names; docs/design.md, "Model folder").
+ */
+#ifndef EMX_MODEL_H
+#define EMX_MODEL_H
+
+#include <emx.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* --------------------------------------------------------------------------------------------------------- safetensors */
+
+/* A safetensors file, mapped read-only. Every size, offset, shape and name in the header is checked before any of it is used:
+ * header length against the file and a cap of 100 MB, duplicate keys, dtype and shape against the byte range, overlaps and holes
+ * between tensors, trailing bytes. A file that fails is EMX_ERR_FORMAT and the detail names the tensor. */
+typedef struct emx_checkpoint emx_checkpoint;
+EMX_API emx_status emx_checkpoint_open(const char *path, emx_checkpoint **out);
+/* The same on bytes in memory, borrowed until close (fuzzing, embedding). */
+EMX_API emx_status emx_checkpoint_open_memory(const void *data, size_t size, emx_checkpoint **out);
+EMX_API void emx_checkpoint_close(emx_checkpoint *ck);
+EMX_API int64_t emx_checkpoint_count(const emx_checkpoint *ck);
+/* The i-th tensor in file order; the name and the data live as long as the checkpoint. Data is aligned to the dtype's size only
+ * where the file aligns it: copy with memcpy when in doubt. */
+EMX_API emx_status emx_checkpoint_get(const emx_checkpoint *ck, int64_t i, const char **name, emx_tensor *tensor);
+EMX_API emx_status emx_checkpoint_find(const emx_checkpoint *ck, const char *name, emx_tensor *tensor);
+/* Value of a __metadata__ key; NULL if absent. */
+EMX_API const char *emx_checkpoint_metadata(const emx_checkpoint *ck, const char *key);
+
+typedef struct emx_named_tensor {
+  const char *name;
+  emx_tensor tensor; /* C-contiguous; f32, f16, bf16, f64 or i32 */
+} emx_named_tensor;
+/* Writes to a temporary name in the same folder, fsyncs, renames: an existing file is replaced whole or not at all. Tensors are
+ * aligned to 64 bytes. metadata: 2*n_metadata strings, key then value. */
+EMX_API emx_status emx_checkpoint_write(const char *path, const emx_named_tensor *tensors, int64_t n,
+                                        const char *const *metadata, int64_t n_metadata);
+
+/* --------------------------------------------------------------------------------------------------------------- model */
+
+enum { EMX_POSITION_NAPE = 0, EMX_POSITION_ALIBI = 1, EMX_POSITION_NOPE = 2, EMX_POSITION_ROPE = 3 /* reserved */ };
+enum { EMX_SLOPE_LINEAR = 0 /* 1/(h+1) */, EMX_SLOPE_EXP = 1 /* 2^-h */ };
+enum { EMX_ATTN_SCALE_NONE = 0, EMX_ATTN_SCALE_SSMAX = 1 /* reserved */, EMX_ATTN_SCALE_ASENTMAX = 2 /* reserved */ };
+
+/* Decoder-only transformer: x += W_o attn(rms(x)); x += W_down(silu(W_gate rms(x)) * W_up rms(x)); no biases.
+ * NAPE positions (Vasylenko et al. 2025): the first alibi_num_heads heads are ALiBi, the others have no position. */
+typedef struct emx_model_config {
+  uint32_t struct_size;
+  int32_t vocab_size;        /* 256: bytes */
+  int32_t hidden_size;
+  int32_t intermediate_size;
+  int32_t num_layers;
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t position_type;     /* EMX_POSITION_* */
+  int32_t alibi_num_heads;
+  int32_t alibi_slope_type;  /* EMX_SLOPE_* */
+  int32_t attn_scale_type;   /* EMX_ATTN_SCALE_* */
+  int32_t tie_word_embeddings;
+  int32_t max_position;      /* length of training, a record; longer contexts are allowed */
+  double rms_norm_eps;
+  double entmax_alpha;       /* 1: softmax */
+} emx_model_config;
+/* 4 layers of width 192, 6 heads of 32 over 3 KV heads, 3 of them ALiBi, gated width 512, bytes, tied head, alpha 1.5. */
+EMX_API void emx_model_config_init(emx_model_config *config);
+/* Errors: INVALID with the field that is wrong, UNSUPPORTED for reserved values. */
+EMX_API emx_status emx_model_config_check(const emx_model_config *config);
+EMX_API int64_t emx_model_config_parameters(const emx_model_config *config);
+
+typedef struct emx_model emx_model;
+/* Opens a model folder. Weights are f32, f16 or bf16 in the file and f32 in memory. Every tensor that config.json implies must be
+ * there with its shape, and no other. A config without entmax_alpha is an error, never softmax. Errors: IO, FORMAT, NOMEM. */
+EMX_API emx_status emx_model_open(emx_ctx *ctx, const char *folder, emx_model **out);
+EMX_API void emx_model_close(emx_model *model);
+EMX_API emx_status emx_model_get_config(const emx_model *model, emx_model_config *config); /* set struct_size first */
+
+/* ------------------------------------------------------------------------------------------------------------- session */
+
+/* One sequence over a paged cache of every layer. Sessions that come from one another by fork share the pool and its pages. */
+typedef struct emx_session emx_session;
+typedef struct emx_session_opts {
+  uint32_t struct_size;
+  int32_t kv_dtype;      /* EMX_BF16 (default), EMX_F16, EMX_F32 */
+  int32_t page_size;     /* 16 */
+  int32_t summaries;     /* EMX_SUMMARY_*; default both */
+  int32_t chunk;         /* tokens per prefill chunk; 512 */
+  int32_t max_sessions;  /* forks that may exist at the same time; 16 */
+  int64_t max_tokens;    /* of the whole pool: shared pages count once. A pool beyond the machine's memory is NOMEM with the bytes */
+} emx_session_opts;
+EMX_API void emx_session_opts_init(emx_session_opts *opts);
+EMX_API emx_status emx_session_create(emx_model *model, const emx_session_opts *opts, emx_session **out);
+EMX_API emx_status emx_session_fork(emx_session *parent, emx_session **out);
+EMX_API emx_status emx_session_truncate(emx_session *s, int64_t length);
+EMX_API void emx_session_destroy(emx_session *s); /* the model must still be open */
+EMX_API int64_t emx_session_length(const emx_session *s);
+
+/* Called between chunks and tokens, on the calling thread. done tokens of total. May call emx_ctx_cancel. */
+typedef void (*emx_progress_fn)(void *user, int64_t done, int64_t total);
+
+/* Appends n tokens with dense attention. nll: optional [n]; nll[i] = -ln p(tokens[i] | before), NaN for the first token of an
+ * empty session. logits: optional [vocab] after the last token. On failure or cancellation the session is as it was. */
+EMX_API emx_status emx_session_prefill(emx_session *s, const int32_t *tokens, int64_t n, float *nll, float *logits,
+                                       emx_progress_fn progress, void *user);
+/* Selector for emx_session_decode; the default is ALL. Errors: UNSUPPORTED, STATE (summaries missing). */
+EMX_API emx_status emx_session_set_select(emx_session *s, const emx_select_desc *select);
+/* Appends one token; logits [vocab]. On failure the session is as it was. */
+EMX_API emx_status emx_session_decode(emx_session *s, int32_t token, float *logits);
+
+/* Sums over all decode calls of this session since the last reset, over layers, query heads and steps. */
+typedef struct emx_session_stats {
+  uint32_t struct_size;
+  int32_t nonfinite;        /* 1: some report had EMX_REPORT_NONFINITE */
+  int64_t tokens;           /* decode calls */
+  int64_t rows;             /* reports: tokens * layers * heads */
+  int64_t certified;        /* rows with EMX_REPORT_CERTIFIED */
+  double support_sum;
+  double delta_bound_sum, delta_bound_max;
+  double mass_min, mass_max;
+  int64_t bytes_k, bytes_v, bytes_meta;
+  int64_t bytes_full;       /* K and V of every visible token, once per row: what a dense softmax decode would read */
+  double attn_seconds;      /* inside emx_decode */
+  double seconds;           /* inside emx_session_decode */
+} emx_session_stats;
+EMX_API emx_status emx_session_get_stats(const emx_session *s, emx_session_stats *stats); /* set struct_size first */
+EMX_API void emx_session_reset_stats(emx_session *s);
+
+typedef struct emx_sample_opts {
+  uint32_t struct_size;
+  int32_t top_k;        /* 0: all */
+  float temperature;    /* 0: greedy, the lowest token id among equals */
+  float top_p;          /* 1: all */
+  uint64_t seed;
+} emx_sample_opts;
+EMX_API void emx_sample_opts_init(emx_sample_opts *opts); /* greedy */
+/* A token from logits [vocab], reproducible from (seed, step). Errors: INVALID, NONFINITE (NaN or no finite logit). */
+EMX_API emx_status emx_sample(const float *logits, int32_t vocab, const emx_sample_opts *opts, int64_t step, int32_t *token);
+
+/* ------------------------------------------------------------------------------------------------------------- trainer */
+
+typedef struct emx_trainer emx_trainer;
+typedef struct emx_train_opts {
+  uint32_t struct_size;
+  int32_t save_dtype;       /* of model.safetensors: EMX_BF16 (default) or EMX_F32; the trainer's own state is always f32 */
+  int64_t steps;            /* total, warm-up included */
+  int64_t warmup;           /* steps of linear warm-up, then cosine to min_lr */
+  int64_t length;           /* tokens per sequence */
+  int64_t batch;            /* sequences per step */
+  int64_t long_length;      /* every long_every-th step uses sequences of this length, at the same number of tokens; 0: never */
+  int64_t long_every;
+  double lr, min_lr;
+  double beta1, beta2, eps, weight_decay; /* AdamW; decay on matrices only */
+  double clip;              /* global norm of the gradient */
+  uint64_t seed;            /* initial weights and the order of the data: sample i of step t depends on (seed, t, i) alone */
+} emx_train_opts;
+EMX_API void emx_train_opts_init(emx_train_opts *opts);
+
+/* data: bytes to train on, files[i] of sizes[i] bytes, borrowed. Windows are drawn uniformly and do not cross files.
+ * Errors: INVALID (no window fits), NOMEM with the bytes. */
+EMX_API emx_status emx_trainer_create(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts,
+                                      const uint8_t *const *files, const int64_t *sizes, int64_t n_files, emx_trainer **out);
+/* Continues from a folder that emx_trainer_save wrote; opts and data must be those of the first run (checked). The continued run is
+ * bit-identical to an uninterrupted one. */
+EMX_API emx_status emx_trainer_resume(emx_ctx *ctx, const char *folder, const emx_train_opts *opts, const uint8_t *const *files,
+                                      const int64_t *sizes, int64_t n_files, emx_trainer **out);
+EMX_API void emx_trainer_destroy(emx_trainer *t);
+
+typedef struct emx_train_stats {
+  uint32_t struct_size;
+  int32_t reserved;
+  int64_t step;       /* steps done */
+  int64_t tokens;     /* in this step */
+  double loss;        /* mean nats a token, of this step's batch before the update */
+  double grad_norm;   /* before clipping */
+  double lr;
+} emx_train_stats;
+/* One optimiser step. EMX_ERR_NONFINITE when the loss or a gradient is NaN or infinite: the weights are those before the step, and
+ * emx_trainer_save refuses from then on. EMX_ERR_CANCELLED leaves the weights as before the step. */
+EMX_API emx_status emx_trainer_step(emx_trainer *t, emx_train_stats *stats); /* set struct_size first */
+/* Writes config.json, model.safetensors and trainer.safetensors into `folder` (created if missing), each atomically, the
+ * trainer's state last. */
+EMX_API emx_status emx_trainer_save(emx_trainer *t, const char *folder);
+/* Mean nats per byte of `data` in windows of opts.length (weights of now). */
+EMX_API emx_status emx_trainer_evaluate(emx_trainer *t, const uint8_t *data, int64_t size, double *nats);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* EMX_MODEL_H */

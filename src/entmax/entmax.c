@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Public entries of the row mapping: validation, then the back end. */
+#include "entmax.h"
+
+#include "base/backend.h"
+
+void emx_entmax_desc_init(emx_entmax_desc *desc) {
+  if (desc) *desc = (emx_entmax_desc){.struct_size = sizeof *desc, .alpha = 1.5};
+}
+
+static emx_status check_alpha(const char *who, double alpha) {
+  if (!(alpha >= 1.0 && alpha <= 4.0)) return emxi_fail(EMX_ERR_INVALID, "%s: alpha is %g, expected 1 or 1 < alpha <= 4", who, alpha);
+  return EMX_OK;
+}
+
+static emx_status check_rows(emx_ctx *ctx, const emx_tensor *t, const emx_tensor *like, const char *who, const char *name) {
+  if (like) {
+    EMX_TRY(emxi_tensor_expect(ctx, t, 2, like->shape, who, name));
+    if (t->dtype != like->dtype)
+      return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected %s", who, name, emx_dtype_name(t->dtype), emx_dtype_name(like->dtype));
+  } else {
+    EMX_TRY(emxi_tensor_check(ctx, t, 2, who, name));
+  }
+  if (!emxi_is_float(t->dtype))
+    return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected f32, f16, bf16 or f64", who, name, emx_dtype_name(t->dtype));
+  if (t->shape[1] > INT32_MAX - 64) return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: rows of %s have more than 2^31 elements", who, name);
+  return EMX_OK;
+}
+
+static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *x, const emx_tensor *p, const emx_tensor *tau,
+                          const emx_tensor *support) {
+  static const char who[] = "emx_entmax_forward";
+  EMX_TRY(check_rows(ctx, x, NULL, who, "x"));
+  EMX_TRY(check_rows(ctx, p, x, who, "p"));
+  emxi_rows r = {.alpha = desc->alpha, .rows = x->shape[0], .n = x->shape[1], .dtype = x->dtype, .x = x->data, .p = p->data,
+                 .ldx = x->stride[0], .ldp = p->stride[0]};
+  if (tau) {
+    EMX_TRY(emxi_tensor_expect(ctx, tau, 1, x->shape, who, "tau"));
+    if (tau->dtype != EMX_F32 && tau->dtype != EMX_F64) return emxi_fail(EMX_ERR_DTYPE, "%s: tau must be f32 or f64", who);
+    r.tau = tau->data;
+    r.tau_dtype = tau->dtype;
+    r.inc_tau = 1;
+  }
+  if (support) {
+    EMX_TRY(emxi_tensor_expect(ctx, support, 1, x->shape, who, "support"));
+    if (support->dtype != EMX_I32) return emxi_fail(EMX_ERR_DTYPE, "%s: support must be i32", who);
+    r.support = support->data;
+    r.inc_support = 1;
+  }
+  return ctx->backend->entmax_forward(ctx, &r);
+}
+
+emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *x, const emx_tensor *p,
+                              const emx_tensor *tau, const emx_tensor *support) {
+  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_entmax_forward: ctx is NULL");
+  EMXI_CHECK_STRUCT(desc, emx_entmax_desc);
+  EMX_TRY(check_alpha("emx_entmax_forward", desc->alpha));
+  EMXI_LOCKED(ctx, forward(ctx, desc, x, p, tau, support));
+}
+
+static emx_status backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *p, const emx_tensor *dp, const emx_tensor *dx) {
+  static const char who[] = "emx_entmax_backward";
+  EMX_TRY(check_rows(ctx, p, NULL, who, "p"));
+  EMX_TRY(check_rows(ctx, dp, p, who, "dp"));
+  EMX_TRY(check_rows(ctx, dx, p, who, "dx"));
+  emxi_rows r = {.alpha = desc->alpha, .rows = p->shape[0], .n = p->shape[1], .dtype = p->dtype, .x = dp->data, .p_in = p->data,
+                 .p = dx->data, .ldx = dp->stride[0], .ldp_in = p->stride[0], .ldp = dx->stride[0]};
+  return ctx->backend->entmax_backward(ctx, &r);
+}
+
+emx_status emx_entmax_backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *p, const emx_tensor *dp,
+                               const emx_tensor *dx) {
+  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_entmax_backward: ctx is NULL");
+  EMXI_CHECK_STRUCT(desc, emx_entmax_desc);
+  EMX_TRY(check_alpha("emx_entmax_backward", desc->alpha));
+  if (desc->alpha != 1.0 && desc->alpha != 1.5 && desc->alpha != 2.0)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_entmax_backward: alpha is %g; this version has 1, 1.5 and 2", desc->alpha);
+  EMXI_LOCKED(ctx, backward(ctx, desc, p, dp, dx));
+}
