@@ -1,0 +1,28 @@
+# Thin on purpose: CMake is the build system (CMakeLists.txt, CMakePresets.json). Each command sets the machine up first.
+BUILD ?= build
+CMAKE_FLAGS ?=
+JOBS ?= $(shell nproc)
+
+all:
+	scripts/setup.sh build
+	cmake -S . -B $(BUILD) -G Ninja -DEMX_TESTS=OFF $(CMAKE_FLAGS)
+	cmake --build $(BUILD)
+
+# Every label. `ctest --test-dir build -L quick` is the part that takes under a minute.
+test:
+	scripts/setup.sh build test
+	cmake -S . -B $(BUILD) -G Ninja -DEMX_TESTS=ON $(CMAKE_FLAGS)
+	cmake --build $(BUILD)
+	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
+
+# Reads a real book from one sparse cache with every selector; writes build/demo.svg.
+demo:
+	scripts/setup.sh build demo
+	cmake -S . -B $(BUILD) -G Ninja $(CMAKE_FLAGS) -DEMX_TESTS=OFF
+	cmake --build $(BUILD)
+	scripts/demo.sh $(BUILD)
+
+clean:
+	rm -rf $(BUILD)
+
+.PHONY: all test demo clean
