@@ -36,8 +36,9 @@ typedef struct emx_named_tensor {
   const char *name;
   emx_tensor tensor; /* C-contiguous; f32, f16, bf16, f64 or i32 */
 } emx_named_tensor;
-/* Writes to a temporary name in the same folder, fsyncs, renames: an existing file is replaced whole or not at all. Tensors are
- * aligned to 64 bytes. metadata: 2*n_metadata strings, key then value. */
+/* Writes to a temporary name in the same folder, fsyncs, renames: an existing file is replaced whole or not at all. The data starts
+ * at a multiple of 64 bytes and wide dtypes come first, so every tensor is aligned to its dtype (the format has no holes).
+ * metadata: 2*n_metadata strings, key then value. */
 EMX_API emx_status emx_checkpoint_write(const char *path, const emx_named_tensor *tensors, int64_t n,
                                         const char *const *metadata, int64_t n_metadata);
 

@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * What the runtime and the trainer share: the parameters of a model in one flat array, and its folder. */
+#ifndef EMXI_MODEL_H
+#define EMXI_MODEL_H
+
+#include "base/base.h"
+#include <emx_model.h>
+
+/* Shape letters here: V vocabulary, W hidden width, F gated width, H query heads, G KV heads, D head dim. Matrices are [out,in]. */
+typedef struct emxi_layer {
+  float *input_norm;           /* [W] */
+  float *wq, *wk, *wv, *wo;    /* [H*D,W], [G*D,W], [G*D,W], [W,H*D] */
+  float *post_norm;            /* [W] */
+  float *gate, *up, *down;     /* [F,W], [F,W], [W,F] */
+} emxi_layer;
+
+typedef struct emxi_weights {
+  float *embed;       /* [V,W] */
+  float *norm;        /* [W] */
+  float *head;        /* [V,W]; == embed when tied */
+  emxi_layer *layers; /* [num_layers], owned */
+  float *data;        /* [count] */
+  int64_t count;
+  bool owns_data;
+} emxi_weights;
+
+typedef struct emxi_param {
+  char name[96]; /* Llama's */
+  int32_t ndim;
+  int64_t shape[2];
+  int64_t offset, count; /* elements in the flat array */
+  bool decay;            /* matrices only */
+} emxi_param;
+
+/* The functions below expect a configuration that emx_model_config_check accepts. */
+int64_t emxi_param_tensors(const emx_model_config *c);
+/* Tensor i of emxi_param_tensors, in flat order: the embedding, the layers, the last norm, the head if it is not tied. */
+void emxi_param_at(const emx_model_config *c, int64_t i, emxi_param *out);
+/* Views into data [emx_model_config_parameters], which is borrowed; NULL: an array of zeros that the weights own. */
+emx_status emxi_weights_create(const emx_model_config *c, float *data, emxi_weights *w);
+void emxi_weights_destroy(emxi_weights *w); /* of a zeroed struct: nothing */
+/* slopes [H]. NAPE: the first alibi_num_heads heads 1/(h+1) or 2^-h, the others 0; ALIBI: all heads; NOPE: 0. */
+void emxi_alibi_slopes(const emx_model_config *c, float *slopes);
+
+/* config.json of a folder. save_dtype is a record of what model.safetensors holds (torch_dtype). Writing is atomic. */
+emx_status emxi_config_read(const char *folder, emx_model_config *c);
+emx_status emxi_config_write(const char *folder, const emx_model_config *c, int32_t save_dtype);
+
+/* data (flat, f32) as a checkpoint of dtype f32, f16 or bf16, rounded to nearest; atomic. */
+emx_status emxi_weights_save(const char *path, const emx_model_config *c, const float *data, int32_t dtype,
+                             const char *const *metadata, int64_t n_metadata);
+/* The other way: data [emx_model_config_parameters] from a checkpoint whose tensors must be exactly those of the configuration. */
+emx_status emxi_weights_load(const emx_checkpoint *ck, const emx_model_config *c, float *data);
+/* The check of emxi_weights_load alone, before memory is taken for the data. */
+emx_status emxi_weights_check(const emx_checkpoint *ck, const emx_model_config *c);
+
+/* Replaces a file as a whole or not at all: temporary name in the same folder, fsync, rename. */
+typedef struct emxi_span {
+  const void *data;
+  size_t size;
+} emxi_span;
+emx_status emxi_file_replace(const char *path, const emxi_span *spans, int64_t n);
+/* A whole file of at most `max` bytes into memory for emxi_free. Errors: IO, FORMAT (larger), NOMEM. */
+emx_status emxi_file_read(const char *path, size_t max, char **data, size_t *size);
+/* "folder/name" in memory for emxi_free; NULL when out of memory. */
+char *emxi_path_join(const char *folder, const char *name);
+
+/* Place of a tensor in file order, -1 if it is not there. */
+int64_t emxi_checkpoint_index(const emx_checkpoint *ck, const char *name);
+
+struct emx_model {
+  emx_ctx *ctx;
+  emx_model_config config;
+  emxi_weights w;
+};
+
+#endif
