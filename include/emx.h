@@ -178,8 +178,8 @@ typedef struct emx_attn_desc {
 } emx_attn_desc;
 EMX_API void emx_attn_desc_init(emx_attn_desc *desc); /* alpha 1.5, causal, BHND, no window */
 
-/* The tensors of one attention call. Optional ones are NULL. q, k, v, o and the gradients share one dtype (f32, f16, bf16 or f64),
- * except that o and the gradients may be f32 when q is f16 or bf16. Head dims 16..256 (f64: 1..256).
+/* The tensors of one attention call. Optional ones are NULL. k and v share one dtype (f32, f16, bf16 or f64); q has it too, or f32
+ * over 16-bit keys; o and each gradient have the dtype of what they belong to, or f32. Head dims 16..256 (f64: 1..256).
  *
  *   padded   q, o [B,H,S,D]; k, v [B,G,N,D] (in BNHD: [B,S,H,D], [B,N,G,D]); seqlens_q, seqlens_k [B] i32 optional: rows past a
  *            length are not read, outputs there are zero.

@@ -1,0 +1,242 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Public entries of dense attention: every layout is validated and resolved to strides here, once; back ends see emxi_attn. */
+#include "attn.h"
+
+#include <math.h>
+
+#include "base/backend.h"
+
+void emx_attn_desc_init(emx_attn_desc *desc) {
+  if (desc)
+    *desc = (emx_attn_desc){.struct_size = sizeof *desc, .flags = EMX_ATTN_CAUSAL, .alpha = 1.5, .layout = EMX_LAYOUT_BHND,
+                            .window_left = -1, .window_right = -1};
+}
+void emx_attn_io_init(emx_attn_io *io) {
+  if (io) *io = (emx_attn_io){.struct_size = sizeof *io};
+}
+
+/* Strides of a tensor [B,H,S(,D)], [B,S,H(,D)] or packed [T,H(,D)]. */
+static void resolve(emxi_mat *m, const emx_tensor *t, int32_t layout, bool packed) {
+  *m = (emxi_mat){.data = t->data, .dtype = t->dtype};
+  if (packed) {
+    m->row = t->stride[0];
+    m->head = t->stride[1];
+  } else {
+    m->batch = t->stride[0];
+    m->head = t->stride[layout == EMX_LAYOUT_BHND ? 1 : 2];
+    m->row = t->stride[layout == EMX_LAYOUT_BHND ? 2 : 1];
+  }
+}
+
+static emx_status lengths(const emx_ctx *ctx, const emx_tensor *t, int64_t n, const char *who, const char *name, const int32_t **out) {
+  *out = NULL;
+  if (!t) return EMX_OK;
+  EMX_TRY(emxi_tensor_expect(ctx, t, 1, &n, who, name));
+  if (t->dtype != EMX_I32) return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected i32", who, name, emx_dtype_name(t->dtype));
+  *out = t->data;
+  return EMX_OK;
+}
+
+struct call {
+  const char *who;
+  emx_ctx *ctx;
+  const emx_attn_desc *desc;
+  bool packed;
+  int64_t shape_q[4], shape_k[4]; /* of q and of k, in their own dimension order */
+};
+
+/* A tensor like q or k, with its dtype or f32. */
+static emx_status like(const struct call *c, const emx_tensor *t, const int64_t *shape, int32_t dtype, const char *name, emxi_mat *out) {
+  int32_t ndim = c->packed ? 3 : 4;
+  EMX_TRY(emxi_tensor_expect(c->ctx, t, ndim, shape, c->who, name));
+  if (t->dtype != dtype && !(t->dtype == EMX_F32 && dtype != EMX_F64))
+    return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected %s%s", c->who, name, emx_dtype_name(t->dtype), emx_dtype_name(dtype),
+                     dtype == EMX_F64 || dtype == EMX_F32 ? "" : " or f32");
+  resolve(out, t, c->desc->layout, c->packed);
+  return EMX_OK;
+}
+
+static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, emxi_attn *a) {
+  struct call c = {.who = pass == EMX_PASS_BACKWARD ? "emx_attn_backward" : "emx_attn_forward", .ctx = ctx, .desc = desc};
+  const char *who = c.who;
+  if (!(desc->alpha >= 1.0 && desc->alpha <= 4.0))
+    return emxi_fail(EMX_ERR_INVALID, "%s: alpha is %g, expected 1 or 1 < alpha <= 4", who, desc->alpha);
+  if (pass == EMX_PASS_BACKWARD && desc->alpha > 2.0)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: alpha is %g; the backward pass has 1 <= alpha <= 2", who, desc->alpha);
+  if (!isfinite(desc->scale)) return emxi_fail(EMX_ERR_INVALID, "%s: scale is %g", who, (double)desc->scale);
+  if (desc->flags & ~(uint32_t)EMX_ATTN_CAUSAL) return emxi_fail(EMX_ERR_INVALID, "%s: unknown flags 0x%x", who, desc->flags);
+  if (desc->layout != EMX_LAYOUT_BHND && desc->layout != EMX_LAYOUT_BNHD)
+    return emxi_fail(EMX_ERR_INVALID, "%s: unknown layout %d", who, desc->layout);
+  if (desc->window_left != -1 || desc->window_right != -1)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: window (%d, %d); this version has no window: use -1, -1", who, desc->window_left,
+                     desc->window_right);
+  if (!io->q || !io->k || !io->v) return emxi_fail(EMX_ERR_INVALID, "%s: q, k or v is NULL", who);
+  if (!io->cu_seqlens_q != !io->cu_seqlens_k)
+    return emxi_fail(EMX_ERR_INVALID, "%s: cu_seqlens_q and cu_seqlens_k go together", who);
+  const bool paged = io->block_table != NULL, bnhd = desc->layout == EMX_LAYOUT_BNHD;
+  c.packed = io->cu_seqlens_q != NULL;
+  if (paged && c.packed) return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: packed queries over paged keys; use padded queries", who);
+  if (paged && pass == EMX_PASS_BACKWARD)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: paged keys; the backward pass has contiguous and packed ones", who);
+
+  const int32_t ndim = c.packed ? 3 : 4;
+  EMX_TRY(emxi_tensor_check(ctx, io->q, ndim, who, "q"));
+  EMX_TRY(emxi_tensor_check(ctx, io->k, ndim, who, "k"));
+  for (int32_t d = 0; d < ndim; d++) {
+    c.shape_q[d] = io->q->shape[d];
+    c.shape_k[d] = io->k->shape[d];
+  }
+  EMX_TRY(emxi_tensor_expect(ctx, io->v, ndim, c.shape_k, who, "v"));
+  const int32_t kt = io->k->dtype;
+  if (!emxi_is_float(kt)) return emxi_fail(EMX_ERR_DTYPE, "%s: k is %s, expected f32, f16, bf16 or f64", who, emx_dtype_name(kt));
+  if (io->v->dtype != kt)
+    return emxi_fail(EMX_ERR_DTYPE, "%s: v is %s and k is %s, they must agree", who, emx_dtype_name(io->v->dtype), emx_dtype_name(kt));
+  const int hd = c.packed ? 1 : bnhd ? 2 : 1, sd = c.packed ? 0 : bnhd ? 1 : 2; /* dimensions of heads and rows */
+  *a = (emxi_attn){.pass = pass, .alpha = desc->alpha, .causal = desc->flags & EMX_ATTN_CAUSAL, .heads = c.shape_q[hd],
+                   .kv_heads = c.shape_k[hd], .d = c.shape_q[ndim - 1], .rows_q = c.shape_q[sd], .rows_k = c.shape_k[sd]};
+  if (c.shape_k[ndim - 1] != a->d)
+    return emxi_fail(EMX_ERR_SHAPE, "%s: head dim of k is %lld, of q %lld", who, (long long)c.shape_k[ndim - 1], (long long)a->d);
+  if (a->d < (kt == EMX_F64 ? 1 : 16) || a->d > 256)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: head dim %lld; supported are 16..256 (f64: 1..256)", who, (long long)a->d);
+  if (a->kv_heads < 1 || a->heads < 1 || a->heads % a->kv_heads)
+    return emxi_fail(EMX_ERR_SHAPE, "%s: %lld query heads are no multiple of %lld KV heads", who, (long long)a->heads,
+                     (long long)a->kv_heads);
+  a->scale = desc->scale == 0 ? 1.0 / sqrt((double)a->d) : (double)desc->scale;
+
+  if (c.packed) {
+    int64_t n = io->cu_seqlens_q->ndim == 1 ? io->cu_seqlens_q->shape[0] : 0;
+    if (n < 1) return emxi_fail(EMX_ERR_SHAPE, "%s: cu_seqlens_q must be [B+1]", who);
+    a->batch = n - 1;
+    EMX_TRY(lengths(ctx, io->cu_seqlens_q, n, who, "cu_seqlens_q", &a->cu_q));
+    EMX_TRY(lengths(ctx, io->cu_seqlens_k, n, who, "cu_seqlens_k", &a->cu_k));
+    if (io->seqlens_q || io->seqlens_k) return emxi_fail(EMX_ERR_INVALID, "%s: seqlens and cu_seqlens exclude each other", who);
+    a->max_q = a->rows_q;
+    a->max_k = a->rows_k;
+  } else {
+    a->batch = c.shape_q[0];
+    if (!paged && c.shape_k[0] != a->batch)
+      return emxi_fail(EMX_ERR_SHAPE, "%s: k has batch %lld, q %lld", who, (long long)c.shape_k[0], (long long)a->batch);
+    EMX_TRY(lengths(ctx, io->seqlens_q, a->batch, who, "seqlens_q", &a->seqlens_q));
+    EMX_TRY(lengths(ctx, io->seqlens_k, a->batch, who, "seqlens_k", &a->seqlens_k));
+    a->max_q = a->rows_q;
+    a->max_k = a->rows_k;
+  }
+  if (paged) {
+    const emx_tensor *bt = io->block_table;
+    EMX_TRY(emxi_tensor_check(ctx, bt, 2, who, "block_table"));
+    if (bt->dtype != EMX_I32 || bt->shape[0] != a->batch)
+      return emxi_fail(EMX_ERR_SHAPE, "%s: block_table must be i32 [%lld, M]", who, (long long)a->batch);
+    if (!a->seqlens_k) return emxi_fail(EMX_ERR_INVALID, "%s: a block table needs seqlens_k", who);
+    a->page_size = a->rows_k;
+    if (a->page_size != 16 && a->page_size != 32 && a->page_size != 64)
+      return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: page size %lld; supported are 16, 32 and 64", who, (long long)a->page_size);
+    a->block_table = bt->data;
+    a->table_stride = bt->stride[0];
+    a->table_width = bt->shape[1];
+    a->pages = c.shape_k[0];
+    if (__builtin_mul_overflow(a->table_width, a->page_size, &a->max_k))
+      return emxi_fail(EMX_ERR_SHAPE, "%s: block_table is absurdly wide", who);
+  }
+  if (a->max_k > INT32_MAX - 64 || a->max_q > INT32_MAX - 64)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: sequences are limited to 2^31 rows", who);
+
+  if (io->q->dtype != kt && !(io->q->dtype == EMX_F32 && kt != EMX_F64))
+    return emxi_fail(EMX_ERR_DTYPE, "%s: q is %s, k is %s: q has k's dtype or f32", who, emx_dtype_name(io->q->dtype), emx_dtype_name(kt));
+  resolve(&a->q, io->q, desc->layout, c.packed);
+  resolve(&a->k, io->k, desc->layout, c.packed);
+  resolve(&a->v, io->v, desc->layout, c.packed);
+  if (io->alibi_slopes) {
+    EMX_TRY(emxi_tensor_expect(ctx, io->alibi_slopes, 1, &a->heads, who, "alibi_slopes"));
+    if (io->alibi_slopes->dtype != EMX_F32) return emxi_fail(EMX_ERR_DTYPE, "%s: alibi_slopes must be f32", who);
+    a->slopes = io->alibi_slopes->data;
+  }
+  if (io->tau) {
+    EMX_TRY(emxi_tensor_expect(ctx, io->tau, ndim - 1, c.shape_q, who, "tau"));
+    if (io->tau->dtype != (kt == EMX_F64 ? EMX_F64 : EMX_F32))
+      return emxi_fail(EMX_ERR_DTYPE, "%s: tau must be %s", who, kt == EMX_F64 ? "f64" : "f32");
+    resolve(&a->tau, io->tau, desc->layout, c.packed);
+  }
+  if (pass == EMX_PASS_FORWARD) {
+    EMX_TRY(like(&c, io->o, c.shape_q, io->q->dtype, "o", &a->o));
+    if (io->support) {
+      EMX_TRY(emxi_tensor_expect(ctx, io->support, ndim - 1, c.shape_q, who, "support"));
+      if (io->support->dtype != EMX_I32) return emxi_fail(EMX_ERR_DTYPE, "%s: support must be i32", who);
+      resolve(&a->support, io->support, desc->layout, c.packed);
+    }
+  } else {
+    if (!io->tau) return emxi_fail(EMX_ERR_INVALID, "%s: tau of the forward pass is required", who);
+    EMX_TRY(like(&c, io->d_o, c.shape_q, io->q->dtype, "d_o", &a->d_o));
+    EMX_TRY(like(&c, io->d_q, c.shape_q, io->q->dtype, "d_q", &a->d_q));
+    EMX_TRY(like(&c, io->d_k, c.shape_k, kt, "d_k", &a->d_k));
+    EMX_TRY(like(&c, io->d_v, c.shape_k, kt, "d_v", &a->d_v));
+  }
+  return ctx->backend->attn_supports(ctx, a);
+}
+
+static emx_status check_cu(const int32_t *cu, int64_t b, int64_t rows, const char *name) {
+  for (int64_t i = 0; i <= b; i++)
+    if ((i == 0 && cu[0] != 0) || cu[i] < (i ? cu[i - 1] : 0) || cu[i] > rows)
+      return emxi_fail(EMX_ERR_INVALID, "attention: %s[%lld] is %d; it must start at 0, not fall, and stay within %lld rows", name,
+                       (long long)i, cu[i], (long long)rows);
+  return EMX_OK;
+}
+emx_status emxi_attn_check_lengths(const emxi_attn *a) {
+  if (a->cu_q) {
+    EMX_TRY(check_cu(a->cu_q, a->batch, a->rows_q, "cu_seqlens_q"));
+    EMX_TRY(check_cu(a->cu_k, a->batch, a->rows_k, "cu_seqlens_k"));
+  }
+  for (int64_t b = 0; b < a->batch; b++) {
+    if (a->seqlens_q && (a->seqlens_q[b] < 0 || a->seqlens_q[b] > a->max_q))
+      return emxi_fail(EMX_ERR_INVALID, "attention: seqlens_q[%lld] is %d, expected 0..%lld", (long long)b, a->seqlens_q[b],
+                       (long long)a->max_q);
+    if (a->seqlens_k && (a->seqlens_k[b] < 0 || a->seqlens_k[b] > a->max_k))
+      return emxi_fail(EMX_ERR_INVALID, "attention: seqlens_k[%lld] is %d, expected 0..%lld", (long long)b, a->seqlens_k[b],
+                       (long long)a->max_k);
+    if (!a->block_table) continue;
+    for (int64_t p = 0; p * a->page_size < a->seqlens_k[b]; p++) {
+      int32_t page = a->block_table[b * a->table_stride + p];
+      if (page < 0 || page >= a->pages)
+        return emxi_fail(EMX_ERR_INVALID, "attention: block_table[%lld][%lld] is %d, the pool has %lld pages", (long long)b, (long long)p,
+                         page, (long long)a->pages);
+    }
+  }
+  return EMX_OK;
+}
+
+static emx_status check(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass) {
+  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "attention: ctx is NULL");
+  EMXI_CHECK_STRUCT(desc, emx_attn_desc);
+  EMXI_CHECK_STRUCT(io, emx_attn_io);
+  if (pass != EMX_PASS_FORWARD && pass != EMX_PASS_BACKWARD) return emxi_fail(EMX_ERR_INVALID, "attention: unknown pass %d", pass);
+  return EMX_OK;
+}
+
+emx_status emx_attn_workspace_size(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, size_t *bytes) {
+  EMX_TRY(check(ctx, desc, io, pass));
+  if (!bytes) return emxi_fail(EMX_ERR_INVALID, "emx_attn_workspace_size: bytes is NULL");
+  emxi_attn a;
+  EMX_TRY(resolve_call(ctx, desc, io, pass, &a));
+  emxi_arena arena;
+  emxi_arena_init(&arena, NULL, 0);
+  EMX_TRY(ctx->backend->attn_run(ctx, &a, &arena));
+  if (arena.overflow) return emxi_fail(EMX_ERR_NOMEM, "emx_attn_workspace_size: the size does not fit size_t");
+  *bytes = emxi_arena_total(&arena);
+  return EMX_OK;
+}
+
+static emx_status run(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, void *workspace, size_t size) {
+  emxi_attn a;
+  EMX_TRY(resolve_call(ctx, desc, io, pass, &a));
+  if (!workspace) return emxi_fail(EMX_ERR_WORKSPACE, "attention: workspace is NULL");
+  emxi_arena arena;
+  emxi_arena_init(&arena, workspace, size);
+  return ctx->backend->attn_run(ctx, &a, &arena);
+}
+emx_status emx_attn_forward(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, void *workspace, size_t workspace_bytes) {
+  EMX_TRY(check(ctx, desc, io, EMX_PASS_FORWARD));
+  EMXI_LOCKED(ctx, run(ctx, desc, io, EMX_PASS_FORWARD, workspace, workspace_bytes));
+}
+emx_status emx_attn_backward(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, void *workspace, size_t workspace_bytes) {
+  EMX_TRY(check(ctx, desc, io, EMX_PASS_BACKWARD));
+  EMXI_LOCKED(ctx, run(ctx, desc, io, EMX_PASS_BACKWARD, workspace, workspace_bytes));
+}
