@@ -178,7 +178,8 @@ static emx_status parse_tensor(const char *who, json_t *v, const char *data, uin
   while (d < DTYPES && strcmp(dtype, dtypes[d].name)) d++;
   char text[96];
   if (d == DTYPES)
-    return emxi_fail(EMX_ERR_FORMAT, "%s: tensor %s: dtype %s, expected F32, F16, BF16, F64 or I32", who, name, plain(dtype, text));
+    return emxi_fail(EMX_ERR_FORMAT, "%s: tensor %s: dtype %s, expected F32, F16, BF16, F64 or I32", who, name,
+                     plain(dtype, text));
   json_t *shape = json_object_get(v, "shape"), *offsets = json_object_get(v, "data_offsets");
   if (!json_is_array(shape)) return emxi_fail(EMX_ERR_FORMAT, "%s: tensor %s: shape is missing or not an array", who, name);
   size_t ndim = json_array_size(shape), bytes = emx_dtype_size(dtypes[d].dtype);
@@ -218,7 +219,9 @@ static int by_place(const void *a, const void *b) {
   return (x->order > y->order) - (x->order < y->order);
 }
 
-static int by_name(const void *a, const void *b) { return strcmp(((const index_entry *)a)->name, ((const index_entry *)b)->name); }
+static int by_name(const void *a, const void *b) {
+  return strcmp(((const index_entry *)a)->name, ((const index_entry *)b)->name);
+}
 
 static emx_status parse(const char *who, const char *data, size_t size, emx_checkpoint *ck) {
   if (size < 8) return emxi_fail(EMX_ERR_FORMAT, "%s: %zu bytes: too short for a safetensors file", who, size);
@@ -228,8 +231,8 @@ static emx_status parse(const char *who, const char *data, size_t size, emx_chec
     return emxi_fail(EMX_ERR_FORMAT, "%s: a header of %llu bytes, at most %llu are allowed: not a safetensors file?", who,
                      (unsigned long long)header_size, (unsigned long long)HEADER_MAX);
   if (header_size > size - 8)
-    return emxi_fail(EMX_ERR_FORMAT, "%s: a header of %llu bytes in a file of %zu: truncated?", who, (unsigned long long)header_size,
-                     size);
+    return emxi_fail(EMX_ERR_FORMAT, "%s: a header of %llu bytes in a file of %zu: truncated?", who,
+                     (unsigned long long)header_size, size);
   if (!header_size || data[8] != '{') return emxi_fail(EMX_ERR_FORMAT, "%s: the header does not start with '{'", who);
   json_error_t e;
   ck->header = json_loadb(data + 8, (size_t)header_size, JSON_REJECT_DUPLICATES, &e);
@@ -327,7 +330,8 @@ int64_t emx_checkpoint_count(const emx_checkpoint *ck) { return ck ? ck->count :
 
 emx_status emx_checkpoint_get(const emx_checkpoint *ck, int64_t i, const char **name, emx_tensor *tensor) {
   if (!ck || i < 0 || i >= ck->count)
-    return emxi_fail(EMX_ERR_INVALID, "emx_checkpoint_get: no tensor %lld of %lld", (long long)i, (long long)emx_checkpoint_count(ck));
+    return emxi_fail(EMX_ERR_INVALID, "emx_checkpoint_get: no tensor %lld of %lld", (long long)i,
+                     (long long)emx_checkpoint_count(ck));
   if (name) *name = ck->entries[i].name;
   if (tensor) *tensor = ck->entries[i].tensor;
   return EMX_OK;
@@ -360,7 +364,8 @@ static emx_status check_named(const char *path, const emx_named_tensor *t, int64
   const emx_tensor *x = &t->tensor;
   int d = 0;
   while (d < DTYPES && dtypes[d].dtype != x->dtype) d++;
-  if (d == DTYPES) return emxi_fail(EMX_ERR_DTYPE, "%s: tensor %s has dtype %d, expected f32, f16, bf16, f64 or i32", path, t->name, x->dtype);
+  if (d == DTYPES)
+    return emxi_fail(EMX_ERR_DTYPE, "%s: tensor %s has dtype %d, expected f32, f16, bf16, f64 or i32", path, t->name, x->dtype);
   if (x->ndim < 0 || x->ndim > EMX_MAX_DIMS || x->device != EMX_DEVICE_CPU)
     return emxi_fail(EMX_ERR_SHAPE, "%s: tensor %s has %d dimensions on device kind %d; at most %d on the CPU", path, t->name,
                      x->ndim, x->device, EMX_MAX_DIMS);
@@ -397,7 +402,8 @@ static emx_status layout(const char *path, const emx_named_tensor *tensors, int6
       json_t *shape = json_array();
       int bad = 0;
       for (int d = 0; d < t->tensor.ndim; d++) bad |= json_array_append_new(shape, json_integer(t->tensor.shape[d]));
-      json_t *v = json_pack("{s:s, s:o, s:[I,I]}", "dtype", dtype, "shape", shape, "data_offsets", (json_int_t)at, (json_int_t)end);
+      json_t *v =
+          json_pack("{s:s, s:o, s:[I,I]}", "dtype", dtype, "shape", shape, "data_offsets", (json_int_t)at, (json_int_t)end);
       if (bad || json_object_set_new(header, t->name, v))
         return emxi_fail(EMX_ERR_INVALID, "%s: the name of tensor %lld is not UTF-8, or no memory", path, (long long)i);
       spans[2 + used++] = (emxi_span){t->tensor.data, bytes};
@@ -424,12 +430,14 @@ emx_status emx_checkpoint_write(const char *path, const emx_named_tensor *tensor
   if (!status && n_metadata && json_object_set(header, METADATA, strings))
     status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
   if (!status) status = layout(path, tensors, n, header, spans);
-  if (!status && !(text = json_dumps(header, JSON_COMPACT))) status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
+  if (!status && !(text = json_dumps(header, JSON_COMPACT)))
+    status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
   if (!status) { /* spaces up to the next multiple of 64 bytes, where the data starts */
     size_t length = strlen(text);
     uint64_t header_size = (8 + length + EMXI_ALIGN - 1) / EMXI_ALIGN * EMXI_ALIGN - 8;
     if (header_size > HEADER_MAX)
-      status = emxi_fail(EMX_ERR_INVALID, "%s: a header of %llu bytes is more than readers accept", path, (unsigned long long)header_size);
+      status = emxi_fail(EMX_ERR_INVALID, "%s: a header of %llu bytes is more than readers accept", path,
+                         (unsigned long long)header_size);
     else if (!(padded = emxi_alloc((size_t)header_size)))
       status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %llu bytes", path, (unsigned long long)header_size);
     else {

@@ -35,7 +35,8 @@ static const struct {
   size_t offset;
   int32_t min, max;
 } integers[] = {
-#define FIELD(key, name, min, max) {key, offsetof(emx_model_config, name), min, max}
+#define FIELD(key, name, min, max) \
+  { key, offsetof(emx_model_config, name), min, max }
     FIELD("vocab_size", vocab_size, 1, WIDEST),
     FIELD("hidden_size", hidden_size, 1, WIDEST),
     FIELD("intermediate_size", intermediate_size, 1, WIDEST),
@@ -67,14 +68,16 @@ emx_status emx_model_config_check(const emx_model_config *c) {
   if (c->position_type < EMX_POSITION_NAPE || c->position_type > EMX_POSITION_ROPE)
     return emxi_fail(EMX_ERR_INVALID, "model configuration: position_type is %d, expected EMX_POSITION_*", c->position_type);
   if (c->position_type == EMX_POSITION_ROPE)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "model configuration: position_type rope is not supported yet; nape, alibi and nope are");
+    return emxi_fail(EMX_ERR_UNSUPPORTED,
+                     "model configuration: position_type rope is not supported yet; nape, alibi and nope are");
   if (c->alibi_num_heads < 0 || c->alibi_num_heads > c->num_heads)
     return emxi_fail(EMX_ERR_INVALID, "model configuration: alibi_num_heads is %d, expected 0..%d (num_attention_heads)",
                      c->alibi_num_heads, c->num_heads);
   if (c->alibi_slope_type < EMX_SLOPE_LINEAR || c->alibi_slope_type > EMX_SLOPE_EXP)
     return emxi_fail(EMX_ERR_INVALID, "model configuration: alibi_slope_type is %d, expected EMX_SLOPE_*", c->alibi_slope_type);
   if (c->attn_scale_type < EMX_ATTN_SCALE_NONE || c->attn_scale_type > EMX_ATTN_SCALE_ASENTMAX)
-    return emxi_fail(EMX_ERR_INVALID, "model configuration: attn_scale_type is %d, expected EMX_ATTN_SCALE_*", c->attn_scale_type);
+    return emxi_fail(EMX_ERR_INVALID, "model configuration: attn_scale_type is %d, expected EMX_ATTN_SCALE_*",
+                     c->attn_scale_type);
   if (c->attn_scale_type != EMX_ATTN_SCALE_NONE)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "model configuration: attn_scale_type %s is not supported yet; none is",
                      scale_names[c->attn_scale_type]);
@@ -114,8 +117,7 @@ static emx_status read_number(const reader *r, const char *key, double min, doub
   EMX_TRY(want(r, key, &v));
   if (!json_is_number(v)) return emxi_fail(EMX_ERR_FORMAT, "%s: %s is not a number", r->path, key);
   double x = json_number_value(v);
-  if (!(x >= min && x <= max))
-    return emxi_fail(EMX_ERR_FORMAT, "%s: %s is %g, expected %g..%g", r->path, key, x, min, max);
+  if (!(x >= min && x <= max)) return emxi_fail(EMX_ERR_FORMAT, "%s: %s is %g, expected %g..%g", r->path, key, x, min, max);
   *out = x;
   return EMX_OK;
 }

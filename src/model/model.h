@@ -8,10 +8,10 @@
 
 /* Shape letters here: V vocabulary, W hidden width, F gated width, H query heads, G KV heads, D head dim. Matrices are [out,in]. */
 typedef struct emxi_layer {
-  float *input_norm;           /* [W] */
-  float *wq, *wk, *wv, *wo;    /* [H*D,W], [G*D,W], [G*D,W], [W,H*D] */
-  float *post_norm;            /* [W] */
-  float *gate, *up, *down;     /* [F,W], [F,W], [W,F] */
+  float *input_norm;        /* [W] */
+  float *wq, *wk, *wv, *wo; /* [H*D,W], [G*D,W], [G*D,W], [W,H*D] */
+  float *post_norm;         /* [W] */
+  float *gate, *up, *down;  /* [F,W], [F,W], [W,F] */
 } emxi_layer;
 
 typedef struct emxi_weights {

@@ -152,7 +152,8 @@ emx_status emxi_weights_check(const emx_checkpoint *ck, const emx_model_config *
       return emxi_fail(EMX_ERR_FORMAT, "model weights: tensor %s has shape %s, config.json implies %s", p.name, dims(&t, got),
                        dims(&expected, want));
     if (t.dtype != EMX_F32 && t.dtype != EMX_F16 && t.dtype != EMX_BF16)
-      return emxi_fail(EMX_ERR_FORMAT, "model weights: tensor %s is %s, expected f32, f16 or bf16", p.name, emx_dtype_name(t.dtype));
+      return emxi_fail(EMX_ERR_FORMAT, "model weights: tensor %s is %s, expected f32, f16 or bf16", p.name,
+                       emx_dtype_name(t.dtype));
   }
   if (have == n) return EMX_OK;
   bool *known = emxi_calloc((size_t)have);
@@ -204,7 +205,8 @@ emx_status emxi_weights_save(const char *path, const emx_model_config *c, const 
   uint16_t *narrow = emxi_alloc(bytes);
   emx_status status;
   if (!tensors || !params || !narrow)
-    status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", path, bytes + (size_t)n * (sizeof *tensors + sizeof *params));
+    status =
+        emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", path, bytes + (size_t)n * (sizeof *tensors + sizeof *params));
   else {
     if (bytes)
       for (int64_t i = 0; i < count; i++) narrow[i] = dtype == EMX_F16 ? emxi_f32_to_f16(data[i]) : emxi_f32_to_bf16(data[i]);

@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * A model folder, opened. */
+#include "model.h"
+
+#include <string.h>
+
+emx_status emx_model_open(emx_ctx *ctx, const char *folder, emx_model **out) {
+  if (!ctx || !folder || !out)
+    return emxi_fail(EMX_ERR_INVALID, "emx_model_open: %s is NULL", !ctx ? "ctx" : !folder ? "folder" : "out");
+  if (ctx->device != EMX_DEVICE_CPU)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_model_open: models run on the CPU in this version; open it with a CPU context");
+  emx_model_config config;
+  EMX_TRY(emxi_config_read(folder, &config));
+  char *path = emxi_path_join(folder, "model.safetensors");
+  if (!path) return emxi_fail(EMX_ERR_NOMEM, "emx_model_open: no memory for a path");
+  emx_checkpoint *ck = NULL;
+  emx_model *model = NULL;
+  emx_status status = emx_checkpoint_open(path, &ck);
+  /* Before memory is taken: a small file with a huge config is a bad file, not a shortage. */
+  if (!status && (status = emxi_weights_check(ck, &config))) status = emxi_fail(status, "%s: %s", path, emx_last_error());
+  if (!status && !(model = emxi_calloc(sizeof *model)))
+    status = emxi_fail(EMX_ERR_NOMEM, "emx_model_open: no memory for %zu bytes", sizeof *model);
+  if (!status) {
+    model->ctx = ctx;
+    model->config = config;
+    status = emxi_weights_create(&config, NULL, &model->w);
+  }
+  if (!status) status = emxi_weights_load(ck, &config, model->w.data);
+  emx_checkpoint_close(ck);
+  emxi_free(path);
+  if (status)
+    emx_model_close(model);
+  else
+    *out = model;
+  return status;
+}
+
+void emx_model_close(emx_model *model) {
+  if (!model) return;
+  emxi_weights_destroy(&model->w);
+  emxi_free(model);
+}
+
+emx_status emx_model_get_config(const emx_model *model, emx_model_config *config) {
+  if (!model) return emxi_fail(EMX_ERR_INVALID, "emx_model_get_config: model is NULL");
+  EMXI_CHECK_STRUCT(config, emx_model_config);
+  *config = model->config;
+  return EMX_OK;
+}
