@@ -1,11 +1,174 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Page writes and summaries on the CPU. */
+ * Page writes and summaries on the CPU. One task per (sequence, KV head): it owns those rows of the pool and of the summaries.
+ * A token costs one store of K and V and O(D) for the summaries; K is read back so that summaries describe what was stored. */
+#include "base/num.h"
 #include "cpu/backend_cpu.h"
-emx_status emxi_cpu_kv_write(emx_ctx *ctx, const struct emxi_kv_write *write) {
-  (void)ctx, (void)write;
-  return emxi_fail(EMX_ERR_UNSUPPORTED, "kv_write");
+#include "cpu/kv_kernels.h"
+#include "kv/kv.h"
+
+#define MAX_D 256
+
+/* Running summaries of one page. */
+typedef struct page_state {
+  float lo[MAX_D], hi[MAX_D], mean[MAX_D], m2[MAX_D];
+  int32_t tokens;
+  bool nonfinite;
+} page_state;
+
+static void state_reset(page_state *s, int d) {
+  for (int i = 0; i < d; i++) {
+    s->lo[i] = INFINITY;
+    s->hi[i] = -INFINITY;
+    s->mean[i] = s->m2[i] = 0;
+  }
+  s->tokens = 0;
+  s->nonfinite = false;
 }
+
+static void state_load(const emxi_table *k, const emx_kv *kv, int32_t page, int32_t head, int32_t tokens, page_state *s) {
+  state_reset(s, kv->D);
+  if (kv->minmax) {
+    const char *lo = emxi_kv_minmax(kv, page, head);
+    k->load[emxi_slot(kv->dtype)](lo, kv->D, s->lo);
+    k->load[emxi_slot(kv->dtype)](lo + (size_t)kv->D * emx_dtype_size(kv->dtype), kv->D, s->hi);
+  }
+  if (kv->moments) {
+    const float *m = emxi_kv_moments(kv, page, head);
+    memcpy(s->mean, m, (size_t)kv->D * sizeof(float));
+    memcpy(s->m2, m + kv->D, (size_t)kv->D * sizeof(float));
+  }
+  s->tokens = tokens;
+  s->nonfinite = (*emxi_kv_mark(kv, page, head) & EMXI_MARK_NONFINITE) != 0;
+}
+
+static void store_row(const float *src, int32_t dtype, int d, char *dst) {
+  if (dtype == EMX_F32)
+    memcpy(dst, src, (size_t)d * sizeof(float));
+  else if (dtype == EMX_BF16)
+    for (int i = 0; i < d; i++) ((uint16_t *)dst)[i] = emxi_f32_to_bf16(src[i]);
+  else
+    for (int i = 0; i < d; i++) ((uint16_t *)dst)[i] = emxi_f32_to_f16(src[i]);
+}
+
+/* The stored token `token` of the page enters the state. */
+static void state_add(const emxi_table *k, const emx_kv *kv, int32_t page, int32_t head, int32_t token, page_state *s) {
+  float x[MAX_D];
+  k->load[emxi_slot(kv->dtype)](emxi_kv_k(kv, page, head, token), kv->D, x);
+  s->tokens++;
+  s->nonfinite |= k->kv->fold(x, kv->D, 1.0f / (float)s->tokens, s->lo, s->hi, s->mean, s->m2);
+}
+
+/* >= max ||k - mean|| over the page. Each computed square of a distance is within (D+3) 2^-24 of the true one, relatively, plus D 2^-149
+ * for underflow, whose root is below 1e-21. */
+static float page_radius(const emxi_table *k, const emx_kv *kv, int32_t page, int32_t head, const float *mean) {
+  float worst = 0;
+  for (int32_t t = 0; t < kv->P; t++) {
+    float x[MAX_D];
+    k->load[emxi_slot(kv->dtype)](emxi_kv_k(kv, page, head, t), kv->D, x);
+    float d2 = k->kv->distance2(x, mean, kv->D);
+    if (!(d2 <= worst)) worst = d2;
+  }
+  double r = sqrt((double)worst * (1.0 + (kv->D + 8) * 0x1p-23)) + 1e-21;
+  float up = nextafterf((float)r, INFINITY);
+  return up == up ? up : INFINITY;
+}
+
+static void state_store(const emxi_table *k, const emx_kv *kv, int32_t page, int32_t head, const page_state *s) {
+  if (kv->minmax) { /* these are elements of K: the conversion is exact */
+    char *lo = emxi_kv_minmax(kv, page, head);
+    store_row(s->lo, kv->dtype, kv->D, lo);
+    store_row(s->hi, kv->dtype, kv->D, lo + (size_t)kv->D * emx_dtype_size(kv->dtype));
+  }
+  if (kv->moments) {
+    float *m = emxi_kv_moments(kv, page, head);
+    memcpy(m, s->mean, (size_t)kv->D * sizeof(float));
+    memcpy(m + kv->D, s->m2, (size_t)kv->D * sizeof(float));
+    m[2 * kv->D] = s->tokens == kv->P ? page_radius(k, kv, page, head, s->mean) : INFINITY;
+  }
+  *emxi_kv_mark(kv, page, head) = s->nonfinite ? EMXI_MARK_NONFINITE : 0;
+}
+
+typedef struct job {
+  const emxi_table *k;
+  emx_kv *kv;
+  const emxi_kv_write *w;
+  const int32_t *pages, *tokens;
+} job;
+
+static void copy_page(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  const emx_kv *kv = j->kv;
+  const emxi_kv_copy *c = &j->w->copies[i / kv->G];
+  const int32_t head = (int32_t)(i % kv->G);
+  const size_t row = (size_t)kv->D * emx_dtype_size(kv->dtype);
+  (void)worker;
+  for (int32_t t = 0; t < c->tokens; t++) {
+    memcpy((char *)emxi_kv_k(kv, c->to, head, t), emxi_kv_k(kv, c->from, head, t), row);
+    memcpy((char *)emxi_kv_v(kv, c->to, head, t), emxi_kv_v(kv, c->from, head, t), row);
+  }
+  if (kv->sum_tokens[c->to] != c->tokens) return; /* summaries of other tokens: the write rebuilds them */
+  if (kv->minmax) memcpy(emxi_kv_minmax(kv, c->to, head), emxi_kv_minmax(kv, c->from, head), 2 * row);
+  if (kv->moments)
+    memcpy(emxi_kv_moments(kv, c->to, head), emxi_kv_moments(kv, c->from, head), (size_t)kv->moments_ld * sizeof(float));
+  *emxi_kv_mark(kv, c->to, head) = *emxi_kv_mark(kv, c->from, head);
+}
+
+static void write_tokens(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  const emx_kv *kv = j->kv;
+  const emxi_kv_write *w = j->w;
+  const int32_t b = (int32_t)(i / kv->G), head = (int32_t)(i % kv->G), n = w->n ? w->n[b] : w->t;
+  const size_t es = emx_dtype_size(w->dtype), row = (size_t)kv->D * es;
+  const bool same = w->dtype == kv->dtype;
+  (void)worker;
+  int64_t length;
+  const int32_t *table = emxi_kv_entry(kv, w->batch, b, &length);
+  const char *k = w->k + (size_t)(b * w->k_stride[0] + head * w->k_stride[1]) * es;
+  const char *v = w->v + (size_t)(b * w->v_stride[0] + head * w->v_stride[1]) * es;
+  page_state s;
+  for (int32_t done = 0; done < n;) {
+    const int32_t page = table[(length + done) / kv->P], first = (int32_t)((length + done) % kv->P);
+    const int32_t count = kv->P - first < n - done ? kv->P - first : n - done;
+    if (first && kv->sum_tokens[page] == first) {
+      state_load(j->k, kv, page, head, first, &s);
+    } else {
+      state_reset(&s, kv->D);
+      for (int32_t t = 0; t < first; t++) state_add(j->k, kv, page, head, t, &s);
+    }
+    for (int32_t t = first; t < first + count; t++, done++) {
+      const char *kr = k + (size_t)(done * w->k_stride[2]) * es, *vr = v + (size_t)(done * w->v_stride[2]) * es;
+      char *kt = (char *)emxi_kv_k(kv, page, head, t), *vt = (char *)emxi_kv_v(kv, page, head, t);
+      if (same) {
+        memcpy(kt, kr, row);
+        memcpy(vt, vr, row);
+      } else {
+        store_row((const float *)kr, kv->dtype, kv->D, kt);
+        store_row((const float *)vr, kv->dtype, kv->D, vt);
+      }
+      state_add(j->k, kv, page, head, t, &s);
+    }
+    state_store(j->k, kv, page, head, &s);
+  }
+}
+
+emx_status emxi_cpu_kv_write(emx_ctx *ctx, const emxi_kv_write *w) {
+  job j = {.k = emxi_cpu_of(ctx)->k, .kv = w->kv, .w = w};
+  EMX_TRY(emxi_parallel(ctx, (int64_t)w->n_copies * w->kv->G, copy_page, &j));
+  return emxi_parallel(ctx, (int64_t)w->batch->batch * w->kv->G, write_tokens, &j);
+}
+
+static void summarize_page(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  const emx_kv *kv = j->kv;
+  const int32_t page = j->pages[i / kv->G], head = (int32_t)(i % kv->G), n = j->tokens ? j->tokens[i / kv->G] : kv->P;
+  (void)worker;
+  page_state s;
+  state_reset(&s, kv->D);
+  for (int32_t t = 0; t < n; t++) state_add(j->k, kv, page, head, t, &s);
+  if (n) state_store(j->k, kv, page, head, &s);
+}
+
 emx_status emxi_cpu_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n) {
-  (void)ctx, (void)kv, (void)pages, (void)tokens, (void)n;
-  return emxi_fail(EMX_ERR_UNSUPPORTED, "kv_summarize");
+  job j = {.k = emxi_cpu_of(ctx)->k, .kv = kv, .pages = pages, .tokens = tokens};
+  return emxi_parallel(ctx, n * kv->G, summarize_page, &j);
 }

@@ -1,0 +1,156 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * The paged KV cache and the resolved arguments of its back-end operations.
+ *
+ * A page's summaries describe its first sum_tokens[page] tokens. The number is 0 when they describe nothing. They are trusted only
+ * where that number is the number of tokens a sequence sees in the page, so a truncated, recycled or half-written page is never
+ * misjudged: it is read, and its summaries are rebuilt from K before the next token goes in.
+ */
+#ifndef EMXI_KV_H
+#define EMXI_KV_H
+
+#include "base/backend.h"
+#include "base/base.h"
+
+/* A longer sequence would not fit the int32 positions and lengths of the interface. */
+#define EMXI_KV_MAX_LEN ((int64_t)INT32_MAX - 4096)
+
+/* Marks of (page, KV head). */
+enum { EMXI_MARK_NONFINITE = 1 };
+
+typedef struct emxi_kv_seq {
+  int64_t length;
+  int64_t n_pages;
+  bool used;
+} emxi_kv_seq;
+
+struct emx_kv {
+  emx_ctx *ctx;
+  int32_t dtype, G, D, P, layout, summaries, max_seqs;
+  int64_t max_pages;
+
+  /* The pool: element (page, head, token, d) is at page*stride_page + head*stride_head + token*stride_token + d. */
+  char *k, *v;
+  int64_t k_page, k_head, k_token;
+  int64_t v_page, v_head, v_token;
+
+  /* Summaries in device memory, by page and KV head. */
+  void *minmax;       /* [M,G,2,D] cache dtype: minimum, then maximum */
+  float *moments;     /* [M,G,moments_ld]: mean [D], m2 [D], radius */
+  uint8_t *marks;     /* [M,G] EMXI_MARK_* */
+  int64_t moments_ld; /* 2 D + 1, rounded up to a 64-byte line */
+
+  /* Host side. */
+  int32_t *sum_tokens; /* [M] */
+  int32_t *refs;       /* [M] sequences that hold the page */
+  int32_t *free_list;  /* [M] stack */
+  int64_t n_free;
+  uint32_t *stamp, stamp_now; /* [M] duplicate check */
+  emxi_kv_seq *seqs;          /* [max_seqs] */
+  int32_t *tables;            /* [max_seqs, max_pages] */
+  struct emxi_kv_copy *copies; /* [max_seqs] */
+  int32_t n_seqs;
+
+  int64_t bytes_kv, bytes_summary;
+  void *device_block, *host_block;
+};
+
+/* Copy-on-write of the first `tokens` tokens. */
+typedef struct emxi_kv_copy {
+  int32_t from, to, tokens;
+  int32_t batch; /* which entry of the batch asked for it */
+} emxi_kv_copy;
+
+/* Append: copies first, then entry b's n[b] new tokens from position length(b) on. Block tables already hold the pages. */
+typedef struct emxi_kv_write {
+  emx_kv *kv;
+  const emx_kv_batch *batch;
+  const int32_t *n; /* [B], or NULL: t each */
+  int32_t t;
+  int32_t dtype; /* of k and v: the cache's, or f32 */
+  const char *k, *v;
+  int64_t k_stride[3], v_stride[3]; /* batch, head, token; elements */
+  const emxi_kv_copy *copies;
+  int32_t n_copies;
+} emxi_kv_write;
+
+/* Block table and length of batch entry b. */
+static inline const int32_t *emxi_kv_entry(const emx_kv *kv, const emx_kv_batch *batch, int32_t b, int64_t *length) {
+  if (batch->seqs) {
+    *length = kv->seqs[batch->seqs[b]].length;
+    return kv->tables + (int64_t)batch->seqs[b] * kv->max_pages;
+  }
+  *length = batch->seq_lens[b];
+  return batch->block_table + (int64_t)b * batch->block_table_stride;
+}
+
+static inline int64_t emxi_kv_pages_of(const emx_kv *kv, int64_t tokens) { return (tokens + kv->P - 1) / kv->P; }
+static inline const char *emxi_kv_k(const emx_kv *kv, int32_t page, int32_t head, int64_t token) {
+  return kv->k + (size_t)(page * kv->k_page + head * kv->k_head + token * kv->k_token) * emx_dtype_size(kv->dtype);
+}
+static inline const char *emxi_kv_v(const emx_kv *kv, int32_t page, int32_t head, int64_t token) {
+  return kv->v + (size_t)(page * kv->v_page + head * kv->v_head + token * kv->v_token) * emx_dtype_size(kv->dtype);
+}
+/* Minimum of (page, head); the maximum follows D elements later. */
+static inline char *emxi_kv_minmax(const emx_kv *kv, int32_t page, int32_t head) {
+  return (char *)kv->minmax + (size_t)(((int64_t)page * kv->G + head) * 2 * kv->D) * emx_dtype_size(kv->dtype);
+}
+/* mean [D], m2 [D], radius. */
+static inline float *emxi_kv_moments(const emx_kv *kv, int32_t page, int32_t head) {
+  return kv->moments + ((int64_t)page * kv->G + head) * kv->moments_ld;
+}
+static inline uint8_t *emxi_kv_mark(const emx_kv *kv, int32_t page, int32_t head) {
+  return kv->marks + (int64_t)page * kv->G + head;
+}
+
+/* Everything about the batch is in range: sequences exist and are distinct, tables are wide enough for `extra` more tokens each (n
+ * may be NULL: extra for all), every page index that would be touched lies in the pool. */
+emx_status emxi_kv_check_batch(const emx_kv *kv, const emx_kv_batch *batch, const int32_t *n, int64_t extra, const char *who);
+/* emx_kv_append with the layout of k_new and v_new named. The context's lock is held. */
+emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_tensor *k_new, const emx_tensor *v_new,
+                          const int32_t *n, int32_t layout, const char *who);
+/* Shape and dtype of new tokens; *t their number. */
+emx_status emxi_kv_check_new(const emx_ctx *ctx, const emx_kv *kv, int32_t batch, const emx_tensor *k_new, const emx_tensor *v_new,
+                             int32_t layout, const char *who, int32_t *t);
+/* emx_seq_truncate without checks. */
+void emxi_kv_truncate(emx_kv *kv, int32_t seq, int64_t length);
+
+/* A selection or a decode, resolved: every pointer has been checked. The batch is as it is after the append, except that the
+ * caller's own lengths need `added` more. */
+typedef struct emxi_decode {
+  const emx_kv *kv;
+  const emx_kv_batch *batch;
+  int32_t added;
+  bool select_only;
+  int32_t B, H, S;
+  emx_select_desc select;
+  double alpha;
+  float scale;
+  int64_t max_len; /* longest sequence of the batch: sizes the workspace */
+  const char *q;
+  int32_t q_dtype, o_dtype;
+  int64_t q_stride[3], o_stride[3]; /* batch, head, token */
+  char *o;
+  const float *slopes; /* [H] or NULL */
+  int32_t *pages;      /* element (b,h,s,i) */
+  int64_t pages_stride[4], pages_width;
+  int32_t *n_pages;
+  int64_t n_pages_stride[3];
+  float *bound;
+  int64_t bound_stride[3];
+  char *reports;
+  int64_t report_stride;
+} emxi_decode;
+
+static inline const int32_t *emxi_decode_entry(const emxi_decode *d, int32_t b, int64_t *length) {
+  const int32_t *table = emxi_kv_entry(d->kv, d->batch, b, length);
+  if (!d->batch->seqs) *length += d->added;
+  return table;
+}
+
+/* Checks and resolves everything except the page lists' contents and the workspace. `after`: tokens that an append will add first. */
+emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io, bool select_only,
+                               const char *who, emxi_decode *out);
+/* Batch against the resolved shapes; max_len; contents of the caller's page lists. `after`: tokens an append will add to each. */
+emx_status emxi_decode_bind(emxi_decode *d, const emx_kv_batch *batch, int32_t after, const char *who);
+
+#endif
