@@ -34,7 +34,7 @@ const char *emx_status_name(emx_status status) {
                                       "EMX_ERR_UNSUPPORTED", "EMX_ERR_NOMEM",  "EMX_ERR_WORKSPACE", "EMX_ERR_IO",
                                       "EMX_ERR_FORMAT",   "EMX_ERR_DEVICE",    "EMX_ERR_STATE",     "EMX_ERR_CANCELLED",
                                       "EMX_ERR_NONFINITE", "EMX_ERR_INTERNAL"};
-  if (status > 0 || -status >= (int)(sizeof names / sizeof *names)) return "unknown status";
+  if (status > 0 || status <= -(int)(sizeof names / sizeof *names)) return "unknown status";
   return names[-status];
 }
 

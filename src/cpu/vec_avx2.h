@@ -70,11 +70,16 @@ INL void vd_storen(float *p, VD v, int n) {
 }
 INL VD vd_set1(double a) { return _mm256_set1_pd(a); }
 INL VD vd_add(VD a, VD b) { return _mm256_add_pd(a, b); }
+INL VD vd_sub(VD a, VD b) { return _mm256_sub_pd(a, b); }
 INL VD vd_mul(VD a, VD b) { return _mm256_mul_pd(a, b); }
 INL VD vd_fma(VD a, VD b, VD c) { return _mm256_fmadd_pd(a, b, c); }
 INL VD vd_fms(VD a, VD b, VD c) { return _mm256_fmsub_pd(a, b, c); }
 INL VD vd_pos(VD a) { return _mm256_max_pd(a, _mm256_setzero_pd()); }
 INL unsigned vd_gt0(VD a) { return (unsigned)_mm256_movemask_pd(_mm256_cmp_pd(a, _mm256_setzero_pd(), _CMP_GT_OQ)); }
+/* Lane l plus lane l + VDL, in double. */
+INL VD vd_fold(VF a) {
+  return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
+}
 INL double vd_hsum(VD a) {
   __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));

@@ -59,11 +59,16 @@ INL void vd_store(float *p, VD v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
 INL void vd_storen(float *p, VD v, int n) { _mm256_mask_storeu_ps(p, (__mmask8)((1u << n) - 1), _mm512_cvtpd_ps(v)); }
 INL VD vd_set1(double a) { return _mm512_set1_pd(a); }
 INL VD vd_add(VD a, VD b) { return _mm512_add_pd(a, b); }
+INL VD vd_sub(VD a, VD b) { return _mm512_sub_pd(a, b); }
 INL VD vd_mul(VD a, VD b) { return _mm512_mul_pd(a, b); }
 INL VD vd_fma(VD a, VD b, VD c) { return _mm512_fmadd_pd(a, b, c); }
 INL VD vd_fms(VD a, VD b, VD c) { return _mm512_fmsub_pd(a, b, c); }
 INL VD vd_pos(VD a) { return _mm512_max_pd(a, _mm512_setzero_pd()); }
 INL unsigned vd_gt0(VD a) { return _mm512_cmp_pd_mask(a, _mm512_setzero_pd(), _CMP_GT_OQ); }
+/* Lane l plus lane l + VDL, in double. */
+INL VD vd_fold(VF a) {
+  return _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));
+}
 INL double vd_hsum(VD a) {
   __m256d h = _mm256_add_pd(_mm512_castpd512_pd256(a), _mm512_extractf64x4_pd(a, 1));
   __m128d s = _mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));

@@ -43,11 +43,13 @@ INL void vd_storen(REAL *p, VD v, int n) {
 }
 INL VD vd_set1(double a) { return a; }
 INL VD vd_add(VD a, VD b) { return a + b; }
+INL VD vd_sub(VD a, VD b) { return a - b; }
 INL VD vd_mul(VD a, VD b) { return a * b; }
 INL VD vd_fma(VD a, VD b, VD c) { return fma(a, b, c); }
 INL VD vd_fms(VD a, VD b, VD c) { return fma(a, b, -c); }
 INL VD vd_pos(VD a) { return a > 0 ? a : 0; } /* NaN gives 0 */
 INL unsigned vd_gt0(VD a) { return a > 0; }
+INL VD vd_fold(VF a) { return a; }
 INL double vd_hsum(VD a) { return a; }
 #ifdef EMXI_F32
 INL VF v_load_f16(const uint16_t *p) { return emxi_f16_to_f32(*p); }

@@ -27,13 +27,16 @@ static emx_status check_rows(emx_ctx *ctx, const emx_tensor *t, const emx_tensor
   return EMX_OK;
 }
 
+/* Empty rows may have no data at all, and NULL takes no offset. */
+static int64_t row_stride(const emx_tensor *t) { return t->shape[1] ? t->stride[0] : 0; }
+
 static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *x, const emx_tensor *p, const emx_tensor *tau,
                           const emx_tensor *support) {
   static const char who[] = "emx_entmax_forward";
   EMX_TRY(check_rows(ctx, x, NULL, who, "x"));
   EMX_TRY(check_rows(ctx, p, x, who, "p"));
   emxi_rows r = {.alpha = desc->alpha, .rows = x->shape[0], .n = x->shape[1], .dtype = x->dtype, .x = x->data, .p = p->data,
-                 .ldx = x->stride[0], .ldp = p->stride[0]};
+                 .ldx = row_stride(x), .ldp = row_stride(p)};
   if (tau) {
     EMX_TRY(emxi_tensor_expect(ctx, tau, 1, x->shape, who, "tau"));
     if (tau->dtype != EMX_F32 && tau->dtype != EMX_F64) return emxi_fail(EMX_ERR_DTYPE, "%s: tau must be f32 or f64", who);
@@ -64,7 +67,7 @@ static emx_status backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_
   EMX_TRY(check_rows(ctx, dp, p, who, "dp"));
   EMX_TRY(check_rows(ctx, dx, p, who, "dx"));
   emxi_rows r = {.alpha = desc->alpha, .rows = p->shape[0], .n = p->shape[1], .dtype = p->dtype, .x = dp->data, .p_in = p->data,
-                 .p = dx->data, .ldx = dp->stride[0], .ldp_in = p->stride[0], .ldp = dx->stride[0]};
+                 .p = dx->data, .ldx = row_stride(dp), .ldp_in = row_stride(p), .ldp = row_stride(dx)};
   return ctx->backend->entmax_backward(ctx, &r);
 }
 
