@@ -240,12 +240,23 @@ emx_status emxi_rmsnorm_backward(emx_ctx *ctx, const float *x, const float *w, c
 
 /* --------------------------------------------------------------------------------------------------------- element-wise */
 
+/* a > b ? yes : no, by bits: a conditional would be turned into a branch, which stops vectorisation. */
+static inline float greater(float a, float b, float yes, float no) {
+  uint32_t y, n;
+  memcpy(&y, &yes, 4);
+  memcpy(&n, &no, 4);
+  const uint32_t mask = -(uint32_t)(a > b);
+  n = (y & mask) | (n & ~mask);
+  memcpy(&no, &n, 4);
+  return no;
+}
+
 /* e^x in plain arithmetic, so that loops vectorise: x = n ln 2 + r with n by the rounding constant, a polynomial of degree 6 on |r| <= ln 2 / 2
  * (Taylor: the first dropped term is below 1.2e-7 relative), 2^n through the exponent. Clamped to where 2^n is a normal number:
  * e^x < 1.2e-38 gives 1.2e-38. NaN stays NaN. */
 static inline float exp_f32(float x) {
-  x = x > 88.0f ? 88.0f : x;
-  x = x < -87.3f ? -87.3f : x;
+  x = greater(x, 88.0f, 88.0f, x);
+  x = greater(-87.3f, x, -87.3f, x);
   const float shifted = x * 1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   uint32_t bits;
@@ -344,8 +355,14 @@ struct entropy {
 CLONES static void entropy_rows(const struct entropy *p, int64_t row, int64_t rows) {
   const int64_t v = p->v;
   for (int64_t r = row; r < row + rows; r++) {
-    float *z = p->logits + r * v, max = -INFINITY, sum;
-    for (int64_t i = 0; i < v; i++) max = z[i] > max ? z[i] : max;
+    float *z = p->logits + r * v, top[LANES], max, sum;
+    for (int j = 0; j < LANES; j++) top[j] = -INFINITY;
+    int64_t at = 0;
+    for (; at + LANES <= v; at += LANES)
+      for (int j = 0; j < LANES; j++) top[j] = greater(z[at + j], top[j], z[at + j], top[j]);
+    for (int j = 0; at + j < v; j++) top[j] = greater(z[at + j], top[j], z[at + j], top[j]);
+    max = top[0];
+    for (int j = 1; j < LANES; j++) max = greater(top[j], max, top[j], max);
     const float at_target = z[p->targets[r]];
     if (p->grad_scale == 0) {
       SUM_LANES(sum, v, exp_f32(z[e] - max));
