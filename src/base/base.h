@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Exported for libentmax_model, which shares the error text, the allocator and the workers; not part of the ABI. */
+/* Exported for libentmax_model, which shares the error text, the allocator, the arena and the workers; not part of the ABI. */
 #define EMXI_SHARED EMX_API
 
 #define EMXI_MAX_THREADS 256
@@ -56,13 +56,13 @@ typedef struct emxi_arena {
   size_t used, size;
   bool overflow;
 } emxi_arena;
-void emxi_arena_init(emxi_arena *a, void *base, size_t size);
+EMXI_SHARED void emxi_arena_init(emxi_arena *a, void *base, size_t size);
 /* count * size bytes, 64-byte aligned; NULL while counting, or when it does not fit (a->overflow). */
-void *emxi_arena_take(emxi_arena *a, int64_t count, size_t size);
+EMXI_SHARED void *emxi_arena_take(emxi_arena *a, int64_t count, size_t size);
 /* Bytes to ask the caller for, with room to align an unaligned buffer. */
-size_t emxi_arena_total(const emxi_arena *a);
+EMXI_SHARED size_t emxi_arena_total(const emxi_arena *a);
 /* EMX_ERR_WORKSPACE if anything did not fit. */
-emx_status emxi_arena_check(const emxi_arena *a, const char *who);
+EMXI_SHARED emx_status emxi_arena_check(const emxi_arena *a, const char *who);
 
 /* -- tensors */
 bool emxi_is_float(int32_t dtype);

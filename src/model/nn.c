@@ -7,22 +7,6 @@
 #include <math.h>
 #include <string.h>
 
-/* Element-wise loops are compiled for AVX2 as well. Contraction is off, so both clones give the same bits. Sanitizers' run-times
- * are not up yet when the loader resolves clones. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define CLONES
-#endif
-/* Elements of one index depend on that index alone, though arrays may be the same one. */
-#if defined(__clang__)
-#define NO_DEPENDENCE _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
-#define NO_DEPENDENCE _Pragma("GCC ivdep")
-#else
-#define NO_DEPENDENCE
-#endif
-
 enum { LANES = 16, SPAN = 16384 /* elements that make a task of an element-wise pass worth its hand-out */ };
 
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -101,7 +85,7 @@ static emx_status gemm_run(emx_ctx *ctx, struct gemm *g, const char *who) {
 }
 
 /* One row times a matrix streams the weights once: each output is a dot product in LANES partial sums. */
-CLONES static void gemv_rows(const float *x, const float *w, float *y, int64_t in, int64_t rows, float beta) {
+EMXI_CLONES static void gemv_rows(const float *x, const float *w, float *y, int64_t in, int64_t rows, float beta) {
   for (int64_t r = 0; r < rows; r++, w += in) {
     float acc[4][LANES] = {{0}};
     int64_t i = 0;
@@ -176,14 +160,14 @@ struct norm {
   bool accumulate;
 };
 
-CLONES static void norm_rows(const struct norm *p, int64_t row, int64_t rows) {
+EMXI_CLONES static void norm_rows(const struct norm *p, int64_t row, int64_t rows) {
   const int64_t d = p->d;
   for (int64_t r = row; r < row + rows; r++) {
     const float *x = p->x + r * d, *w = p->w;
     float *y = p->y + r * d, sum;
     SUM_LANES(sum, d, x[e] * x[e]);
     const float rstd = (float)(1 / sqrt((double)sum / (double)d + p->eps));
-    NO_DEPENDENCE
+    EMXI_ELEMENTWISE
     for (int64_t i = 0; i < d; i++) y[i] = x[i] * rstd * w[i];
     if (p->rstd) p->rstd[r] = rstd;
   }
@@ -199,7 +183,7 @@ emx_status emxi_rmsnorm(emx_ctx *ctx, const float *x, const float *w, double eps
   return emxi_parallel(ctx, ceil_div(m, p.tile), norm_task, &p);
 }
 
-CLONES static void norm_backward_rows(const struct norm *p, int64_t row, int64_t rows, float *dw) {
+EMXI_CLONES static void norm_backward_rows(const struct norm *p, int64_t row, int64_t rows, float *dw) {
   const int64_t d = p->d;
   const float *w = p->w;
   memset(dw, 0, (size_t)d * sizeof(float));
@@ -208,13 +192,13 @@ CLONES static void norm_backward_rows(const struct norm *p, int64_t row, int64_t
     float *dx = p->dx + r * d, sum;
     SUM_LANES(sum, d, dy[e] * w[e] * x[e]);
     const float c = (float)((double)sum * rstd * rstd * rstd / (double)d); /* of x: rstd * rstd * mean(g h) with h = x rstd */
-    NO_DEPENDENCE
+    EMXI_ELEMENTWISE
     for (int64_t i = 0; i < d; i++) dw[i] += dy[i] * (x[i] * rstd);
     if (p->accumulate) {
-      NO_DEPENDENCE
+      EMXI_ELEMENTWISE
       for (int64_t i = 0; i < d; i++) dx[i] += rstd * (dy[i] * w[i]) - c * x[i];
     } else {
-      NO_DEPENDENCE
+      EMXI_ELEMENTWISE
       for (int64_t i = 0; i < d; i++) dx[i] = rstd * (dy[i] * w[i]) - c * x[i];
     }
   }
@@ -279,9 +263,9 @@ struct glu {
   int64_t n;
 };
 
-CLONES static void swiglu_span(const float *gate, const float *up, float *out, int64_t n) {
-  NO_DEPENDENCE
-  for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
+EMXI_CLONES static void swiglu_span(const float *gate, const float *up, float *out, int64_t n) {
+  EMXI_ELEMENTWISE
+  for (int64_t i = 0; i < n; i++) out[i] = gate[i] * (1.0f / (1.0f + exp_f32(-gate[i]))) * up[i];
 }
 static void swiglu_task(void *arg, int64_t index, int32_t worker) {
   (void)worker;
@@ -294,23 +278,26 @@ emx_status emxi_swiglu(emx_ctx *ctx, const float *gate, const float *up, float *
   return emxi_parallel(ctx, ceil_div(n, SPAN), swiglu_task, &p);
 }
 
-/* s = sigmoid(gate): dgate = dout up s (1 + gate (1 - s)), dup = dout gate s */
-CLONES static void swiglu_backward_span(const float *gate, const float *up, const float *dout, float *dgate, float *dup, int64_t n) {
-  NO_DEPENDENCE
+/* s = sigmoid(gate): dgate = dout up s (1 + gate (1 - s)), dup = dout gate s; out has the bits of swiglu_span. */
+EMXI_CLONES static void swiglu_backward_span(const float *gate, const float *up, const float *dout, float *dgate, float *dup,
+                                             float *out, int64_t n) {
+  EMXI_ELEMENTWISE
   for (int64_t i = 0; i < n; i++) {
     const float g = gate[i], u = up[i], d = dout[i], s = 1.0f / (1.0f + exp_f32(-g));
     dgate[i] = d * u * s * (1.0f + g * (1.0f - s));
     dup[i] = d * g * s;
+    out[i] = g * s * u;
   }
 }
 static void swiglu_backward_task(void *arg, int64_t index, int32_t worker) {
   (void)worker;
   const struct glu *p = arg;
   const int64_t at = index * SPAN;
-  swiglu_backward_span(p->gate + at, p->up + at, p->dout + at, p->dgate + at, p->dup + at, min64(SPAN, p->n - at));
+  swiglu_backward_span(p->gate + at, p->up + at, p->dout + at, p->dgate + at, p->dup + at, p->out + at, min64(SPAN, p->n - at));
 }
-emx_status emxi_swiglu_backward(emx_ctx *ctx, const float *gate, const float *up, const float *dout, float *dgate, float *dup, int64_t n) {
-  struct glu p = {.gate = gate, .up = up, .dout = dout, .dgate = dgate, .dup = dup, .n = n};
+emx_status emxi_swiglu_backward(emx_ctx *ctx, const float *gate, const float *up, const float *dout, float *dgate, float *dup, float *out,
+                                int64_t n) {
+  struct glu p = {.gate = gate, .up = up, .dout = dout, .dgate = dgate, .dup = dup, .out = out, .n = n};
   return emxi_parallel(ctx, ceil_div(n, SPAN), swiglu_backward_task, &p);
 }
 
@@ -352,7 +339,7 @@ struct entropy {
   int64_t m, v, tile;
 };
 
-CLONES static void entropy_rows(const struct entropy *p, int64_t row, int64_t rows) {
+EMXI_CLONES static void entropy_rows(const struct entropy *p, int64_t row, int64_t rows) {
   const int64_t v = p->v;
   for (int64_t r = row; r < row + rows; r++) {
     float *z = p->logits + r * v, top[LANES], max, sum;
@@ -367,11 +354,11 @@ CLONES static void entropy_rows(const struct entropy *p, int64_t row, int64_t ro
     if (p->grad_scale == 0) {
       SUM_LANES(sum, v, exp_f32(z[e] - max));
     } else {
-      NO_DEPENDENCE
+      EMXI_ELEMENTWISE
       for (int64_t i = 0; i < v; i++) z[i] = exp_f32(z[i] - max);
       SUM_LANES(sum, v, z[e]);
       const float scale = p->grad_scale / sum;
-      NO_DEPENDENCE
+      EMXI_ELEMENTWISE
       for (int64_t i = 0; i < v; i++) z[i] *= scale;
       z[p->targets[r]] -= p->grad_scale;
     }

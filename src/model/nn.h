@@ -9,6 +9,22 @@
 
 #include "base/base.h"
 
+/* For functions of plain element-wise loops: compiled for AVX2 as well. Contraction is off, so both clones give the same bits.
+ * Sanitizers' run-times are not up yet when the loader resolves clones. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define EMXI_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define EMXI_CLONES
+#endif
+/* Before a loop whose elements depend on their own index alone, though arrays may be the same one. */
+#if defined(__clang__)
+#define EMXI_ELEMENTWISE _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define EMXI_ELEMENTWISE _Pragma("GCC ivdep")
+#else
+#define EMXI_ELEMENTWISE
+#endif
+
 /* y [m,out] = (accumulate ? y : 0) + x [m,in] w^T, w [out,in]. */
 emx_status emxi_linear(emx_ctx *ctx, const float *x, const float *w, float *y, int64_t m, int64_t in, int64_t out, bool accumulate);
 /* y = residual [m,out] + x w^T, in one pass over y. */
@@ -30,8 +46,9 @@ emx_status emxi_rmsnorm_backward(emx_ctx *ctx, const float *x, const float *w, c
 
 /* out = silu(gate) * up, n elements; out may be gate or up. */
 emx_status emxi_swiglu(emx_ctx *ctx, const float *gate, const float *up, float *out, int64_t n);
-/* dgate, dup from dout; each may be gate, up or dout. */
-emx_status emxi_swiglu_backward(emx_ctx *ctx, const float *gate, const float *up, const float *dout, float *dgate, float *dup, int64_t n);
+/* dgate, dup from dout, and out once more, which the forward pass then need not keep. Each may be gate, up or dout. */
+emx_status emxi_swiglu_backward(emx_ctx *ctx, const float *gate, const float *up, const float *dout, float *dgate, float *dup, float *out,
+                                int64_t n);
 
 /* x [m,d] = rows of table; tokens must be valid. */
 void emxi_embed(const float *table, const int32_t *tokens, float *x, int64_t m, int64_t d);

@@ -183,7 +183,8 @@ static double silu(double g) { return g / (1 + exp(-g)); }
 static void test_swiglu(void **state) {
   (void)state;
   enum { N = 40000 };
-  float *gate = normals(1, N), *up = normals(2, N), *dout = normals(3, N), *out = normals(4, N), *dgate = normals(5, N), *dup = normals(6, N);
+  float *gate = normals(1, N), *up = normals(2, N), *dout = normals(3, N), *out = normals(4, N), *dgate = normals(5, N), *dup = normals(6, N),
+        *again = normals(7, N);
   double *want = emxi_alloc(3 * N * 8);
   for (int i = 0; i < N; i++) gate[i] *= i < 30000 ? 3 : 40;
   gate[0] = 1e4f, gate[1] = -1e4f, gate[2] = -87.5f, gate[3] = 0, gate[4] = -0.0f;
@@ -200,18 +201,20 @@ static void test_swiglu(void **state) {
   for (int c = 0; c < CONTEXTS; c++) { /* the exponential is good to 2e-7, the rest rounds a few times */
     assert_int_equal(emxi_swiglu(contexts[c], gate, up, out, N), EMX_OK);
     expect("out", out, want, N, 1e-6);
-    assert_int_equal(emxi_swiglu_backward(contexts[c], gate, up, dout, dgate, dup, N), EMX_OK);
+    assert_int_equal(emxi_swiglu_backward(contexts[c], gate, up, dout, dgate, dup, again, N), EMX_OK);
+    assert_memory_equal(again, out, N * sizeof(float));
     expect("dgate", dgate, want + N, N, 2e-6);
     expect("dup", dup, want + 2 * N, N, 1e-6);
   }
-  assert_int_equal(emxi_swiglu_backward(contexts[1], gate, up, dout, gate, up, N), EMX_OK); /* in place: same bits */
+  assert_int_equal(emxi_swiglu_backward(contexts[1], gate, up, dout, gate, up, dout, N), EMX_OK); /* in place: same bits */
   assert_memory_equal(gate, dgate, N * sizeof(float));
   assert_memory_equal(up, dup, N * sizeof(float));
+  assert_memory_equal(dout, out, N * sizeof(float));
   gate[7] = NAN;
   assert_int_equal(emxi_swiglu(contexts[0], gate, up, out, N), EMX_OK);
   assert_true(isnan(out[7]) && !isnan(out[8]));
-  float *all[] = {gate, up, dout, out, dgate, dup};
-  for (int i = 0; i < 6; i++) emxi_free(all[i]);
+  float *all[] = {gate, up, dout, out, dgate, dup, again};
+  for (int i = 0; i < 7; i++) emxi_free(all[i]);
   emxi_free(want);
 }
 

@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * The network on one batch: forward with saved activations, backward.
+ *
+ *   x += attn(rms(x)) Wo^T;  x += (silu(h Wg^T) * (h Wu^T)) Wd^T, h = rms(x);  logits = rms(x) head^T
+ *
+ * Cost: 2 P FLOP a token forward, 4 P backward, and the attention. Saved: L (5 W + (2 H + 2 G) D + 2 F + ...) floats a token; the
+ * product silu(gate) up is computed again in the backward pass, which reads gate and up anyway. */
+#include "base/num.h"
+#include "train.h"
+
+typedef struct sizes {
+  int64_t vocab, width, gated, q, kv, qkv; /* q = H D, kv = G D */
+} sizes;
+static sizes sizes_of(const emx_model_config *c) {
+  const int64_t q = (int64_t)c->num_heads * c->head_dim, kv = (int64_t)c->num_kv_heads * c->head_dim;
+  return (sizes){c->vocab_size, c->hidden_size, c->intermediate_size, q, kv, q + 2 * kv};
+}
+
+/* ---- attention: heads of the rows of qkv as [B,H,T,D] views */
+
+typedef struct views {
+  emx_attn_desc desc;
+  emx_attn_io io;
+  emx_tensor q, k, v, o, tau, slopes, d_o, d_q, d_k, d_v;
+} views;
+
+static emx_tensor heads(float *p, int64_t batch, int64_t length, int64_t n, int64_t d, int64_t row) {
+  const int64_t shape[4] = {batch, n, length, d};
+  emx_tensor t = emx_tensor_view(p, EMX_F32, 4, shape);
+  t.stride[0] = length * row;
+  t.stride[1] = d;
+  t.stride[2] = row;
+  return t;
+}
+
+static void attention_views(const emxi_net *net, const emxi_saved *s, int64_t batch, int64_t length, int32_t pass, views *a) {
+  const emx_model_config *c = &net->config;
+  const sizes z = sizes_of(c);
+  const int64_t h = c->num_heads, g = c->num_kv_heads, d = c->head_dim;
+  emx_attn_desc_init(&a->desc);
+  a->desc.alpha = c->entmax_alpha;
+  emx_attn_io_init(&a->io);
+  /* Offsets of a NULL base are not formed: while counting, any aligned address stands for the memory to come. */
+  static float nowhere[1];
+  float *qkv = s ? s->qkv : nowhere, *dqkv = net->dqkv ? net->dqkv : nowhere;
+  const int64_t at_k = s ? z.q : 0, at_v = s ? z.q + z.kv : 0, dat_k = net->dqkv ? z.q : 0, dat_v = net->dqkv ? z.q + z.kv : 0;
+  a->q = heads(qkv, batch, length, h, d, z.qkv);
+  a->k = heads(qkv + at_k, batch, length, g, d, z.qkv);
+  a->v = heads(qkv + at_v, batch, length, g, d, z.qkv);
+  a->tau = emx_tensor_view(s ? s->tau : nowhere, EMX_F32, 3, (int64_t[]){batch, h, length});
+  a->slopes = emx_tensor_view(net->slopes ? net->slopes : nowhere, EMX_F32, 1, &h);
+  a->io.q = &a->q;
+  a->io.k = &a->k;
+  a->io.v = &a->v;
+  a->io.tau = &a->tau;
+  a->io.alibi_slopes = &a->slopes;
+  if (pass == EMX_PASS_FORWARD) {
+    a->o = heads(s ? s->o : nowhere, batch, length, h, d, z.q);
+    a->io.o = &a->o;
+  } else {
+    a->d_o = heads(net->d_o ? net->d_o : nowhere, batch, length, h, d, z.q);
+    a->d_q = heads(dqkv, batch, length, h, d, z.qkv);
+    a->d_k = heads(dqkv + dat_k, batch, length, g, d, z.qkv);
+    a->d_v = heads(dqkv + dat_v, batch, length, g, d, z.qkv);
+    a->io.d_o = &a->d_o;
+    a->io.d_q = &a->d_q;
+    a->io.d_k = &a->d_k;
+    a->io.d_v = &a->d_v;
+  }
+}
+
+/* ---- memory */
+
+emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shapes)[2], int n) {
+  const emx_model_config *c = &net->config;
+  const sizes z = sizes_of(c);
+  int64_t tokens = 0;
+  for (int i = 0; i < n; i++)
+    if (shapes[i][0] * shapes[i][1] > tokens) tokens = shapes[i][0] * shapes[i][1];
+#define FLOATS(count) emxi_arena_take(arena, count, sizeof(float))
+  net->slopes = FLOATS(c->num_heads);
+  for (int32_t l = 0; l < c->num_layers; l++) {
+    const emxi_saved s = {.x = FLOATS(tokens * z.width),     .rstd = FLOATS(tokens),     .h = FLOATS(tokens * z.width),
+                          .qkv = FLOATS(tokens * z.qkv),     .tau = FLOATS(tokens * c->num_heads), .o = FLOATS(tokens * z.q),
+                          .x_mid = FLOATS(tokens * z.width), .rstd_mid = FLOATS(tokens), .h_mid = FLOATS(tokens * z.width),
+                          .gate = FLOATS(tokens * z.gated),  .up = FLOATS(tokens * z.gated)};
+    if (arena->base) net->layers[l] = s;
+  }
+  net->x_last = FLOATS(tokens * z.width);
+  net->rstd_last = FLOATS(tokens);
+  net->h_last = FLOATS(tokens * z.width);
+  net->logits = FLOATS(tokens * z.vocab);
+  net->nll = FLOATS(tokens);
+  net->dx = FLOATS(tokens * z.width);
+  net->dh = FLOATS(tokens * z.width);
+  net->dqkv = FLOATS(tokens * z.qkv);
+  net->d_o = FLOATS(tokens * z.q);
+  net->glu = FLOATS(tokens * z.gated);
+  net->partials = FLOATS(emxi_rmsnorm_partials(tokens, z.width));
+#undef FLOATS
+  net->tokens = emxi_arena_take(arena, tokens, sizeof(int32_t));
+  net->targets = emxi_arena_take(arena, tokens, sizeof(int32_t));
+  size_t most = 0;
+  for (int i = 0; i < n; i++)
+    for (int32_t pass = EMX_PASS_FORWARD; pass <= EMX_PASS_BACKWARD; pass++) {
+      views a;
+      size_t bytes;
+      attention_views(net, arena->base ? &net->layers[0] : NULL, shapes[i][0], shapes[i][1], pass, &a);
+      EMX_TRY(emx_attn_workspace_size(net->ctx, &a.desc, &a.io, pass, &bytes));
+      if (bytes > most) most = bytes;
+    }
+  net->workspace = emxi_arena_take(arena, (int64_t)most, 1);
+  net->workspace_bytes = most;
+  if (arena->base && !arena->overflow) emxi_alibi_slopes(c, net->slopes);
+  return EMX_OK;
+}
+
+/* ---- passes */
+
+emx_status emxi_net_forward(emxi_net *net, int64_t batch, int64_t length, bool want_gradient, double *loss) {
+  const emx_model_config *c = &net->config;
+  const sizes z = sizes_of(c);
+  const int64_t n = batch * length;
+  emx_ctx *ctx = net->ctx;
+  emxi_embed(net->w.embed, net->tokens, net->layers[0].x, n, z.width);
+  for (int32_t l = 0; l < c->num_layers; l++) {
+    const emxi_layer *w = &net->w.layers[l];
+    const emxi_saved *s = &net->layers[l];
+    float *next = l + 1 < c->num_layers ? net->layers[l + 1].x : net->x_last;
+    EMX_TRY(emxi_rmsnorm(ctx, s->x, w->input_norm, c->rms_norm_eps, s->h, s->rstd, n, z.width));
+    EMX_TRY(emxi_linear(ctx, s->h, w->wq, s->qkv, n, z.width, z.qkv, false));
+    views a;
+    attention_views(net, s, batch, length, EMX_PASS_FORWARD, &a);
+    EMX_TRY(emx_attn_forward(ctx, &a.desc, &a.io, net->workspace, net->workspace_bytes));
+    EMX_TRY(emxi_linear_residual(ctx, s->o, w->wo, s->x, s->x_mid, n, z.q, z.width));
+    EMX_TRY(emxi_rmsnorm(ctx, s->x_mid, w->post_norm, c->rms_norm_eps, s->h_mid, s->rstd_mid, n, z.width));
+    EMX_TRY(emxi_linear(ctx, s->h_mid, w->gate, s->gate, n, z.width, z.gated, false));
+    EMX_TRY(emxi_linear(ctx, s->h_mid, w->up, s->up, n, z.width, z.gated, false));
+    EMX_TRY(emxi_swiglu(ctx, s->gate, s->up, net->glu, n * z.gated));
+    EMX_TRY(emxi_linear_residual(ctx, net->glu, w->down, s->x_mid, next, n, z.gated, z.width));
+  }
+  EMX_TRY(emxi_rmsnorm(ctx, net->x_last, net->w.norm, c->rms_norm_eps, net->h_last, net->rstd_last, n, z.width));
+  EMX_TRY(emxi_linear(ctx, net->h_last, net->w.head, net->logits, n, z.width, z.vocab, false));
+  EMX_TRY(emxi_cross_entropy(ctx, net->logits, net->targets, net->nll, want_gradient ? 1.0f / (float)n : 0.0f, n, z.vocab));
+  double sum = 0;
+  for (int64_t i = 0; i < n; i++) sum += net->nll[i];
+  *loss = sum / (double)n;
+  return EMX_OK;
+}
+
+emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
+  const emx_model_config *c = &net->config;
+  const sizes z = sizes_of(c);
+  const int64_t n = batch * length;
+  emx_ctx *ctx = net->ctx;
+  memset(net->g.data, 0, (size_t)net->g.count * sizeof(float)); /* norms and the embedding are added to */
+  EMX_TRY(emxi_linear_dw(ctx, net->h_last, net->logits, net->g.head, n, z.width, z.vocab, false));
+  EMX_TRY(emxi_linear_dx(ctx, net->logits, net->w.head, net->dh, n, z.width, z.vocab, false));
+  EMX_TRY(emxi_rmsnorm_backward(ctx, net->x_last, net->w.norm, net->rstd_last, net->dh, net->dx, net->g.norm, net->partials, n, z.width,
+                                false));
+  for (int32_t l = c->num_layers - 1; l >= 0; l--) {
+    const emxi_layer *w = &net->w.layers[l], *g = &net->g.layers[l];
+    const emxi_saved *s = &net->layers[l];
+    /* gated layer; the gradients of gate and up replace them */
+    EMX_TRY(emxi_linear_dx(ctx, net->dx, w->down, net->glu, n, z.gated, z.width, false));
+    EMX_TRY(emxi_swiglu_backward(ctx, s->gate, s->up, net->glu, s->gate, s->up, net->glu, n * z.gated));
+    EMX_TRY(emxi_linear_dw(ctx, net->glu, net->dx, g->down, n, z.gated, z.width, false));
+    EMX_TRY(emxi_linear_dw(ctx, s->h_mid, s->gate, g->gate, n, z.width, z.gated, false));
+    EMX_TRY(emxi_linear_dw(ctx, s->h_mid, s->up, g->up, n, z.width, z.gated, false));
+    EMX_TRY(emxi_linear_dx(ctx, s->gate, w->gate, net->dh, n, z.width, z.gated, false));
+    EMX_TRY(emxi_linear_dx(ctx, s->up, w->up, net->dh, n, z.width, z.gated, true));
+    EMX_TRY(emxi_rmsnorm_backward(ctx, s->x_mid, w->post_norm, s->rstd_mid, net->dh, net->dx, g->post_norm, net->partials, n, z.width,
+                                  true));
+    /* attention */
+    EMX_TRY(emxi_linear_dx(ctx, net->dx, w->wo, net->d_o, n, z.q, z.width, false));
+    EMX_TRY(emxi_linear_dw(ctx, s->o, net->dx, g->wo, n, z.q, z.width, false));
+    views a;
+    attention_views(net, s, batch, length, EMX_PASS_BACKWARD, &a);
+    EMX_TRY(emx_attn_backward(ctx, &a.desc, &a.io, net->workspace, net->workspace_bytes));
+    EMX_TRY(emxi_linear_dw(ctx, s->h, net->dqkv, g->wq, n, z.width, z.qkv, false));
+    EMX_TRY(emxi_linear_dx(ctx, net->dqkv, w->wq, net->dh, n, z.width, z.qkv, false));
+    EMX_TRY(emxi_rmsnorm_backward(ctx, s->x, w->input_norm, s->rstd, net->dh, net->dx, g->input_norm, net->partials, n, z.width, true));
+  }
+  return emxi_embed_backward(ctx, net->tokens, net->dx, net->g.embed, n, z.width);
+}
