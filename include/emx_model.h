@@ -92,7 +92,7 @@ typedef struct emx_session_opts {
   int32_t summaries;     /* EMX_SUMMARY_*; default both */
   int32_t chunk;         /* tokens per prefill chunk; 512 */
   int32_t max_sessions;  /* forks that may exist at the same time; 16 */
-  int64_t max_tokens;    /* of the whole pool: shared pages count once. A pool beyond the machine's memory is NOMEM with the bytes */
+  int64_t max_tokens;    /* 4096; of the whole pool: shared pages count once. Beyond the machine's memory: NOMEM with the bytes */
 } emx_session_opts;
 EMX_API void emx_session_opts_init(emx_session_opts *opts);
 EMX_API emx_status emx_session_create(emx_model *model, const emx_session_opts *opts, emx_session **out);
@@ -104,11 +104,13 @@ EMX_API int64_t emx_session_length(const emx_session *s);
 /* Called between chunks and tokens, on the calling thread. done tokens of total. May call emx_ctx_cancel. */
 typedef void (*emx_progress_fn)(void *user, int64_t done, int64_t total);
 
-/* Appends n tokens with dense attention. nll: optional [n]; nll[i] = -ln p(tokens[i] | before), NaN for the first token of an
- * empty session. logits: optional [vocab] after the last token. On failure or cancellation the session is as it was. */
+/* Appends n >= 1 tokens with dense attention. nll: optional [n]; nll[i] = -ln p(tokens[i] | before), NaN for the first token of an
+ * empty session and for the first after a truncation (the state before it is gone). logits: optional [vocab] after the last token.
+ * On failure or cancellation the session and the results are as they were. Allocates where a context is longer than any before. */
 EMX_API emx_status emx_session_prefill(emx_session *s, const int32_t *tokens, int64_t n, float *nll, float *logits,
                                        emx_progress_fn progress, void *user);
-/* Selector for emx_session_decode; the default is ALL. Errors: UNSUPPORTED, STATE (summaries missing). */
+/* Selector for emx_session_decode; the default is ALL, a fork starts with its parent's. Allocates the selector's working memory.
+ * Errors: UNSUPPORTED, STATE (summaries missing), NOMEM. */
 EMX_API emx_status emx_session_set_select(emx_session *s, const emx_select_desc *select);
 /* Appends one token; logits [vocab]. On failure the session is as it was. */
 EMX_API emx_status emx_session_decode(emx_session *s, int32_t token, float *logits);

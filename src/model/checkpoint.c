@@ -99,7 +99,7 @@ static int write_all(int fd, const char *data, size_t size) {
   return 0;
 }
 
-emx_status emxi_file_replace(const char *path, const emxi_span *spans, int64_t n) {
+emx_status emxi_file_replace(const char *path, const emxi_bytes *spans, int64_t n) {
   static atomic_uint serial; /* two threads of this process may save at the same time */
   size_t size = strlen(path) + 64;
   char *temporary = emxi_alloc(size);
@@ -387,7 +387,7 @@ static emx_status check_named(const char *path, const emx_named_tensor *t, int64
 
 /* Fills the header object and, behind spans[0..1], one span a tensor. Wide dtypes come first: without holes, which the format
  * does not have, that is what aligns every tensor to its dtype. */
-static emx_status layout(const char *path, const emx_named_tensor *tensors, int64_t n, json_t *header, emxi_span *spans) {
+static emx_status layout(const char *path, const emx_named_tensor *tensors, int64_t n, json_t *header, emxi_bytes *spans) {
   size_t at = 0;
   int64_t used = 0;
   for (size_t width = 8; width >= 2; width /= 2)
@@ -406,7 +406,7 @@ static emx_status layout(const char *path, const emx_named_tensor *tensors, int6
           json_pack("{s:s, s:o, s:[I,I]}", "dtype", dtype, "shape", shape, "data_offsets", (json_int_t)at, (json_int_t)end);
       if (bad || json_object_set_new(header, t->name, v))
         return emxi_fail(EMX_ERR_INVALID, "%s: the name of tensor %lld is not UTF-8, or no memory", path, (long long)i);
-      spans[2 + used++] = (emxi_span){t->tensor.data, bytes};
+      spans[2 + used++] = (emxi_bytes){t->tensor.data, bytes};
       at = end;
     }
   return EMX_OK;
@@ -417,9 +417,9 @@ emx_status emx_checkpoint_write(const char *path, const emx_named_tensor *tensor
   if (!path || (n && !tensors) || n < 0 || (n_metadata && !metadata) || n_metadata < 0)
     return emxi_fail(EMX_ERR_INVALID, "emx_checkpoint_write: a NULL argument or a negative count");
   size_t bytes;
-  if (!emxi_mul((size_t)n + 2, sizeof(emxi_span), &bytes)) return emxi_fail(EMX_ERR_INVALID, "%s: too many tensors", path);
+  if (!emxi_mul((size_t)n + 2, sizeof(emxi_bytes), &bytes)) return emxi_fail(EMX_ERR_INVALID, "%s: too many tensors", path);
   json_t *header = json_object(), *strings = json_object();
-  emxi_span *spans = emxi_calloc(bytes);
+  emxi_bytes *spans = emxi_calloc(bytes);
   char *text = NULL, *padded = NULL;
   emx_status status = header && strings && spans ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
   for (int64_t i = 0; i < n_metadata && !status; i++) {
@@ -443,8 +443,8 @@ emx_status emx_checkpoint_write(const char *path, const emx_named_tensor *tensor
     else {
       memcpy(padded, text, length);
       memset(padded + length, ' ', (size_t)header_size - length);
-      spans[0] = (emxi_span){&header_size, sizeof header_size};
-      spans[1] = (emxi_span){padded, (size_t)header_size};
+      spans[0] = (emxi_bytes){&header_size, sizeof header_size};
+      spans[1] = (emxi_bytes){padded, (size_t)header_size};
       status = emxi_file_replace(path, spans, n + 2);
     }
   }

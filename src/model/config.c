@@ -233,7 +233,7 @@ emx_status emxi_config_write(const char *folder, const emx_model_config *c, int3
   if (!text || !path)
     status = emxi_fail(EMX_ERR_NOMEM, "config.json: no memory for its text");
   else
-    status = emxi_file_replace(path, (emxi_span[]){{text, strlen(text)}, {"\n", 1}}, 2);
+    status = emxi_file_replace(path, (emxi_bytes[]){{text, strlen(text)}, {"\n", 1}}, 2);
   emxi_free(path);
   free(text);
   return status;

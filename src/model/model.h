@@ -55,11 +55,11 @@ emx_status emxi_weights_load(const emx_checkpoint *ck, const emx_model_config *c
 emx_status emxi_weights_check(const emx_checkpoint *ck, const emx_model_config *c);
 
 /* Replaces a file as a whole or not at all: temporary name in the same folder, fsync, rename. */
-typedef struct emxi_span {
+typedef struct emxi_bytes {
   const void *data;
   size_t size;
-} emxi_span;
-emx_status emxi_file_replace(const char *path, const emxi_span *spans, int64_t n);
+} emxi_bytes;
+emx_status emxi_file_replace(const char *path, const emxi_bytes *spans, int64_t n);
 /* A whole file of at most `max` bytes into memory for emxi_free. Errors: IO, FORMAT (larger), NOMEM. */
 emx_status emxi_file_read(const char *path, size_t max, char **data, size_t *size);
 /* "folder/name" in memory for emxi_free; NULL when out of memory. */
