@@ -24,6 +24,9 @@ struct gemm {
   int64_t tile_rows, tile_cols; /* of c */
   int64_t col_tiles;
   float beta;
+  /* DW: the sum over m is cut into chunks, the first into c, the others into partials [chunks-1,out,in] */
+  int64_t tiles, chunks, chunk;
+  float *partials;
 };
 
 static void gemm_task(void *arg, int64_t index, int32_t worker) {
@@ -31,11 +34,6 @@ static void gemm_task(void *arg, int64_t index, int32_t worker) {
   const struct gemm *g = arg;
   const int64_t row = index / g->col_tiles * g->tile_rows, col = index % g->col_tiles * g->tile_cols;
   const int in = (int)g->in, out = (int)g->out;
-  if (g->kind == DW) { /* c [out,in] = a^T b, a = dy [m,out], b = x [m,in] */
-    cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (int)min64(g->tile_rows, out - row), (int)min64(g->tile_cols, in - col),
-                (int)g->m, 1, g->a + row, out, g->b + col, in, g->beta, g->c + row * in + col, in);
-    return;
-  }
   const int rows = (int)min64(g->tile_rows, g->m - row);
   if (g->kind == FORWARD) {
     const int cols = (int)min64(g->tile_cols, out - col);
@@ -50,10 +48,41 @@ static void gemm_task(void *arg, int64_t index, int32_t worker) {
   }
 }
 
+/* c [out,in] = a^T b, a = dy [m,out], b = x [m,in] */
+static void dw_task(void *arg, int64_t index, int32_t worker) {
+  (void)worker;
+  const struct gemm *g = arg;
+  const int64_t chunk = index / g->tiles, tile = index % g->tiles, row = tile / g->col_tiles * g->tile_rows,
+                col = tile % g->col_tiles * g->tile_cols, from = chunk * g->chunk, depth = min64(g->chunk, g->m - from);
+  const int in = (int)g->in, out = (int)g->out;
+  float *c = chunk ? g->partials + (chunk - 1) * g->out * g->in : g->c;
+  cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (int)min64(g->tile_rows, out - row), (int)min64(g->tile_cols, in - col), (int)depth, 1,
+              g->a + from * out + row, out, g->b + from * in + col, in, chunk ? 0 : g->beta, c + row * in + col, in);
+}
+/* Adds the partial sums in order. */
+static void dw_sum_task(void *arg, int64_t index, int32_t worker) {
+  (void)worker;
+  const struct gemm *g = arg;
+  const int64_t count = g->out * g->in, from = index * SPAN, to = min64(from + SPAN, count);
+  for (int64_t k = 0; k < g->chunks - 1; k++)
+    for (int64_t i = from; i < to; i++) g->c[i] += g->partials[k * count + i];
+}
+
 /* Splits n into equal tiles of at most `most`, multiples of 8. */
 static int64_t even_tile(int64_t n, int64_t most) {
   int64_t tile = ceil_div(n, ceil_div(n, most));
   return ceil_div(tile, 8) * 8;
+}
+
+/* Tiles of 256 x 256 read x and dy as seldom as possible; a matrix of few tiles gets its tasks from chunks of the sum. */
+static void dw_shape(struct gemm *g) {
+  g->tile_rows = even_tile(g->out, 256);
+  g->tile_cols = even_tile(g->in, 256);
+  g->col_tiles = ceil_div(g->in, g->tile_cols);
+  g->tiles = ceil_div(g->out, g->tile_rows) * g->col_tiles;
+  const int64_t want = 8 / g->tiles, most = g->m / 512;
+  g->chunks = want < 1 || most < 1 ? 1 : min64(want, most);
+  g->chunk = ceil_div(g->m, g->chunks);
 }
 
 static emx_status gemm_run(emx_ctx *ctx, struct gemm *g, const char *who) {
@@ -70,12 +99,14 @@ static emx_status gemm_run(emx_ctx *ctx, struct gemm *g, const char *who) {
       memset(g->c, 0, (size_t)(rows * cols) * sizeof(float));
     return EMX_OK;
   }
+  if (g->kind == DW) {
+    dw_shape(g);
+    EMX_TRY(emxi_parallel(ctx, g->tiles * g->chunks, dw_task, g));
+    return g->chunks > 1 ? emxi_parallel(ctx, ceil_div(rows * cols, SPAN), dw_sum_task, g) : EMX_OK;
+  }
   if (rows * cols < ((int64_t)1 << 20) / depth) { /* microseconds: no hand-out */
     g->tile_rows = rows;
     g->tile_cols = cols;
-  } else if (g->kind == DW) { /* about 96 x 96 reuses each loaded element often enough and gives many tiles of a small matrix */
-    g->tile_rows = even_tile(rows, 96);
-    g->tile_cols = even_tile(cols, 96);
   } else {
     g->tile_rows = rows >= 2048 ? 256 : 64;
     g->tile_cols = even_tile(cols, 1024);
@@ -126,8 +157,14 @@ emx_status emxi_linear_dx(emx_ctx *ctx, const float *dy, const float *w, float *
   struct gemm g = {.kind = DX, .a = dy, .b = w, .c = dx, .m = m, .in = in, .out = out, .beta = accumulate ? 1 : 0};
   return gemm_run(ctx, &g, "linear (input gradient)");
 }
-emx_status emxi_linear_dw(emx_ctx *ctx, const float *x, const float *dy, float *dw, int64_t m, int64_t in, int64_t out, bool accumulate) {
-  struct gemm g = {.kind = DW, .a = dy, .b = x, .c = dw, .m = m, .in = in, .out = out, .beta = accumulate ? 1 : 0};
+int64_t emxi_linear_partials(int64_t m, int64_t in, int64_t out) {
+  struct gemm g = {.m = m, .in = in, .out = out};
+  dw_shape(&g);
+  return (g.chunks - 1) * out * in;
+}
+emx_status emxi_linear_dw(emx_ctx *ctx, const float *x, const float *dy, float *dw, float *partials, int64_t m, int64_t in, int64_t out,
+                          bool accumulate) {
+  struct gemm g = {.kind = DW, .a = dy, .b = x, .c = dw, .partials = partials, .m = m, .in = in, .out = out, .beta = accumulate ? 1 : 0};
   return gemm_run(ctx, &g, "linear (weight gradient)");
 }
 

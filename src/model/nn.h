@@ -33,7 +33,10 @@ emx_status emxi_linear_residual(emx_ctx *ctx, const float *x, const float *w, co
 /* dx [m,in] = (accumulate ? dx : 0) + dy [m,out] w. */
 emx_status emxi_linear_dx(emx_ctx *ctx, const float *dy, const float *w, float *dx, int64_t m, int64_t in, int64_t out, bool accumulate);
 /* dw [out,in] = (accumulate ? dw : 0) + dy^T x. */
-emx_status emxi_linear_dw(emx_ctx *ctx, const float *x, const float *dy, float *dw, int64_t m, int64_t in, int64_t out, bool accumulate);
+emx_status emxi_linear_dw(emx_ctx *ctx, const float *x, const float *dy, float *dw, float *partials, int64_t m, int64_t in, int64_t out,
+                          bool accumulate);
+/* Floats of its working memory: partial sums over m, where the matrix alone has too few tiles. Positive sizes. */
+int64_t emxi_linear_partials(int64_t m, int64_t in, int64_t out);
 
 /* y = x * rstd * w with rstd = 1/sqrt(mean(x^2) + eps) of each row; rstd: optional [m]. y may be x. */
 emx_status emxi_rmsnorm(emx_ctx *ctx, const float *x, const float *w, double eps, float *y, float *rstd, int64_t m, int64_t d);

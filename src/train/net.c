@@ -96,7 +96,16 @@ emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shap
   net->dqkv = FLOATS(tokens * z.qkv);
   net->d_o = FLOATS(tokens * z.q);
   net->glu = FLOATS(tokens * z.gated);
-  net->partials = FLOATS(emxi_rmsnorm_partials(tokens, z.width));
+  int64_t partials = 0;
+  for (int i = 0; i < n; i++) {
+    const int64_t m = shapes[i][0] * shapes[i][1];
+    const int64_t need[] = {emxi_rmsnorm_partials(m, z.width),          emxi_linear_partials(m, z.width, z.vocab),
+                            emxi_linear_partials(m, z.gated, z.width),  emxi_linear_partials(m, z.width, z.gated),
+                            emxi_linear_partials(m, z.q, z.width),      emxi_linear_partials(m, z.width, z.qkv)};
+    for (size_t j = 0; j < sizeof need / sizeof *need; j++)
+      if (need[j] > partials) partials = need[j];
+  }
+  net->partials = FLOATS(partials);
 #undef FLOATS
   net->tokens = emxi_arena_take(arena, tokens, sizeof(int32_t));
   net->targets = emxi_arena_take(arena, tokens, sizeof(int32_t));
@@ -154,7 +163,7 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
   const int64_t n = batch * length;
   emx_ctx *ctx = net->ctx;
   memset(net->g.data, 0, (size_t)net->g.count * sizeof(float)); /* norms and the embedding are added to */
-  EMX_TRY(emxi_linear_dw(ctx, net->h_last, net->logits, net->g.head, n, z.width, z.vocab, false));
+  EMX_TRY(emxi_linear_dw(ctx, net->h_last, net->logits, net->g.head, net->partials, n, z.width, z.vocab, false));
   EMX_TRY(emxi_linear_dx(ctx, net->logits, net->w.head, net->dh, n, z.width, z.vocab, false));
   EMX_TRY(emxi_rmsnorm_backward(ctx, net->x_last, net->w.norm, net->rstd_last, net->dh, net->dx, net->g.norm, net->partials, n, z.width,
                                 false));
@@ -164,20 +173,20 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
     /* gated layer; the gradients of gate and up replace them */
     EMX_TRY(emxi_linear_dx(ctx, net->dx, w->down, net->glu, n, z.gated, z.width, false));
     EMX_TRY(emxi_swiglu_backward(ctx, s->gate, s->up, net->glu, s->gate, s->up, net->glu, n * z.gated));
-    EMX_TRY(emxi_linear_dw(ctx, net->glu, net->dx, g->down, n, z.gated, z.width, false));
-    EMX_TRY(emxi_linear_dw(ctx, s->h_mid, s->gate, g->gate, n, z.width, z.gated, false));
-    EMX_TRY(emxi_linear_dw(ctx, s->h_mid, s->up, g->up, n, z.width, z.gated, false));
+    EMX_TRY(emxi_linear_dw(ctx, net->glu, net->dx, g->down, net->partials, n, z.gated, z.width, false));
+    EMX_TRY(emxi_linear_dw(ctx, s->h_mid, s->gate, g->gate, net->partials, n, z.width, z.gated, false));
+    EMX_TRY(emxi_linear_dw(ctx, s->h_mid, s->up, g->up, net->partials, n, z.width, z.gated, false));
     EMX_TRY(emxi_linear_dx(ctx, s->gate, w->gate, net->dh, n, z.width, z.gated, false));
     EMX_TRY(emxi_linear_dx(ctx, s->up, w->up, net->dh, n, z.width, z.gated, true));
     EMX_TRY(emxi_rmsnorm_backward(ctx, s->x_mid, w->post_norm, s->rstd_mid, net->dh, net->dx, g->post_norm, net->partials, n, z.width,
                                   true));
     /* attention */
     EMX_TRY(emxi_linear_dx(ctx, net->dx, w->wo, net->d_o, n, z.q, z.width, false));
-    EMX_TRY(emxi_linear_dw(ctx, s->o, net->dx, g->wo, n, z.q, z.width, false));
+    EMX_TRY(emxi_linear_dw(ctx, s->o, net->dx, g->wo, net->partials, n, z.q, z.width, false));
     views a;
     attention_views(net, s, batch, length, EMX_PASS_BACKWARD, &a);
     EMX_TRY(emx_attn_backward(ctx, &a.desc, &a.io, net->workspace, net->workspace_bytes));
-    EMX_TRY(emxi_linear_dw(ctx, s->h, net->dqkv, g->wq, n, z.width, z.qkv, false));
+    EMX_TRY(emxi_linear_dw(ctx, s->h, net->dqkv, g->wq, net->partials, n, z.width, z.qkv, false));
     EMX_TRY(emxi_linear_dx(ctx, net->dqkv, w->wq, net->dh, n, z.width, z.qkv, false));
     EMX_TRY(emxi_rmsnorm_backward(ctx, s->x, w->input_norm, s->rstd, net->dh, net->dx, g->input_norm, net->partials, n, z.width, true));
   }

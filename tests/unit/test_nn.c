@@ -64,15 +64,17 @@ static void test_linear(void **state) {
       }
       float *first[4] = {NULL};
       for (int c = 0; c < CONTEXTS; c++) {
-        float *y = normals(4, m * out), *dx = normals(5, m * in), *dw = normals(6, out * in), *res = normals(8, m * out);
+        float *y = normals(4, m * out), *dx = normals(5, m * in), *dw = normals(6, out * in), *res = normals(8, m * out),
+              *partials = normals(9, emxi_linear_partials(m, in, out));
         assert_int_equal(emxi_linear(contexts[c], x, w, y, m, in, out, accumulate), EMX_OK);
         assert_int_equal(emxi_linear_dx(contexts[c], dy, w, dx, m, in, out, accumulate), EMX_OK);
-        assert_int_equal(emxi_linear_dw(contexts[c], x, dy, dw, m, in, out, accumulate), EMX_OK);
+        assert_int_equal(emxi_linear_dw(contexts[c], x, dy, dw, partials, m, in, out, accumulate), EMX_OK);
         assert_int_equal(emxi_linear_residual(contexts[c], x, w, y0, res, m, in, out), EMX_OK);
         expect("y", y, ry, m * out, 4e-7 * (double)(in + 10));
         expect("dx", dx, rdx, m * in, 4e-7 * (double)(out + 10));
         expect("dw", dw, rdw, out * in, 4e-7 * (double)(m + 10));
         if (accumulate) expect("residual", res, ry, m * out, 4e-7 * (double)(in + 10));
+        emxi_free(partials);
         float *now[4] = {y, dx, dw, res};
         const int64_t n[4] = {m * out, m * in, out * in, m * out};
         for (int t = 0; t < 4; t++) {
@@ -102,7 +104,7 @@ static void test_linear_errors(void **state) {
   (void)state;
   float a[4] = {1, 2, 3, 4}, y[4] = {5, 6, 7, 8};
   assert_int_equal(emxi_linear(contexts[0], a, a, y, (int64_t)INT32_MAX + 1, 2, 2, false), EMX_ERR_INVALID);
-  assert_int_equal(emxi_linear_dw(contexts[0], a, a, y, -1, 2, 2, false), EMX_ERR_INVALID);
+  assert_int_equal(emxi_linear_dw(contexts[0], a, a, y, NULL, -1, 2, 2, false), EMX_ERR_INVALID);
   emx_ctx_cancel(contexts[1]);
   assert_int_equal(emxi_linear(contexts[1], a, a, y, 2, 2, 2, false), EMX_ERR_CANCELLED);
   emx_ctx_resume(contexts[1]);
