@@ -85,7 +85,7 @@ typedef struct emx_tensor {
   int32_t dtype;
   int32_t device;
   int32_t ndim;
-  int32_t reserved;
+  int32_t device_index; /* which GPU; must be the context's. 0 on the CPU */
   int64_t shape[EMX_MAX_DIMS];
   int64_t stride[EMX_MAX_DIMS];
 } emx_tensor;
@@ -112,7 +112,7 @@ typedef struct emx_ctx_opts {
   int32_t device_index; /* which GPU; 0 */
   int32_t threads;      /* workers; 0: EMX_THREADS from the environment, else the CPUs this process may run on */
   void *stream;         /* cudaStream_t; NULL: the default stream. Ignored on the CPU */
-  emx_parallel_for_fn parallel_for; /* NULL: own threads. Otherwise the caller's, with `threads` workers */
+  emx_parallel_for_fn parallel_for; /* NULL: own threads. Otherwise the caller's, and `threads` says how many workers it has */
   void *parallel_user;
 } emx_ctx_opts;
 EMX_API void emx_ctx_opts_init(emx_ctx_opts *opts);

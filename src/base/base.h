@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 /* Exported for libentmax_model, which shares the error text, the allocator, the arena and the workers; not part of the ABI. */
 #define EMXI_SHARED EMX_API
@@ -28,14 +29,9 @@ EMXI_SHARED emx_status emxi_fail(emx_status status, const char *format, ...);
     if (emx_try_status_) return emx_try_status_; \
   } while (0)
 
-/* Refuses option structs that are too short to be a version of ours. */
-#define EMXI_CHECK_STRUCT(p, type)                                                                          \
-  do {                                                                                                      \
-    if (!(p)) return emxi_fail(EMX_ERR_INVALID, "%s: " #p " is NULL", __func__);                            \
-    if ((p)->struct_size < sizeof(type))                                                                    \
-      return emxi_fail(EMX_ERR_INVALID, "%s: " #p "->struct_size is %u, expected %zu: call " #type "_init", \
-                       __func__, (unsigned)(p)->struct_size, sizeof(type));                                 \
-  } while (0)
+/* Refuses structs that are too short to be a version of ours, and newer ones that use what we do not know. */
+EMXI_SHARED emx_status emxi_struct_check(const void *p, size_t size, const char *who, const char *type);
+#define EMXI_CHECK_STRUCT(p, type) EMX_TRY(emxi_struct_check(p, sizeof(type), __func__, #type))
 
 /* -- memory: 64-byte aligned. emxi_alloc(0) gives a valid pointer. A request beyond the machine's physical memory is refused at
  * once, so that an absurd size never reaches the OOM killer. */
@@ -90,6 +86,7 @@ struct emx_ctx {
   emx_parallel_for_fn parallel_for;
   void *parallel_user;
   pthread_mutex_t lock; /* recursive: emx_decode calls emx_kv_append */
+  pid_t pid;            /* whose lock: a forked child starts with a fresh one */
   atomic_int cancelled;
 };
 /* Runs fn(arg, i, worker) for i < n over the context's workers, polling the cancel flag before each i. */

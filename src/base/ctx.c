@@ -7,6 +7,7 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 void emx_ctx_opts_init(emx_ctx_opts *opts) {
   if (opts) *opts = (emx_ctx_opts){.struct_size = sizeof *opts, .device = EMX_DEVICE_CPU};
@@ -30,6 +31,15 @@ static emx_status default_threads(int32_t *out) {
   return EMX_OK;
 }
 
+static void init_lock(emx_ctx *ctx) {
+  pthread_mutexattr_t attr;
+  pthread_mutexattr_init(&attr);
+  pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_RECURSIVE);
+  pthread_mutex_init(&ctx->lock, &attr);
+  pthread_mutexattr_destroy(&attr);
+  ctx->pid = getpid();
+}
+
 emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out) {
   emx_ctx_opts defaults;
   emx_ctx_opts_init(&defaults);
@@ -40,6 +50,8 @@ emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out) {
     return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_ctx_create: this build has no CUDA back end; use the CPU");
   if (opts->device != EMX_DEVICE_CPU)
     return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: unknown device kind %d", opts->device);
+  if (opts->parallel_for && !opts->threads)
+    return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: with parallel_for, threads must say how many workers it has");
   if (opts->threads < 0 || opts->threads > EMXI_MAX_THREADS)
     return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: %d threads, expected 0..%d", opts->threads, EMXI_MAX_THREADS);
   int32_t threads = opts->threads;
@@ -55,11 +67,7 @@ emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out) {
   ctx->parallel_for = opts->parallel_for;
   ctx->parallel_user = opts->parallel_user;
   atomic_init(&ctx->cancelled, 0);
-  pthread_mutexattr_t attr;
-  pthread_mutexattr_init(&attr);
-  pthread_mutexattr_settype(&attr, PTHREAD_MUTEX_RECURSIVE);
-  pthread_mutex_init(&ctx->lock, &attr);
-  pthread_mutexattr_destroy(&attr);
+  init_lock(ctx);
 
   emx_status status = EMX_OK;
   if (!ctx->parallel_for) status = emxi_pool_create(threads, &ctx->pool);
@@ -108,27 +116,38 @@ void emx_ctx_resume(emx_ctx *ctx) {
   if (ctx) atomic_store(&ctx->cancelled, 0);
 }
 
-void emxi_ctx_lock(emx_ctx *ctx) { pthread_mutex_lock(&ctx->lock); }
+void emxi_ctx_lock(emx_ctx *ctx) {
+  if (ctx->pid != getpid()) init_lock(ctx); /* a forked child has one thread, and the lock may have been another's */
+  pthread_mutex_lock(&ctx->lock);
+}
 void emxi_ctx_unlock(emx_ctx *ctx) { pthread_mutex_unlock(&ctx->lock); }
 
 struct guarded {
   emx_ctx *ctx;
   emx_task_fn fn;
   void *arg;
+  atomic_int bad_worker;
 };
 static void run_guarded(void *arg, int64_t i, int32_t worker) {
   struct guarded *g = arg;
+  if (worker < 0 || worker >= g->ctx->threads) { /* a caller's parallel_for that has more workers than it said */
+    atomic_store(&g->bad_worker, 1);
+    return;
+  }
   if (!emxi_cancelled(g->ctx)) g->fn(g->arg, i, worker);
 }
 
 emx_status emxi_parallel(emx_ctx *ctx, int64_t n, emx_task_fn fn, void *arg) {
-  struct guarded g = {ctx, fn, arg};
+  struct guarded g = {.ctx = ctx, .fn = fn, .arg = arg};
+  atomic_init(&g.bad_worker, 0);
   if (n > 0) {
     if (ctx->parallel_for)
       ctx->parallel_for(ctx->parallel_user, n, run_guarded, &g);
     else
       emxi_pool_run(ctx->pool, n, run_guarded, &g);
   }
+  if (atomic_load(&g.bad_worker))
+    return emxi_fail(EMX_ERR_INVALID, "parallel_for used a worker index outside 0..%d", ctx->threads - 1);
   if (emxi_cancelled(ctx)) return emxi_fail(EMX_ERR_CANCELLED, "cancelled");
   return EMX_OK;
 }

@@ -38,6 +38,18 @@ const char *emx_status_name(emx_status status) {
   return names[-status];
 }
 
+emx_status emxi_struct_check(const void *p, size_t size, const char *who, const char *type) {
+  uint32_t have;
+  if (!p) return emxi_fail(EMX_ERR_INVALID, "%s: the %s is NULL", who, type);
+  memcpy(&have, p, sizeof have);
+  if (have < size)
+    return emxi_fail(EMX_ERR_INVALID, "%s: %s.struct_size is %u, expected %zu: fill the struct with %s_init", who, type, have, size, type);
+  for (size_t i = size; i < have; i++)
+    if (((const unsigned char *)p)[i])
+      return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: this %s uses fields of a later version than %s", who, type, emx_version());
+  return EMX_OK;
+}
+
 /* ---- memory */
 
 static atomic_llong fail_after = -1;
@@ -142,6 +154,8 @@ emx_status emxi_tensor_check(const emx_ctx *ctx, const emx_tensor *t, int32_t nd
   if (!emx_dtype_size(t->dtype)) return emxi_fail(EMX_ERR_DTYPE, "%s: %s has unknown dtype %d", who, name, t->dtype);
   if (t->device != ctx->device)
     return emxi_fail(EMX_ERR_INVALID, "%s: %s is on device kind %d, the context on %d", who, name, t->device, ctx->device);
+  if (t->device_index != ctx->device_index)
+    return emxi_fail(EMX_ERR_INVALID, "%s: %s is on device %d, the context on device %d", who, name, t->device_index, ctx->device_index);
   size_t span = emx_dtype_size(t->dtype);
   bool empty = false;
   for (int d = 0; d < ndim; d++) {
