@@ -168,7 +168,8 @@ EMX_API void emx_train_opts_init(emx_train_opts *opts);
 EMX_API emx_status emx_trainer_create(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts,
                                       const uint8_t *const *files, const int64_t *sizes, int64_t n_files, emx_trainer **out);
 /* Continues from a folder that emx_trainer_save wrote; opts and data must be those of the first run (checked). The continued run is
- * bit-identical to an uninterrupted one. */
+ * bit-identical to an uninterrupted one, for any number of threads, with the same build on the same kind of CPU (the BLAS picks its
+ * kernels by CPU). Errors: IO, FORMAT (files that are damaged or contradict each other), INVALID (what differs), NOMEM. */
 EMX_API emx_status emx_trainer_resume(emx_ctx *ctx, const char *folder, const emx_train_opts *opts, const uint8_t *const *files,
                                       const int64_t *sizes, int64_t n_files, emx_trainer **out);
 EMX_API void emx_trainer_destroy(emx_trainer *t);
@@ -182,13 +183,14 @@ typedef struct emx_train_stats {
   double grad_norm;   /* before clipping */
   double lr;
 } emx_train_stats;
-/* One optimiser step. EMX_ERR_NONFINITE when the loss or a gradient is NaN or infinite: the weights are those before the step, and
+/* One optimiser step; STATE when all are done. EMX_ERR_NONFINITE when the loss or a gradient is NaN or infinite: the weights are those before the step, and
  * emx_trainer_save refuses from then on. EMX_ERR_CANCELLED leaves the weights as before the step. */
 EMX_API emx_status emx_trainer_step(emx_trainer *t, emx_train_stats *stats); /* set struct_size first */
 /* Writes config.json, model.safetensors and trainer.safetensors into `folder` (created if missing), each atomically, the
  * trainer's state last. */
 EMX_API emx_status emx_trainer_save(emx_trainer *t, const char *folder);
-/* Mean nats per byte of `data` in windows of opts.length (weights of now). */
+/* Mean nats per byte of `data` over its whole windows of opts.length, one after the other, with the weights of now. What is left at
+ * the end is not counted. Errors: INVALID (not one window, which takes opts.length + 1 bytes), CANCELLED. */
 EMX_API emx_status emx_trainer_evaluate(emx_trainer *t, const uint8_t *data, int64_t size, double *nats);
 
 #ifdef __cplusplus
