@@ -55,6 +55,9 @@ emxi_solution emxi_solve64(const emxi_table64 *k, double alpha, double *s, int32
 /* p[i] of the support that emxi_solve left; p may be s. */
 void emxi_weights(const emxi_table *k, double alpha, const emxi_solution *sol, const float *s, float *p);
 void emxi_weights64(const emxi_table64 *k, double alpha, const emxi_solution *sol, const double *s, double *p);
+/* *f = sum y^b, *g = sum y^(b-1) over y = (alpha-1) (s - m) - t > 0, b = 1/(alpha-1): a Newton step from t is (f-1) (alpha-1) / g. */
+void emxi_power_sums(const emxi_table *k, double alpha, const float *s, int64_t n, double m, double t, double *f, double *g);
+void emxi_power_sums64(const emxi_table64 *k, double alpha, const double *s, int64_t n, double m, double t, double *f, double *g);
 /* tau = t + (alpha-1) m, -inf for an empty row, NaN when nonfinite. */
 static inline double emxi_tau(const emxi_solution *sol, double alpha) {
   return sol->nonfinite ? NAN : sol->support ? sol->t + (alpha - 1.0) * sol->m : -INFINITY;

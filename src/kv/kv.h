@@ -147,10 +147,16 @@ static inline const int32_t *emxi_decode_entry(const emxi_decode *d, int32_t b, 
   return table;
 }
 
-/* Checks and resolves everything except the page lists' contents and the workspace. `after`: tokens that an append will add first. */
+/* Selector, query and scalars: what sizes the workspace. Leaves max_len to the caller. */
+emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io, const char *who,
+                             emxi_decode *out);
+/* The above, and every tensor of the call. */
 emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io, bool select_only,
                                const char *who, emxi_decode *out);
-/* Batch against the resolved shapes; max_len; contents of the caller's page lists. `after`: tokens an append will add to each. */
+/* The batch against the resolved shapes, max_len, the contents of the caller's page lists. `after`: tokens that an append will add
+ * to each sequence first. */
 emx_status emxi_decode_bind(emxi_decode *d, const emx_kv_batch *batch, int32_t after, const char *who);
+emx_status emxi_decode_workspace(emx_ctx *ctx, const emxi_decode *d, size_t *bytes);
+emx_status emxi_decode_arena(emx_ctx *ctx, const emxi_decode *d, void *workspace, size_t bytes, const char *who, emxi_arena *arena);
 
 #endif
