@@ -141,27 +141,36 @@ EMX_API void emx_ctx_resume(emx_ctx *ctx);
 
 /* ------------------------------------------------------------------------------------------------------------ mapping */
 
+enum { EMX_MAP_ENTMAX = 0 /* others (normmax, budget) come with their own numbers */ };
+
 typedef struct emx_entmax_desc {
   uint32_t struct_size;
-  int32_t reserved;
+  int32_t kind; /* EMX_MAP_ENTMAX */
   double alpha; /* 1 (softmax) or 1 < alpha <= 4 */
 } emx_entmax_desc;
-EMX_API void emx_entmax_desc_init(emx_entmax_desc *desc); /* alpha = 1.5 */
+EMX_API void emx_entmax_desc_init(emx_entmax_desc *desc); /* entmax, alpha = 1.5 */
 
-/* Rows of alpha-entmax (Peters et al. 2019, eq. 10; threshold form as above).
- *   x [R,N] f32, f16, bf16 or f64;  p [R,N], same dtype as x (may be x itself)
- *   tau [R] f32 or f64, optional (alpha = 1: log-sum-exp does not belong here, NaN is stored);  support [R] i32, optional
- * Weights are within 1e-6 of the exact ones for f32 and f64 rows of any length; each row sums to one within 1e-6.
- * R or N may be 0. Errors: INVALID, SHAPE, DTYPE, CANCELLED. Working memory: per worker one row, from the context's cache, which
- * grows on the first call with a longer row (the one allocation; NOMEM). */
-EMX_API emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *x, const emx_tensor *p,
-                                      const emx_tensor *tau, const emx_tensor *support);
+/* The tensors of one call. Optional ones are NULL. R or N may be 0. */
+typedef struct emx_entmax_io {
+  uint32_t struct_size;
+  uint32_t reserved;
+  const emx_tensor *x;       /* forward: [R,N] f32, f16, bf16 or f64 */
+  const emx_tensor *p;       /* [R,N], dtype of x. Forward: output, may be x itself. Backward: the weights, input */
+  const emx_tensor *tau;     /* forward, optional: output [R] f32 or f64; NaN at alpha = 1, which has no threshold */
+  const emx_tensor *support; /* forward, optional: output [R] i32 */
+  const emx_tensor *dp;      /* backward: gradient of p, [R,N], dtype of p */
+  const emx_tensor *dx;      /* backward: output [R,N], dtype of p; may be dp */
+} emx_entmax_io;
+EMX_API void emx_entmax_io_init(emx_entmax_io *io);
+
+/* Rows of alpha-entmax (Peters et al. 2019, eq. 10; threshold form as above). Weights are within 1e-6 of the exact ones for f32 and
+ * f64 rows of any length; each row sums to one within 1e-6. Errors: INVALID, SHAPE, DTYPE, UNSUPPORTED, CANCELLED. Working memory: one
+ * row a worker, kept by the context, which grows on the first call with a longer row (the one allocation; NOMEM). */
+EMX_API emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io);
 
 /* dx = J^T dp with J = diag(u) - u u^T / sum(u), u_i = p_i^(2-alpha) on the support (Peters et al. 2019, prop. 2; alpha = 1: u = p).
- *   p, dp, dx [R,N], one dtype (f32, f16, bf16, f64); dx may be dp. alpha in {1, 1.5, 2}; others: UNSUPPORTED.
- * A fully masked row (all p zero) gives zeros. */
-EMX_API emx_status emx_entmax_backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *p, const emx_tensor *dp,
-                                       const emx_tensor *dx);
+ * alpha in {1, 1.5, 2}; others: UNSUPPORTED. A fully masked row (all p zero) gives zeros. */
+EMX_API emx_status emx_entmax_backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io);
 
 /* ---------------------------------------------------------------------------------------------------- dense attention */
 
@@ -186,13 +195,14 @@ EMX_API void emx_attn_desc_init(emx_attn_desc *desc); /* alpha 1.5, causal, BHND
  *   packed   cu_seqlens_q, cu_seqlens_k [B+1] i32 set: q, o [T,H,D]; k, v [T',G,D]; sequence b is rows cu[b]..cu[b+1]-1.
  *   paged    block_table [B,M] i32 set: k, v are pools [M',P,G,D] (BNHD) or [M',G,P,D] (BHND), any strides; logical page p of
  *            sequence b is block_table[b][p]; seqlens_k [B] is required. Forward only.
- * tau: f32 (f64 for f64 input), support: i32; shape of q without D. alibi_slopes [H] f32: adds -slope * |i+N-S-j| to the score. */
+ * tau, lse: f32 (f64 for f64 input), support: i32; shape of q without D. alibi_slopes [H] f32: adds -slope * |i+N-S-j| to the score,
+ * S and N being the sequence's own lengths, as for the causal mask. A size query reads shapes only: data pointers may be NULL there. */
 typedef struct emx_attn_io {
   uint32_t struct_size;
   uint32_t reserved;
   const emx_tensor *q, *k, *v;
   const emx_tensor *o;
-  const emx_tensor *tau;     /* forward: optional output; backward: required input (alpha = 1: the row's log-sum-exp of scores) */
+  const emx_tensor *tau;     /* alpha > 1. Forward: optional output; backward: input */
   const emx_tensor *support; /* forward: optional output */
   const emx_tensor *alibi_slopes;
   const emx_tensor *block_table;
@@ -200,6 +210,7 @@ typedef struct emx_attn_io {
   const emx_tensor *cu_seqlens_q, *cu_seqlens_k;
   const emx_tensor *d_o;                 /* backward: gradient of o, shape of q */
   const emx_tensor *d_q, *d_k, *d_v;     /* backward: outputs; d_k, d_v are compact, with G heads */
+  const emx_tensor *lse;                 /* alpha = 1, instead of tau: natural log-sum-exp of the row's scores */
 } emx_attn_io;
 EMX_API void emx_attn_io_init(emx_attn_io *io);
 
@@ -211,7 +222,7 @@ EMX_API emx_status emx_attn_workspace_size(emx_ctx *ctx, const emx_attn_desc *de
  * Cost: 2 D FLOP a visible pair, 2 D a nonzero. Errors: INVALID, SHAPE, DTYPE, UNSUPPORTED, WORKSPACE, CANCELLED. */
 EMX_API emx_status emx_attn_forward(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, void *workspace,
                                     size_t workspace_bytes);
-/* Gradients from (q, k, v, tau, d_o) alone; nothing else of the forward pass is needed (AdaSplash-2; docs/math.md).
+/* Gradients from (q, k, v, tau or lse, d_o) alone; nothing else of the forward pass is needed (AdaSplash-2; docs/math.md).
  * 1 <= alpha <= 2 and contiguous or packed K and V, else UNSUPPORTED. Rows past a length get zero gradients. */
 EMX_API emx_status emx_attn_backward(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, void *workspace,
                                      size_t workspace_bytes);

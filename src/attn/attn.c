@@ -28,27 +28,41 @@ static void resolve(emxi_mat *m, const emx_tensor *t, int32_t layout, bool packe
   }
 }
 
-static emx_status lengths(const emx_ctx *ctx, const emx_tensor *t, int64_t n, const char *who, const char *name, const int32_t **out) {
-  *out = NULL;
-  if (!t) return EMX_OK;
-  EMX_TRY(emxi_tensor_expect(ctx, t, 1, &n, who, name));
-  if (t->dtype != EMX_I32) return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected i32", who, name, emx_dtype_name(t->dtype));
-  *out = t->data;
-  return EMX_OK;
-}
-
 struct call {
   const char *who;
   emx_ctx *ctx;
   const emx_attn_desc *desc;
-  bool packed;
+  bool packed, sizes; /* sizes: a size query, which has no data */
   int64_t shape_q[4], shape_k[4]; /* of q and of k, in their own dimension order */
 };
+
+static emx_status check_tensor(const struct call *c, const emx_tensor *t, int32_t ndim, const int64_t *shape, const char *name) {
+  EMX_TRY(c->sizes ? emxi_tensor_layout(c->ctx, t, ndim, c->who, name) : emxi_tensor_check(c->ctx, t, ndim, c->who, name));
+  return shape ? emxi_tensor_shape(t, ndim, shape, c->who, name) : EMX_OK;
+}
+
+static emx_status lengths(const struct call *c, const emx_tensor *t, int64_t n, const char *name, const int32_t **out) {
+  *out = NULL;
+  if (!t) return EMX_OK;
+  EMX_TRY(check_tensor(c, t, 1, &n, name));
+  if (t->dtype != EMX_I32) return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected i32", c->who, name, emx_dtype_name(t->dtype));
+  *out = t->data;
+  return EMX_OK;
+}
+
+/* tau, lse or support: the shape of q without D. */
+static emx_status per_row(const struct call *c, const emx_tensor *t, int32_t dtype, const char *name, emxi_mat *out) {
+  EMX_TRY(check_tensor(c, t, c->packed ? 2 : 3, c->shape_q, name));
+  if (t->dtype != dtype)
+    return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected %s", c->who, name, emx_dtype_name(t->dtype), emx_dtype_name(dtype));
+  resolve(out, t, c->desc->layout, c->packed);
+  return EMX_OK;
+}
 
 /* A tensor like q or k, with its dtype or f32. */
 static emx_status like(const struct call *c, const emx_tensor *t, const int64_t *shape, int32_t dtype, const char *name, emxi_mat *out) {
   int32_t ndim = c->packed ? 3 : 4;
-  EMX_TRY(emxi_tensor_expect(c->ctx, t, ndim, shape, c->who, name));
+  EMX_TRY(check_tensor(c, t, ndim, shape, name));
   if (t->dtype != dtype && !(t->dtype == EMX_F32 && dtype != EMX_F64))
     return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected %s%s", c->who, name, emx_dtype_name(t->dtype), emx_dtype_name(dtype),
                      dtype == EMX_F64 || dtype == EMX_F32 ? "" : " or f32");
@@ -56,8 +70,8 @@ static emx_status like(const struct call *c, const emx_tensor *t, const int64_t 
   return EMX_OK;
 }
 
-static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, emxi_attn *a) {
-  struct call c = {.who = pass == EMX_PASS_BACKWARD ? "emx_attn_backward" : "emx_attn_forward", .ctx = ctx, .desc = desc};
+static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, bool sizes, emxi_attn *a) {
+  struct call c = {.sizes = sizes, .who = pass == EMX_PASS_BACKWARD ? "emx_attn_backward" : "emx_attn_forward", .ctx = ctx, .desc = desc};
   const char *who = c.who;
   if (!(desc->alpha >= 1.0 && desc->alpha <= 4.0))
     return emxi_fail(EMX_ERR_INVALID, "%s: alpha is %g, expected 1 or 1 < alpha <= 4", who, desc->alpha);
@@ -80,13 +94,13 @@ static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const em
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: paged keys; the backward pass has contiguous and packed ones", who);
 
   const int32_t ndim = c.packed ? 3 : 4;
-  EMX_TRY(emxi_tensor_check(ctx, io->q, ndim, who, "q"));
-  EMX_TRY(emxi_tensor_check(ctx, io->k, ndim, who, "k"));
+  EMX_TRY(check_tensor(&c, io->q, ndim, NULL, "q"));
+  EMX_TRY(check_tensor(&c, io->k, ndim, NULL, "k"));
   for (int32_t d = 0; d < ndim; d++) {
     c.shape_q[d] = io->q->shape[d];
     c.shape_k[d] = io->k->shape[d];
   }
-  EMX_TRY(emxi_tensor_expect(ctx, io->v, ndim, c.shape_k, who, "v"));
+  EMX_TRY(check_tensor(&c, io->v, ndim, c.shape_k, "v"));
   const int32_t kt = io->k->dtype;
   if (!emxi_is_float(kt)) return emxi_fail(EMX_ERR_DTYPE, "%s: k is %s, expected f32, f16, bf16 or f64", who, emx_dtype_name(kt));
   if (io->v->dtype != kt)
@@ -107,8 +121,8 @@ static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const em
     int64_t n = io->cu_seqlens_q->ndim == 1 ? io->cu_seqlens_q->shape[0] : 0;
     if (n < 1) return emxi_fail(EMX_ERR_SHAPE, "%s: cu_seqlens_q must be [B+1]", who);
     a->batch = n - 1;
-    EMX_TRY(lengths(ctx, io->cu_seqlens_q, n, who, "cu_seqlens_q", &a->cu_q));
-    EMX_TRY(lengths(ctx, io->cu_seqlens_k, n, who, "cu_seqlens_k", &a->cu_k));
+    EMX_TRY(lengths(&c, io->cu_seqlens_q, n, "cu_seqlens_q", &a->cu_q));
+    EMX_TRY(lengths(&c, io->cu_seqlens_k, n, "cu_seqlens_k", &a->cu_k));
     if (io->seqlens_q || io->seqlens_k) return emxi_fail(EMX_ERR_INVALID, "%s: seqlens and cu_seqlens exclude each other", who);
     a->max_q = a->rows_q;
     a->max_k = a->rows_k;
@@ -116,14 +130,14 @@ static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const em
     a->batch = c.shape_q[0];
     if (!paged && c.shape_k[0] != a->batch)
       return emxi_fail(EMX_ERR_SHAPE, "%s: k has batch %lld, q %lld", who, (long long)c.shape_k[0], (long long)a->batch);
-    EMX_TRY(lengths(ctx, io->seqlens_q, a->batch, who, "seqlens_q", &a->seqlens_q));
-    EMX_TRY(lengths(ctx, io->seqlens_k, a->batch, who, "seqlens_k", &a->seqlens_k));
+    EMX_TRY(lengths(&c, io->seqlens_q, a->batch, "seqlens_q", &a->seqlens_q));
+    EMX_TRY(lengths(&c, io->seqlens_k, a->batch, "seqlens_k", &a->seqlens_k));
     a->max_q = a->rows_q;
     a->max_k = a->rows_k;
   }
   if (paged) {
     const emx_tensor *bt = io->block_table;
-    EMX_TRY(emxi_tensor_check(ctx, bt, 2, who, "block_table"));
+    EMX_TRY(check_tensor(&c, bt, 2, NULL, "block_table"));
     if (bt->dtype != EMX_I32 || bt->shape[0] != a->batch)
       return emxi_fail(EMX_ERR_SHAPE, "%s: block_table must be i32 [%lld, M]", who, (long long)a->batch);
     if (!a->seqlens_k) return emxi_fail(EMX_ERR_INVALID, "%s: a block table needs seqlens_k", who);
@@ -146,25 +160,20 @@ static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const em
   resolve(&a->k, io->k, desc->layout, c.packed);
   resolve(&a->v, io->v, desc->layout, c.packed);
   if (io->alibi_slopes) {
-    EMX_TRY(emxi_tensor_expect(ctx, io->alibi_slopes, 1, &a->heads, who, "alibi_slopes"));
+    EMX_TRY(check_tensor(&c, io->alibi_slopes, 1, &a->heads, "alibi_slopes"));
     if (io->alibi_slopes->dtype != EMX_F32) return emxi_fail(EMX_ERR_DTYPE, "%s: alibi_slopes must be f32", who);
     a->slopes = io->alibi_slopes->data;
   }
-  if (io->tau) {
-    EMX_TRY(emxi_tensor_expect(ctx, io->tau, ndim - 1, c.shape_q, who, "tau"));
-    if (io->tau->dtype != (kt == EMX_F64 ? EMX_F64 : EMX_F32))
-      return emxi_fail(EMX_ERR_DTYPE, "%s: tau must be %s", who, kt == EMX_F64 ? "f64" : "f32");
-    resolve(&a->tau, io->tau, desc->layout, c.packed);
-  }
+  if (desc->alpha == 1.0 ? io->tau != NULL : io->lse != NULL)
+    return emxi_fail(EMX_ERR_INVALID, "%s: alpha = %g has %s", who, desc->alpha, desc->alpha == 1.0 ? "no tau, it has lse" : "no lse, it has tau");
+  const emx_tensor *threshold = desc->alpha == 1.0 ? io->lse : io->tau;
+  if (threshold) EMX_TRY(per_row(&c, threshold, kt == EMX_F64 ? EMX_F64 : EMX_F32, desc->alpha == 1.0 ? "lse" : "tau", &a->tau));
   if (pass == EMX_PASS_FORWARD) {
     EMX_TRY(like(&c, io->o, c.shape_q, io->q->dtype, "o", &a->o));
-    if (io->support) {
-      EMX_TRY(emxi_tensor_expect(ctx, io->support, ndim - 1, c.shape_q, who, "support"));
-      if (io->support->dtype != EMX_I32) return emxi_fail(EMX_ERR_DTYPE, "%s: support must be i32", who);
-      resolve(&a->support, io->support, desc->layout, c.packed);
-    }
+    if (io->support) EMX_TRY(per_row(&c, io->support, EMX_I32, "support", &a->support));
   } else {
-    if (!io->tau) return emxi_fail(EMX_ERR_INVALID, "%s: tau of the forward pass is required", who);
+    if (!threshold)
+      return emxi_fail(EMX_ERR_INVALID, "%s: %s of the forward pass is required", who, desc->alpha == 1.0 ? "lse" : "tau");
     EMX_TRY(like(&c, io->d_o, c.shape_q, io->q->dtype, "d_o", &a->d_o));
     EMX_TRY(like(&c, io->d_q, c.shape_q, io->q->dtype, "d_q", &a->d_q));
     EMX_TRY(like(&c, io->d_k, c.shape_k, kt, "d_k", &a->d_k));
@@ -215,7 +224,7 @@ emx_status emx_attn_workspace_size(emx_ctx *ctx, const emx_attn_desc *desc, cons
   EMX_TRY(check(ctx, desc, io, pass));
   if (!bytes) return emxi_fail(EMX_ERR_INVALID, "emx_attn_workspace_size: bytes is NULL");
   emxi_attn a;
-  EMX_TRY(resolve_call(ctx, desc, io, pass, &a));
+  EMX_TRY(resolve_call(ctx, desc, io, pass, true, &a));
   emxi_arena arena;
   emxi_arena_init(&arena, NULL, 0);
   EMX_TRY(ctx->backend->attn_run(ctx, &a, &arena));
@@ -226,7 +235,7 @@ emx_status emx_attn_workspace_size(emx_ctx *ctx, const emx_attn_desc *desc, cons
 
 static emx_status run(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, void *workspace, size_t size) {
   emxi_attn a;
-  EMX_TRY(resolve_call(ctx, desc, io, pass, &a));
+  EMX_TRY(resolve_call(ctx, desc, io, pass, false, &a));
   if (!workspace) return emxi_fail(EMX_ERR_WORKSPACE, "attention: workspace is NULL");
   emxi_arena arena;
   emxi_arena_init(&arena, workspace, size);

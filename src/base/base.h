@@ -62,7 +62,10 @@ EMXI_SHARED emx_status emxi_arena_check(const emxi_arena *a, const char *who);
 
 /* -- tensors */
 bool emxi_is_float(int32_t dtype);
-/* ndim, known dtype, non-negative shape, positive strides, contiguous last dimension, data unless empty, device of ctx. */
+/* ndim, known dtype, non-negative shape, positive strides, contiguous last dimension, device of ctx. For size queries. */
+EMXI_SHARED emx_status emxi_tensor_layout(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const char *who, const char *name);
+EMXI_SHARED emx_status emxi_tensor_shape(const emx_tensor *t, int32_t ndim, const int64_t *shape, const char *who, const char *name);
+/* The layout, and data unless empty. */
 EMXI_SHARED emx_status emxi_tensor_check(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const char *who, const char *name);
 /* Additionally the shape. */
 EMXI_SHARED emx_status emxi_tensor_expect(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const int64_t *shape, const char *who,

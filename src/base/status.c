@@ -148,7 +148,7 @@ emx_tensor emx_tensor_view(void *data, int32_t dtype, int32_t ndim, const int64_
   return t;
 }
 
-emx_status emxi_tensor_check(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const char *who, const char *name) {
+emx_status emxi_tensor_layout(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const char *who, const char *name) {
   if (!t) return emxi_fail(EMX_ERR_INVALID, "%s: %s is NULL", who, name);
   if (t->ndim != ndim) return emxi_fail(EMX_ERR_SHAPE, "%s: %s has %d dimensions, expected %d", who, name, t->ndim, ndim);
   if (!emx_dtype_size(t->dtype)) return emxi_fail(EMX_ERR_DTYPE, "%s: %s has unknown dtype %d", who, name, t->dtype);
@@ -157,11 +157,9 @@ emx_status emxi_tensor_check(const emx_ctx *ctx, const emx_tensor *t, int32_t nd
   if (t->device_index != ctx->device_index)
     return emxi_fail(EMX_ERR_INVALID, "%s: %s is on device %d, the context on device %d", who, name, t->device_index, ctx->device_index);
   size_t span = emx_dtype_size(t->dtype);
-  bool empty = false;
   for (int d = 0; d < ndim; d++) {
     if (t->shape[d] < 0)
       return emxi_fail(EMX_ERR_SHAPE, "%s: %s has shape %lld in dimension %d", who, name, (long long)t->shape[d], d);
-    if (t->shape[d] == 0) empty = true;
     if (t->shape[d] > 1) {
       if (t->stride[d] <= 0)
         return emxi_fail(EMX_ERR_SHAPE, "%s: %s has stride %lld in dimension %d, it must be positive", who, name,
@@ -175,12 +173,21 @@ emx_status emxi_tensor_check(const emx_ctx *ctx, const emx_tensor *t, int32_t nd
   if (ndim > 0 && t->shape[ndim - 1] > 1 && t->stride[ndim - 1] != 1)
     return emxi_fail(EMX_ERR_SHAPE, "%s: the last dimension of %s has stride %lld, it must be contiguous", who, name,
                      (long long)t->stride[ndim - 1]);
-  if (!t->data && !empty) return emxi_fail(EMX_ERR_INVALID, "%s: %s has no data", who, name);
+  return EMX_OK;
+}
+emx_status emxi_tensor_check(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const char *who, const char *name) {
+  EMX_TRY(emxi_tensor_layout(ctx, t, ndim, who, name));
+  for (int d = 0; d < ndim; d++)
+    if (t->shape[d] == 0) return EMX_OK;
+  if (!t->data) return emxi_fail(EMX_ERR_INVALID, "%s: %s has no data", who, name);
   return EMX_OK;
 }
 emx_status emxi_tensor_expect(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const int64_t *shape, const char *who,
                               const char *name) {
   EMX_TRY(emxi_tensor_check(ctx, t, ndim, who, name));
+  return emxi_tensor_shape(t, ndim, shape, who, name);
+}
+emx_status emxi_tensor_shape(const emx_tensor *t, int32_t ndim, const int64_t *shape, const char *who, const char *name) {
   for (int d = 0; d < ndim; d++)
     if (t->shape[d] != shape[d])
       return emxi_fail(EMX_ERR_SHAPE, "%s: %s has %lld in dimension %d, expected %lld", who, name, (long long)t->shape[d], d,

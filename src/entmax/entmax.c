@@ -8,6 +8,10 @@ void emx_entmax_desc_init(emx_entmax_desc *desc) {
   if (desc) *desc = (emx_entmax_desc){.struct_size = sizeof *desc, .alpha = 1.5};
 }
 
+void emx_entmax_io_init(emx_entmax_io *io) {
+  if (io) *io = (emx_entmax_io){.struct_size = sizeof *io};
+}
+
 static emx_status check_alpha(const char *who, double alpha) {
   if (!(alpha >= 1.0 && alpha <= 4.0)) return emxi_fail(EMX_ERR_INVALID, "%s: alpha is %g, expected 1 or 1 < alpha <= 4", who, alpha);
   return EMX_OK;
@@ -30,9 +34,17 @@ static emx_status check_rows(emx_ctx *ctx, const emx_tensor *t, const emx_tensor
 /* Empty rows may have no data at all, and NULL takes no offset. */
 static int64_t row_stride(const emx_tensor *t) { return t->shape[1] ? t->stride[0] : 0; }
 
-static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *x, const emx_tensor *p, const emx_tensor *tau,
-                          const emx_tensor *support) {
+static emx_status check(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io, const char *who) {
+  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "%s: ctx is NULL", who);
+  EMXI_CHECK_STRUCT(desc, emx_entmax_desc);
+  EMXI_CHECK_STRUCT(io, emx_entmax_io);
+  if (desc->kind != EMX_MAP_ENTMAX) return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: map kind %d; this version has EMX_MAP_ENTMAX", who, desc->kind);
+  return check_alpha(who, desc->alpha);
+}
+
+static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io) {
   static const char who[] = "emx_entmax_forward";
+  const emx_tensor *x = io->x, *p = io->p, *tau = io->tau, *support = io->support;
   EMX_TRY(check_rows(ctx, x, NULL, who, "x"));
   EMX_TRY(check_rows(ctx, p, x, who, "p"));
   emxi_rows r = {.alpha = desc->alpha, .rows = x->shape[0], .n = x->shape[1], .dtype = x->dtype, .x = x->data, .p = p->data,
@@ -53,16 +65,14 @@ static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_t
   return ctx->backend->entmax_forward(ctx, &r);
 }
 
-emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *x, const emx_tensor *p,
-                              const emx_tensor *tau, const emx_tensor *support) {
-  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_entmax_forward: ctx is NULL");
-  EMXI_CHECK_STRUCT(desc, emx_entmax_desc);
-  EMX_TRY(check_alpha("emx_entmax_forward", desc->alpha));
-  EMXI_LOCKED(ctx, forward(ctx, desc, x, p, tau, support));
+emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io) {
+  EMX_TRY(check(ctx, desc, io, "emx_entmax_forward"));
+  EMXI_LOCKED(ctx, forward(ctx, desc, io));
 }
 
-static emx_status backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *p, const emx_tensor *dp, const emx_tensor *dx) {
+static emx_status backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io) {
   static const char who[] = "emx_entmax_backward";
+  const emx_tensor *p = io->p, *dp = io->dp, *dx = io->dx;
   EMX_TRY(check_rows(ctx, p, NULL, who, "p"));
   EMX_TRY(check_rows(ctx, dp, p, who, "dp"));
   EMX_TRY(check_rows(ctx, dx, p, who, "dx"));
@@ -71,12 +81,9 @@ static emx_status backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_
   return ctx->backend->entmax_backward(ctx, &r);
 }
 
-emx_status emx_entmax_backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *p, const emx_tensor *dp,
-                               const emx_tensor *dx) {
-  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_entmax_backward: ctx is NULL");
-  EMXI_CHECK_STRUCT(desc, emx_entmax_desc);
-  EMX_TRY(check_alpha("emx_entmax_backward", desc->alpha));
+emx_status emx_entmax_backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io) {
+  EMX_TRY(check(ctx, desc, io, "emx_entmax_backward"));
   if (desc->alpha != 1.0 && desc->alpha != 1.5 && desc->alpha != 2.0)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_entmax_backward: alpha is %g; this version has 1, 1.5 and 2", desc->alpha);
-  EMXI_LOCKED(ctx, backward(ctx, desc, p, dp, dx));
+  EMXI_LOCKED(ctx, backward(ctx, desc, io));
 }

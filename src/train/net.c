@@ -52,7 +52,7 @@ static void attention_views(const emxi_net *net, const emxi_saved *s, int64_t ba
   a->io.q = &a->q;
   a->io.k = &a->k;
   a->io.v = &a->v;
-  a->io.tau = &a->tau;
+  *(a->desc.alpha == 1 ? &a->io.lse : &a->io.tau) = &a->tau;
   a->io.alibi_slopes = &a->slopes;
   if (pass == EMX_PASS_FORWARD) {
     a->o = heads(s ? s->o : nowhere, batch, length, h, d, z.q);

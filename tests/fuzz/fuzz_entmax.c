@@ -3,6 +3,7 @@
 #include "base/num.h"
 #include "entmax/entmax.h"
 #include "fuzz/fuzz.h"
+#include "entmax_call.h"
 
 enum { ROWS = 4, LENGTH = 600 };
 
@@ -50,7 +51,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   emx_entmax_desc desc;
   emx_entmax_desc_init(&desc);
   desc.alpha = alpha;
-  FUZZ_CHECK(!emx_entmax_forward(ctx, &desc, &x, &p, &t, &c), "%s", emx_last_error());
+  FUZZ_CHECK(!entmax_forward(ctx, &desc, &x, &p, &t, &c), "%s", emx_last_error());
 
   for (int64_t r = 0; r < rows; r++) {
     int64_t wanted;

@@ -10,6 +10,7 @@
 #include "base/num.h"
 #include "cpu/table.h"
 #include "entmax/entmax.h"
+#include "entmax_call.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -58,7 +59,7 @@ static result map(emx_ctx *ctx, double alpha, void *x, void *p, int32_t dtype, i
   emx_entmax_desc desc;
   emx_entmax_desc_init(&desc);
   desc.alpha = alpha;
-  if (emx_entmax_forward(ctx, &desc, &tx, &tp, &tt, &ts)) fail_msg("%s", emx_last_error());
+  if (entmax_forward(ctx, &desc, &tx, &tp, &tt, &ts)) fail_msg("%s", emx_last_error());
   return r;
 }
 
@@ -248,7 +249,7 @@ static void test_nonfinite(void **state) {
   emx_tensor tx = emx_tensor_view(x, EMX_F32, 2, shape), tp = emx_tensor_view(p, EMX_F32, 2, shape);
   emx_entmax_desc desc;
   emx_entmax_desc_init(&desc);
-  assert_int_equal(emx_entmax_forward(contexts[0], &desc, &tx, &tp, NULL, NULL), EMX_OK);
+  assert_int_equal(entmax_forward(contexts[0], &desc, &tx, &tp, NULL, NULL), EMX_OK);
   assert_true(isnan(p[0]) && isnan(p[1]) && p[2] == .5f && p[3] == .5f);
 }
 
@@ -352,7 +353,7 @@ static void test_dtypes_and_strides(void **state) {
     emx_entmax_desc desc;
     emx_entmax_desc_init(&desc);
     desc.alpha = a;
-    assert_int_equal(emx_entmax_forward(contexts[0], &desc, &x, &x, &tt, &ts), EMX_OK);
+    assert_int_equal(entmax_forward(contexts[0], &desc, &x, &x, &tt, &ts), EMX_OK);
     const double unit = dtypes[t] == EMX_F16 ? 0x1p-11 : dtypes[t] == EMX_BF16 ? 0x1p-8 : 0; /* half a unit in the last place */
     for (int r = 0; r < R; r++) {
       for (int i = 0; i < N; i++) s[i] = emxi_load(copy, dtypes[t], r * PITCH + i);
@@ -368,10 +369,10 @@ static void test_dtypes_and_strides(void **state) {
   emx_entmax_desc desc;
   emx_entmax_desc_init(&desc);
   emx_tensor none = emx_tensor_view(NULL, EMX_F32, 2, (int64_t[]){0, 5}), thin = emx_tensor_view(NULL, EMX_F32, 2, (int64_t[]){3, 0});
-  assert_int_equal(emx_entmax_forward(contexts[0], &desc, &none, &none, NULL, NULL), EMX_OK);
+  assert_int_equal(entmax_forward(contexts[0], &desc, &none, &none, NULL, NULL), EMX_OK);
   int32_t support[3] = {7, 7, 7};
   emx_tensor ts = emx_tensor_view(support, EMX_I32, 1, (int64_t[]){3});
-  assert_int_equal(emx_entmax_forward(contexts[0], &desc, &thin, &thin, NULL, &ts), EMX_OK);
+  assert_int_equal(entmax_forward(contexts[0], &desc, &thin, &thin, NULL, &ts), EMX_OK);
   assert_true(support[0] == 0 && support[2] == 0);
 }
 
@@ -393,7 +394,7 @@ static void test_thread_invariance(void **state) {
       opts.threads = threads;
       assert_int_equal(emx_ctx_create(&opts, &ctx), EMX_OK);
       emx_tensor x = emx_tensor_view(x32, EMX_F32, 2, shape), p = emx_tensor_view(p32, EMX_F32, 2, shape);
-      assert_int_equal(emx_entmax_forward(ctx, &desc, &x, &p, NULL, NULL), EMX_OK);
+      assert_int_equal(entmax_forward(ctx, &desc, &x, &p, NULL, NULL), EMX_OK);
       for (int r = 0; r < R; r += 7) {
         map(ctx, a, x32 + r * N, alone, EMX_F32, N);
         assert_memory_equal(alone, p32 + r * N, N * sizeof *alone);
@@ -430,7 +431,7 @@ static void test_gradient(void **state) {
       int64_t shape[2] = {1, N};
       emx_tensor tp = emx_tensor_view(p, EMX_F64, 2, shape), td = emx_tensor_view(dp, EMX_F64, 2, shape),
                  tx = emx_tensor_view(dx, EMX_F64, 2, shape);
-      assert_int_equal(emx_entmax_backward(contexts[0], &desc, &tp, &td, &tx), EMX_OK);
+      assert_int_equal(entmax_backward(contexts[0], &desc, &tp, &td, &tx), EMX_OK);
       double total = 0;
       for (int i = 0; i < N; i++) {
         if (isinf(x[i])) {
@@ -463,11 +464,11 @@ static void test_gradient(void **state) {
              tx = emx_tensor_view(dx, EMX_F64, 2, shape);
   emx_entmax_desc desc;
   emx_entmax_desc_init(&desc);
-  assert_int_equal(emx_entmax_backward(contexts[0], &desc, &tp, &td, &tx), EMX_OK);
+  assert_int_equal(entmax_backward(contexts[0], &desc, &tp, &td, &tx), EMX_OK);
   for (int i = 0; i < 5; i++) assert_true(fabs(dx[i] - row[i]) < 1e-7);
   /* a fully masked row has zero gradient, also in place */
   memset(p, 0, sizeof p);
-  assert_int_equal(emx_entmax_backward(contexts[0], &desc, &tp, &td, &td), EMX_OK);
+  assert_int_equal(entmax_backward(contexts[0], &desc, &tp, &td, &td), EMX_OK);
   for (int i = 0; i < 5; i++) assert_true(dp[i] == 0);
 }
 

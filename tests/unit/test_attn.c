@@ -122,7 +122,8 @@ static void view(const problem *p, views *w) {
   w->tau = emx_tensor_view(p->tau, p->dtype == EMX_F64 ? EMX_F64 : EMX_F32, 3, sq);
   w->support = emx_tensor_view(p->support, EMX_I32, 3, sq);
   w->slopes = emx_tensor_view((void *)p->slopes, EMX_F32, 1, &s->H);
-  w->io.q = &w->q, w->io.k = &w->k, w->io.v = &w->v, w->io.o = &w->o, w->io.tau = &w->tau, w->io.support = &w->support;
+  w->io.q = &w->q, w->io.k = &w->k, w->io.v = &w->v, w->io.o = &w->o, w->io.support = &w->support;
+  *(p->alpha == 1 ? &w->io.lse : &w->io.tau) = &w->tau;
   if (p->alibi) w->io.alibi_slopes = &w->slopes;
 }
 static void run_forward(emx_ctx *c, views *w) {
@@ -513,8 +514,16 @@ static void test_bad_input(void **state) {
   w.q.shape[3] = w.k.shape[3] = w.v.shape[3] = w.o.shape[3] = 8;
   REFUSES(EMX_ERR_UNSUPPORTED);
   w.q.shape[3] = w.k.shape[3] = w.v.shape[3] = w.o.shape[3] = 16;
+  w.io.lse = &w.tau;
+  REFUSES(EMX_ERR_INVALID); /* alpha > 1 has tau */
+  w.io.lse = NULL;
   w.o.data = NULL;
-  REFUSES(EMX_ERR_INVALID);
+  REFUSES(EMX_OK); /* a size query reads shapes only */
+  {
+    void *room = malloc(bytes);
+    assert_int_equal(emx_attn_forward(ctx, &w.desc, &w.io, room, bytes), EMX_ERR_INVALID);
+    free(room);
+  }
   w.o.data = p.o;
   REFUSES(EMX_OK);
   char small[64];

@@ -9,6 +9,7 @@
 #include "base/num.h"
 #include "cpu/table.h"
 #include "entmax/entmax.h"
+#include "entmax_call.h"
 
 #include <limits.h>
 #include <stdio.h>
@@ -156,7 +157,7 @@ static void test_bad_tensors(void **state) {
   const emx_tensor good = emx_tensor_view(x, EMX_F32, 2, shape), out = emx_tensor_view(p, EMX_F32, 2, shape);
   emx_entmax_desc desc;
   emx_entmax_desc_init(&desc);
-  assert_int_equal(emx_entmax_forward(ctx, &desc, &good, &out, NULL, NULL), EMX_OK);
+  assert_int_equal(entmax_forward(ctx, &desc, &good, &out, NULL, NULL), EMX_OK);
   memset(p, 42, sizeof p);
   float before[12];
   memcpy(before, p, sizeof p);
@@ -164,7 +165,7 @@ static void test_bad_tensors(void **state) {
   do {                                                                                            \
     emx_tensor bad = good;                                                                        \
     field_change;                                                                                 \
-    assert_int_equal(emx_entmax_forward(ctx, &desc, &bad, &out, NULL, NULL), expected);           \
+    assert_int_equal(entmax_forward(ctx, &desc, &bad, &out, NULL, NULL), expected);           \
     assert_true(strstr(emx_last_error(), "x") != NULL && strlen(emx_last_error()) > 10);          \
   } while (0)
   REFUSED(EMX_ERR_SHAPE, bad.ndim = 1);
@@ -182,24 +183,24 @@ static void test_bad_tensors(void **state) {
   REFUSED(EMX_ERR_INVALID, bad.data = NULL);
 #undef REFUSED
   emx_tensor one = emx_tensor_view(support, EMX_I32, 1, shape);
-  assert_int_equal(emx_entmax_forward(ctx, &desc, NULL, &out, NULL, NULL), EMX_ERR_INVALID);
-  assert_int_equal(emx_entmax_forward(ctx, &desc, &good, NULL, NULL, NULL), EMX_ERR_INVALID);
-  assert_int_equal(emx_entmax_forward(NULL, &desc, &good, &out, NULL, NULL), EMX_ERR_INVALID);
-  assert_int_equal(emx_entmax_forward(ctx, NULL, &good, &out, NULL, NULL), EMX_ERR_INVALID);
-  assert_int_equal(emx_entmax_forward(ctx, &desc, &good, &out, &one, NULL), EMX_ERR_DTYPE); /* tau must be floating */
+  assert_int_equal(entmax_forward(ctx, &desc, NULL, &out, NULL, NULL), EMX_ERR_INVALID);
+  assert_int_equal(entmax_forward(ctx, &desc, &good, NULL, NULL, NULL), EMX_ERR_INVALID);
+  assert_int_equal(entmax_forward(NULL, &desc, &good, &out, NULL, NULL), EMX_ERR_INVALID);
+  assert_int_equal(entmax_forward(ctx, NULL, &good, &out, NULL, NULL), EMX_ERR_INVALID);
+  assert_int_equal(entmax_forward(ctx, &desc, &good, &out, &one, NULL), EMX_ERR_DTYPE); /* tau must be floating */
   one.shape[0] = 2;
-  assert_int_equal(emx_entmax_forward(ctx, &desc, &good, &out, NULL, &one), EMX_ERR_SHAPE);
+  assert_int_equal(entmax_forward(ctx, &desc, &good, &out, NULL, &one), EMX_ERR_SHAPE);
   static const double alphas[] = {0, 0.999, 4.001, -1, NAN, INFINITY};
   for (size_t i = 0; i < sizeof alphas / sizeof *alphas; i++) {
     desc.alpha = alphas[i];
-    assert_int_equal(emx_entmax_forward(ctx, &desc, &good, &out, NULL, NULL), EMX_ERR_INVALID);
+    assert_int_equal(entmax_forward(ctx, &desc, &good, &out, NULL, NULL), EMX_ERR_INVALID);
   }
   emx_entmax_desc_init(&desc);
   desc.struct_size = 4;
-  assert_int_equal(emx_entmax_forward(ctx, &desc, &good, &out, NULL, NULL), EMX_ERR_INVALID);
+  assert_int_equal(entmax_forward(ctx, &desc, &good, &out, NULL, NULL), EMX_ERR_INVALID);
   emx_entmax_desc_init(&desc);
   desc.alpha = 1.25;
-  assert_int_equal(emx_entmax_backward(ctx, &desc, &good, &out, &out), EMX_ERR_UNSUPPORTED);
+  assert_int_equal(entmax_backward(ctx, &desc, &good, &out, &out), EMX_ERR_UNSUPPORTED);
   assert_memory_equal(p, before, sizeof p); /* nothing was written on the way */
   emx_ctx_destroy(ctx);
 }
@@ -336,7 +337,7 @@ static void test_cancel(void **state) {
   emx_tensor tx = emx_tensor_view(x, EMX_F32, 2, shape);
   emx_entmax_desc desc;
   emx_entmax_desc_init(&desc);
-  assert_int_equal(emx_entmax_forward(ctx, &desc, &tx, &tx, NULL, NULL), EMX_ERR_CANCELLED);
+  assert_int_equal(entmax_forward(ctx, &desc, &tx, &tx, NULL, NULL), EMX_ERR_CANCELLED);
   emx_ctx_resume(ctx);
   memset(c->seen, 0, sizeof c->seen);
   c->cancel_at = 0;
@@ -366,7 +367,7 @@ static void test_parallel_for(void **state) {
   emx_tensor tx = emx_tensor_view(x, EMX_F32, 2, shape), tp = emx_tensor_view(p, EMX_F32, 2, shape);
   emx_entmax_desc desc;
   emx_entmax_desc_init(&desc);
-  assert_int_equal(emx_entmax_forward(ctx, &desc, &tx, &tp, NULL, NULL), EMX_OK);
+  assert_int_equal(entmax_forward(ctx, &desc, &tx, &tp, NULL, NULL), EMX_OK);
   assert_int_equal(calls, 1);
   assert_true(p[3] == .5f && p[4] == .5f && p[5] == 0);
   emx_ctx_destroy(ctx);
@@ -382,7 +383,7 @@ static int map_rows(emx_ctx *ctx) {
   emx_entmax_desc desc;
   emx_entmax_desc_init(&desc);
   for (int round = 0; round < 20; round++) {
-    if (emx_entmax_forward(ctx, &desc, &tx, &tp, NULL, NULL)) return 1;
+    if (entmax_forward(ctx, &desc, &tx, &tp, NULL, NULL)) return 1;
     for (int r = 0; r < R; r++) {
       double sum = 0;
       for (int i = 0; i < N; i++) sum += p[r * N + i];
@@ -472,9 +473,9 @@ static void test_allocation_failures(void **state) {
   emx_entmax_desc desc;
   emx_entmax_desc_init(&desc);
   emxi_alloc_fail_after(0);
-  assert_int_equal(emx_entmax_forward(ctx, &desc, &tx, &tx, NULL, NULL), EMX_ERR_NOMEM);
+  assert_int_equal(entmax_forward(ctx, &desc, &tx, &tx, NULL, NULL), EMX_ERR_NOMEM);
   emxi_alloc_fail_after(-1);
-  assert_int_equal(emx_entmax_forward(ctx, &desc, &tx, &tx, NULL, NULL), EMX_OK);
+  assert_int_equal(entmax_forward(ctx, &desc, &tx, &tx, NULL, NULL), EMX_OK);
   emx_ctx_destroy(ctx);
 }
 
