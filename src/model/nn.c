@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * The f32 layers on the CPU. Matrix products are compute-bound: 2 m in out FLOP on tiles of rows (forward, dx) or of the
- * weight matrix (dw), each one sgemm call of ~95 % of the core's sgemm peak. Everything else moves each array once and is bound by memory. */
+ * The f32 layers on the CPU. Matrix products are compute-bound: 2 m in out FLOP on tiles of rows (forward, dx) or of the weight
+ * matrix (dw), each one sgemm call at 80..100 % of the core's sgemm rate. Everything else moves each array once and is bound by
+ * memory. */
 #include "model/nn.h"
 
 #include <cblas.h>
@@ -17,9 +18,10 @@ static int64_t span_rows(int64_t d) { return d >= SPAN ? 1 : SPAN / (d > 0 ? d :
 
 /* ------------------------------------------------------------------------------------------------------ matrix products */
 
-/* Many workers call sgemm at the same time. A serial build of OpenBLAS hands the same scratch memory to two callers and returns wrong
- * products (measured with 0.3.21: 1 % of products of 64 x 96 x 128 from four threads), so it gets one call at a time. A threaded build
- * is safe; it is told to use the calling thread alone for as long as our workers run. Other BLAS libraries have none of these names. */
+/* Many workers call sgemm at the same time. A serial build of OpenBLAS hands the same scratch memory to two callers and returns
+ * wrong products (measured with 0.3.21: 1 % of products of 64 x 96 x 128 from four threads), so it gets one call at a time. A
+ * threaded build is safe; it is told to use the calling thread alone for as long as our workers run. Other BLAS libraries have none
+ * of these names. */
 extern int openblas_get_parallel(void) __attribute__((weak));
 extern int openblas_get_num_threads(void) __attribute__((weak));
 extern void openblas_set_num_threads(int) __attribute__((weak));
@@ -80,8 +82,10 @@ static void gemm_task(void *arg, int64_t index, int32_t worker) {
     const int cols = (int)min64(g->tile_cols, out - col);
     float *c = g->c + row * out + col;
     if (g->residual)
-      for (int i = 0; i < rows; i++) memcpy(c + (int64_t)i * out, g->residual + (row + i) * out + col, (size_t)cols * sizeof(float));
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, rows, cols, in, 1, g->a + row * in, in, g->b + col * in, in, g->beta, c, out);
+      for (int i = 0; i < rows; i++)
+        memcpy(c + (int64_t)i * out, g->residual + (row + i) * out + col, (size_t)cols * sizeof(float));
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, rows, cols, in, 1, g->a + row * in, in, g->b + col * in, in, g->beta, c,
+                out);
   } else {
     const int cols = (int)min64(g->tile_cols, in - col);
     cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, rows, cols, out, 1, g->a + row * out, out, g->b + col, in, g->beta,
@@ -97,8 +101,9 @@ static void dw_task(void *arg, int64_t index, int32_t worker) {
                 col = tile % g->col_tiles * g->tile_cols, from = chunk * g->chunk, depth = min64(g->chunk, g->m - from);
   const int in = (int)g->in, out = (int)g->out;
   float *c = chunk ? g->partials + (chunk - 1) * g->out * g->in : g->c;
-  cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (int)min64(g->tile_rows, out - row), (int)min64(g->tile_cols, in - col), (int)depth, 1,
-              g->a + from * out + row, out, g->b + from * in + col, in, chunk ? 0 : g->beta, c + row * in + col, in);
+  cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, (int)min64(g->tile_rows, out - row), (int)min64(g->tile_cols, in - col),
+              (int)depth, 1, g->a + from * out + row, out, g->b + from * in + col, in, chunk ? 0 : g->beta, c + row * in + col,
+              in);
 }
 /* Adds the partial sums in order. */
 static void dw_sum_task(void *arg, int64_t index, int32_t worker) {
@@ -128,10 +133,12 @@ static void dw_shape(struct gemm *g) {
 
 static emx_status gemm_run(emx_ctx *ctx, struct gemm *g, const char *who) {
   if (g->m < 0 || g->in < 0 || g->out < 0 || g->m > INT32_MAX || g->in > INT32_MAX || g->out > INT32_MAX)
-    return emxi_fail(EMX_ERR_INVALID, "%s: a product of %lld x %lld x %lld is beyond what the BLAS can count", who, (long long)g->m,
-                     (long long)g->in, (long long)g->out);
+    return emxi_fail(EMX_ERR_INVALID, "%s: a product of %lld x %lld x %lld is beyond what the BLAS can count", who,
+                     (long long)g->m, (long long)g->in, (long long)g->out);
   const int64_t rows = g->kind == DW ? g->out : g->m, cols = g->kind == FORWARD ? g->out : g->in,
-                depth = g->kind == DW ? g->m : g->kind == DX ? g->out : g->in;
+                depth = g->kind == DW   ? g->m
+                        : g->kind == DX ? g->out
+                                        : g->in;
   if (rows == 0 || cols == 0) return EMX_OK;
   if (depth == 0) { /* an empty sum; BLAS leaves c alone */
     if (g->residual)
@@ -181,20 +188,23 @@ static void gemv_task(void *arg, int64_t index, int32_t worker) {
 
 static emx_status forward(emx_ctx *ctx, struct gemm *g) {
   if (g->m != 1 || g->in <= 0 || g->out <= 0) return gemm_run(ctx, g, "linear");
-  g->tile_rows = ceil_div((int64_t)1 << 19, g->in); /* 2 MB of weights a task: waking a thread costs as much as reading a few 100 KB */
+  g->tile_rows =
+      ceil_div((int64_t)1 << 19, g->in); /* 2 MB of weights a task: waking a thread costs as much as reading a few 100 KB */
   return emxi_parallel(ctx, ceil_div(g->out, g->tile_rows), gemv_task, g);
 }
 
-emx_status emxi_linear(emx_ctx *ctx, const float *x, const float *w, float *y, int64_t m, int64_t in, int64_t out, bool accumulate) {
+emx_status emxi_linear(emx_ctx *ctx, const float *x, const float *w, float *y, int64_t m, int64_t in, int64_t out,
+                       bool accumulate) {
   struct gemm g = {.kind = FORWARD, .a = x, .b = w, .c = y, .m = m, .in = in, .out = out, .beta = accumulate ? 1 : 0};
   return forward(ctx, &g);
 }
-emx_status emxi_linear_residual(emx_ctx *ctx, const float *x, const float *w, const float *residual, float *y, int64_t m, int64_t in,
-                                int64_t out) {
+emx_status emxi_linear_residual(emx_ctx *ctx, const float *x, const float *w, const float *residual, float *y, int64_t m,
+                                int64_t in, int64_t out) {
   struct gemm g = {.kind = FORWARD, .a = x, .b = w, .residual = residual, .c = y, .m = m, .in = in, .out = out, .beta = 1};
   return forward(ctx, &g);
 }
-emx_status emxi_linear_dx(emx_ctx *ctx, const float *dy, const float *w, float *dx, int64_t m, int64_t in, int64_t out, bool accumulate) {
+emx_status emxi_linear_dx(emx_ctx *ctx, const float *dy, const float *w, float *dx, int64_t m, int64_t in, int64_t out,
+                          bool accumulate) {
   struct gemm g = {.kind = DX, .a = dy, .b = w, .c = dx, .m = m, .in = in, .out = out, .beta = accumulate ? 1 : 0};
   return gemm_run(ctx, &g, "linear (input gradient)");
 }
@@ -203,31 +213,32 @@ int64_t emxi_linear_partials(int64_t m, int64_t in, int64_t out) {
   dw_shape(&g);
   return (g.chunks - 1) * out * in;
 }
-emx_status emxi_linear_dw(emx_ctx *ctx, const float *x, const float *dy, float *dw, float *partials, int64_t m, int64_t in, int64_t out,
-                          bool accumulate) {
-  struct gemm g = {.kind = DW, .a = dy, .b = x, .c = dw, .partials = partials, .m = m, .in = in, .out = out, .beta = accumulate ? 1 : 0};
+emx_status emxi_linear_dw(emx_ctx *ctx, const float *x, const float *dy, float *dw, float *partials, int64_t m, int64_t in,
+                          int64_t out, bool accumulate) {
+  struct gemm g = {
+      .kind = DW, .a = dy, .b = x, .c = dw, .partials = partials, .m = m, .in = in, .out = out, .beta = accumulate ? 1 : 0};
   return gemm_run(ctx, &g, "linear (weight gradient)");
 }
 
 /* -------------------------------------------------------------------------------------------------------------- rmsnorm */
 
 /* Sums in LANES partial sums, folded by halves. */
-#define SUM_LANES(result, n, term)                                            \
-  do {                                                                        \
-    float acc_[LANES] = {0};                                                  \
-    int64_t i = 0;                                                            \
-    for (; i + LANES <= (n); i += LANES)                                      \
-      for (int j_ = 0; j_ < LANES; j_++) {                                    \
-        const int64_t e = i + j_;                                             \
-        acc_[j_] += (term);                                                   \
-      }                                                                       \
-    for (int j_ = 0; i + j_ < (n); j_++) {                                    \
-      const int64_t e = i + j_;                                               \
-      acc_[j_] += (term);                                                     \
-    }                                                                         \
-    for (int half_ = LANES / 2; half_; half_ /= 2)                            \
-      for (int j_ = 0; j_ < half_; j_++) acc_[j_] += acc_[j_ + half_];        \
-    (result) = acc_[0];                                                       \
+#define SUM_LANES(result, n, term)                                     \
+  do {                                                                 \
+    float acc_[LANES] = {0};                                           \
+    int64_t i = 0;                                                     \
+    for (; i + LANES <= (n); i += LANES)                               \
+      for (int j_ = 0; j_ < LANES; j_++) {                             \
+        const int64_t e = i + j_;                                      \
+        acc_[j_] += (term);                                            \
+      }                                                                \
+    for (int j_ = 0; i + j_ < (n); j_++) {                             \
+      const int64_t e = i + j_;                                        \
+      acc_[j_] += (term);                                              \
+    }                                                                  \
+    for (int half_ = LANES / 2; half_; half_ /= 2)                     \
+      for (int j_ = 0; j_ < half_; j_++) acc_[j_] += acc_[j_ + half_]; \
+    (result) = acc_[0];                                                \
   } while (0)
 
 struct norm {
@@ -289,9 +300,17 @@ static void norm_backward_task(void *arg, int64_t index, int32_t worker) {
 
 int64_t emxi_rmsnorm_partials(int64_t m, int64_t d) { return ceil_div(m, span_rows(d)) * d; }
 
-emx_status emxi_rmsnorm_backward(emx_ctx *ctx, const float *x, const float *w, const float *rstd, const float *dy, float *dx, float *dw,
-                                 float *partials, int64_t m, int64_t d, bool accumulate) {
-  struct norm p = {.x = x, .w = w, .rstd_in = rstd, .dy = dy, .dx = dx, .partials = partials, .m = m, .d = d, .tile = span_rows(d),
+emx_status emxi_rmsnorm_backward(emx_ctx *ctx, const float *x, const float *w, const float *rstd, const float *dy, float *dx,
+                                 float *dw, float *partials, int64_t m, int64_t d, bool accumulate) {
+  struct norm p = {.x = x,
+                   .w = w,
+                   .rstd_in = rstd,
+                   .dy = dy,
+                   .dx = dx,
+                   .partials = partials,
+                   .m = m,
+                   .d = d,
+                   .tile = span_rows(d),
                    .accumulate = accumulate};
   const int64_t tiles = ceil_div(m, p.tile);
   EMX_TRY(emxi_parallel(ctx, tiles, norm_backward_task, &p));
@@ -313,9 +332,9 @@ static inline float greater(float a, float b, float yes, float no) {
   return no;
 }
 
-/* e^x in plain arithmetic, so that loops vectorise: x = n ln 2 + r with n by the rounding constant, a polynomial of degree 6 on |r| <= ln 2 / 2
- * (Taylor: the first dropped term is below 1.2e-7 relative), 2^n through the exponent. Clamped to where 2^n is a normal number:
- * e^x < 1.2e-38 gives 1.2e-38. NaN stays NaN. */
+/* e^x in plain arithmetic, so that loops vectorise: x = n ln 2 + r with n by the rounding constant, a polynomial of degree 6 on
+ * |r| <= ln 2 / 2 (Taylor: the first dropped term is below 1.2e-7 relative), 2^n through the exponent. Clamped to where 2^n is a
+ * normal number: e^x < 1.2e-38 gives 1.2e-38. NaN stays NaN. */
 static inline float exp_f32(float x) {
   x = greater(x, 88.0f, 88.0f, x);
   x = greater(-87.3f, x, -87.3f, x);
@@ -373,8 +392,8 @@ static void swiglu_backward_task(void *arg, int64_t index, int32_t worker) {
   const int64_t at = index * SPAN;
   swiglu_backward_span(p->gate + at, p->up + at, p->dout + at, p->dgate + at, p->dup + at, p->out + at, min64(SPAN, p->n - at));
 }
-emx_status emxi_swiglu_backward(emx_ctx *ctx, const float *gate, const float *up, const float *dout, float *dgate, float *dup, float *out,
-                                int64_t n) {
+emx_status emxi_swiglu_backward(emx_ctx *ctx, const float *gate, const float *up, const float *dout, float *dgate, float *dup,
+                                float *out, int64_t n) {
   struct glu p = {.gate = gate, .up = up, .dout = dout, .dgate = dgate, .dup = dup, .out = out, .n = n};
   return emxi_parallel(ctx, ceil_div(n, SPAN), swiglu_backward_task, &p);
 }
@@ -448,7 +467,8 @@ static void entropy_task(void *arg, int64_t index, int32_t worker) {
   const struct entropy *p = arg;
   entropy_rows(p, index * p->tile, min64(p->tile, p->m - index * p->tile));
 }
-emx_status emxi_cross_entropy(emx_ctx *ctx, float *logits, const int32_t *targets, float *nll, float grad_scale, int64_t m, int64_t v) {
+emx_status emxi_cross_entropy(emx_ctx *ctx, float *logits, const int32_t *targets, float *nll, float grad_scale, int64_t m,
+                              int64_t v) {
   struct entropy p = {logits, targets, nll, grad_scale, m, v, span_rows(v)};
   return emxi_parallel(ctx, ceil_div(m, p.tile), entropy_task, &p);
 }

@@ -17,12 +17,13 @@ emx_status emxi_data_create(const uint8_t *const *files, const int64_t *sizes, i
     if (sizes[i] < 0 || (sizes[i] > 0 && !files[i]))
       return emxi_fail(EMX_ERR_INVALID, "trainer: file %lld of the data has %lld bytes%s", (long long)i, (long long)sizes[i],
                        files[i] ? "" : " at NULL");
-    if (__builtin_add_overflow(d.bytes, sizes[i], &d.bytes)) return emxi_fail(EMX_ERR_INVALID, "trainer: the data's size overflows");
+    if (__builtin_add_overflow(d.bytes, sizes[i], &d.bytes))
+      return emxi_fail(EMX_ERR_INVALID, "trainer: the data's size overflows");
     if (vocab < 256)
       for (int64_t j = 0; j < sizes[i]; j++)
         if (files[i][j] >= vocab)
-          return emxi_fail(EMX_ERR_INVALID, "trainer: byte %d at offset %lld of file %lld is not below vocab_size %d", files[i][j],
-                           (long long)j, (long long)i, vocab);
+          return emxi_fail(EMX_ERR_INVALID, "trainer: byte %d at offset %lld of file %lld is not below vocab_size %d",
+                           files[i][j], (long long)j, (long long)i, vocab);
     const int64_t size = sizes[i];
     d.hash = fnv(fnv(d.hash, &size, sizeof size), files[i], size);
   }

@@ -80,10 +80,17 @@ emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shap
 #define FLOATS(count) emxi_arena_take(arena, count, sizeof(float))
   net->slopes = FLOATS(c->num_heads);
   for (int32_t l = 0; l < c->num_layers; l++) {
-    const emxi_saved s = {.x = FLOATS(tokens * z.width),     .rstd = FLOATS(tokens),     .h = FLOATS(tokens * z.width),
-                          .qkv = FLOATS(tokens * z.qkv),     .tau = FLOATS(tokens * c->num_heads), .o = FLOATS(tokens * z.q),
-                          .x_mid = FLOATS(tokens * z.width), .rstd_mid = FLOATS(tokens), .h_mid = FLOATS(tokens * z.width),
-                          .gate = FLOATS(tokens * z.gated),  .up = FLOATS(tokens * z.gated)};
+    const emxi_saved s = {.x = FLOATS(tokens * z.width),
+                          .rstd = FLOATS(tokens),
+                          .h = FLOATS(tokens * z.width),
+                          .qkv = FLOATS(tokens * z.qkv),
+                          .tau = FLOATS(tokens * c->num_heads),
+                          .o = FLOATS(tokens * z.q),
+                          .x_mid = FLOATS(tokens * z.width),
+                          .rstd_mid = FLOATS(tokens),
+                          .h_mid = FLOATS(tokens * z.width),
+                          .gate = FLOATS(tokens * z.gated),
+                          .up = FLOATS(tokens * z.gated)};
     if (arena->base) net->layers[l] = s;
   }
   net->x_last = FLOATS(tokens * z.width);
@@ -99,9 +106,9 @@ emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shap
   int64_t partials = 0;
   for (int i = 0; i < n; i++) {
     const int64_t m = shapes[i][0] * shapes[i][1];
-    const int64_t need[] = {emxi_rmsnorm_partials(m, z.width),          emxi_linear_partials(m, z.width, z.vocab),
-                            emxi_linear_partials(m, z.gated, z.width),  emxi_linear_partials(m, z.width, z.gated),
-                            emxi_linear_partials(m, z.q, z.width),      emxi_linear_partials(m, z.width, z.qkv)};
+    const int64_t need[] = {emxi_rmsnorm_partials(m, z.width),         emxi_linear_partials(m, z.width, z.vocab),
+                            emxi_linear_partials(m, z.gated, z.width), emxi_linear_partials(m, z.width, z.gated),
+                            emxi_linear_partials(m, z.q, z.width),     emxi_linear_partials(m, z.width, z.qkv)};
     for (size_t j = 0; j < sizeof need / sizeof *need; j++)
       if (need[j] > partials) partials = need[j];
   }
@@ -165,8 +172,8 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
   memset(net->g.data, 0, (size_t)net->g.count * sizeof(float)); /* norms and the embedding are added to */
   EMX_TRY(emxi_linear_dw(ctx, net->h_last, net->logits, net->g.head, net->partials, n, z.width, z.vocab, false));
   EMX_TRY(emxi_linear_dx(ctx, net->logits, net->w.head, net->dh, n, z.width, z.vocab, false));
-  EMX_TRY(emxi_rmsnorm_backward(ctx, net->x_last, net->w.norm, net->rstd_last, net->dh, net->dx, net->g.norm, net->partials, n, z.width,
-                                false));
+  EMX_TRY(emxi_rmsnorm_backward(ctx, net->x_last, net->w.norm, net->rstd_last, net->dh, net->dx, net->g.norm, net->partials, n,
+                                z.width, false));
   for (int32_t l = c->num_layers - 1; l >= 0; l--) {
     const emxi_layer *w = &net->w.layers[l], *g = &net->g.layers[l];
     const emxi_saved *s = &net->layers[l];
@@ -178,8 +185,8 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
     EMX_TRY(emxi_linear_dw(ctx, s->h_mid, s->up, g->up, net->partials, n, z.width, z.gated, false));
     EMX_TRY(emxi_linear_dx(ctx, s->gate, w->gate, net->dh, n, z.width, z.gated, false));
     EMX_TRY(emxi_linear_dx(ctx, s->up, w->up, net->dh, n, z.width, z.gated, true));
-    EMX_TRY(emxi_rmsnorm_backward(ctx, s->x_mid, w->post_norm, s->rstd_mid, net->dh, net->dx, g->post_norm, net->partials, n, z.width,
-                                  true));
+    EMX_TRY(emxi_rmsnorm_backward(ctx, s->x_mid, w->post_norm, s->rstd_mid, net->dh, net->dx, g->post_norm, net->partials, n,
+                                  z.width, true));
     /* attention */
     EMX_TRY(emxi_linear_dx(ctx, net->dx, w->wo, net->d_o, n, z.q, z.width, false));
     EMX_TRY(emxi_linear_dw(ctx, s->o, net->dx, g->wo, net->partials, n, z.q, z.width, false));
@@ -188,7 +195,8 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
     EMX_TRY(emx_attn_backward(ctx, &a.desc, &a.io, net->workspace, net->workspace_bytes));
     EMX_TRY(emxi_linear_dw(ctx, s->h, net->dqkv, g->wq, net->partials, n, z.width, z.qkv, false));
     EMX_TRY(emxi_linear_dx(ctx, net->dqkv, w->wq, net->dh, n, z.width, z.qkv, false));
-    EMX_TRY(emxi_rmsnorm_backward(ctx, s->x, w->input_norm, s->rstd, net->dh, net->dx, g->input_norm, net->partials, n, z.width, true));
+    EMX_TRY(emxi_rmsnorm_backward(ctx, s->x, w->input_norm, s->rstd, net->dh, net->dx, g->input_norm, net->partials, n, z.width,
+                                  true));
   }
   return emxi_embed_backward(ctx, net->tokens, net->dx, net->g.embed, n, z.width);
 }

@@ -26,11 +26,11 @@ static int describe(const emx_trainer *t, entry e[MAX_ENTRIES]) {
   const emx_train_opts *o = &t->opts;
   const emx_model_config *c = &t->config;
   int n = 0;
-#define ENTRY(name, what, format, x)                        \
-  do {                                                      \
-    e[n].key = name;                                        \
-    e[n].about = what;                                      \
-    snprintf(e[n++].value, sizeof e[0].value, format, x);   \
+#define ENTRY(name, what, format, x)                      \
+  do {                                                    \
+    e[n].key = name;                                      \
+    e[n].about = what;                                    \
+    snprintf(e[n++].value, sizeof e[0].value, format, x); \
   } while (0)
 #define OPTION_INT(field) ENTRY("opts." #field, "the option " #field, "%" PRId64, (int64_t)o->field)
 #define OPTION_REAL(field) ENTRY("opts." #field, "the option " #field, "%.17g", o->field)
@@ -90,7 +90,8 @@ static emx_status save_files(const emx_trainer *t, const char *folder, const cha
   }
   float *const arrays[3] = {t->net.w.data, t->adamw.m, t->adamw.v};
   emx_named_tensor tensors[3];
-  for (int i = 0; i < 3; i++) tensors[i] = (emx_named_tensor){tensor_names[i], emx_tensor_view(arrays[i], EMX_F32, 1, &t->net.w.count)};
+  for (int i = 0; i < 3; i++)
+    tensors[i] = (emx_named_tensor){tensor_names[i], emx_tensor_view(arrays[i], EMX_F32, 1, &t->net.w.count)};
   EMX_TRY(emxi_config_write(folder, &t->config, t->opts.save_dtype));
   EMX_TRY(emxi_weights_save(model, &t->config, t->net.w.data, t->opts.save_dtype, metadata, 1));
   return emx_checkpoint_write(state, tensors, 3, metadata, n + 1);
@@ -99,11 +100,13 @@ static emx_status save_files(const emx_trainer *t, const char *folder, const cha
 emx_status emxi_state_save(const emx_trainer *t, const char *folder) {
   if (t->nonfinite) return emxi_fail(EMX_ERR_NONFINITE, "%s: not saved, training met a NaN or an infinity", folder);
   for (int64_t i = 0; i < t->net.w.count; i++)
-    if (!isfinite(t->net.w.data[i])) return emxi_fail(EMX_ERR_NONFINITE, "%s: not saved, a weight is %g", folder, (double)t->net.w.data[i]);
+    if (!isfinite(t->net.w.data[i]))
+      return emxi_fail(EMX_ERR_NONFINITE, "%s: not saved, a weight is %g", folder, (double)t->net.w.data[i]);
   if (mkdir(folder, 0777) && errno != EEXIST)
     return emxi_fail(EMX_ERR_IO, "%s: the folder cannot be created: %s", folder, strerror(errno));
   char *model = emxi_path_join(folder, "model.safetensors"), *state = emxi_path_join(folder, "trainer.safetensors");
-  emx_status status = model && state ? save_files(t, folder, model, state) : emxi_fail(EMX_ERR_NOMEM, "%s: no memory for a path", folder);
+  emx_status status =
+      model && state ? save_files(t, folder, model, state) : emxi_fail(EMX_ERR_NOMEM, "%s: no memory for a path", folder);
   emxi_free(model);
   emxi_free(state);
   return status;
@@ -127,8 +130,8 @@ emx_status emxi_state_check(const emx_checkpoint *ck, const char *path, const em
     const char *was = emx_checkpoint_metadata(ck, e[i].key);
     if (!was) return emxi_fail(EMX_ERR_FORMAT, "%s: %s is missing; not a trainer's state", path, e[i].key);
     if (strcmp(was, e[i].value)) /* the version and config.json come from files, the rest from the caller */
-      return emxi_fail(i == 0 || !strncmp(e[i].key, "config.", 7) ? EMX_ERR_FORMAT : EMX_ERR_INVALID, "%s: %s was %.60s, now it is %s", path,
-                       e[i].about, was, e[i].value);
+      return emxi_fail(i == 0 || !strncmp(e[i].key, "config.", 7) ? EMX_ERR_FORMAT : EMX_ERR_INVALID,
+                       "%s: %s was %.60s, now it is %s", path, e[i].about, was, e[i].value);
   }
   const char *text = emx_checkpoint_metadata(ck, "step");
   char *end = NULL;
@@ -141,7 +144,8 @@ emx_status emxi_state_check(const emx_checkpoint *ck, const char *path, const em
     return emxi_fail(EMX_ERR_FORMAT, "%s: %" PRId64 " tensors, expected 3", path, emx_checkpoint_count(ck));
   for (int i = 0; i < 3; i++) {
     emx_tensor v;
-    if (emx_checkpoint_find(ck, tensor_names[i], &v)) return emxi_fail(EMX_ERR_FORMAT, "%s: tensor %s is missing", path, tensor_names[i]);
+    if (emx_checkpoint_find(ck, tensor_names[i], &v))
+      return emxi_fail(EMX_ERR_FORMAT, "%s: tensor %s is missing", path, tensor_names[i]);
     if (v.dtype != EMX_F32 || v.ndim != 1 || v.shape[0] != count)
       return emxi_fail(EMX_ERR_FORMAT, "%s: tensor %s is not f32 [%" PRId64 "]", path, tensor_names[i], count);
   }
@@ -156,7 +160,8 @@ emx_status emxi_state_load(const emx_checkpoint *ck, const char *path, emx_train
     EMX_TRY(emx_checkpoint_find(ck, tensor_names[i], &v));
     memcpy(arrays[i], v.data, (size_t)t->net.w.count * sizeof(float));
     for (int64_t j = 0; j < t->net.w.count; j++)
-      if (!isfinite(arrays[i][j])) return emxi_fail(EMX_ERR_FORMAT, "%s: tensor %s holds %g", path, tensor_names[i], (double)arrays[i][j]);
+      if (!isfinite(arrays[i][j]))
+        return emxi_fail(EMX_ERR_FORMAT, "%s: tensor %s holds %g", path, tensor_names[i], (double)arrays[i][j]);
   }
   return EMX_OK;
 }

@@ -23,12 +23,12 @@ int64_t emxi_data_windows(const emxi_data *d, int64_t length);
 const uint8_t *emxi_data_draw(const emxi_data *d, int64_t length, uint64_t seed, int64_t t, int64_t i);
 
 /* ---- network (net.c) */
-typedef struct emxi_saved { /* what the backward pass needs of one layer */
-  float *x, *rstd, *h;           /* [N,W] input of the layer, [N], [N,W] normalised */
-  float *qkv;                    /* [N,(H+2G)D]: one product with wq, wk, wv, which are neighbours in the flat array */
-  float *tau, *o;                /* [B,H,T], [N,H D] */
+typedef struct emxi_saved {        /* what the backward pass needs of one layer */
+  float *x, *rstd, *h;             /* [N,W] input of the layer, [N], [N,W] normalised */
+  float *qkv;                      /* [N,(H+2G)D]: one product with wq, wk, wv, which are neighbours in the flat array */
+  float *tau, *o;                  /* [B,H,T], [N,H D] */
   float *x_mid, *rstd_mid, *h_mid; /* after the attention */
-  float *gate, *up;              /* [N,F] */
+  float *gate, *up;                /* [N,F] */
 } emxi_saved;
 
 typedef struct emxi_net {
@@ -37,12 +37,12 @@ typedef struct emxi_net {
   emxi_weights w, g; /* views: weights and their gradient */
   float *slopes;     /* [H] */
   emxi_saved *layers;
-  float *x_last, *rstd_last, *h_last;  /* of the last norm */
-  float *logits, *nll;                 /* [N,V], [N] */
-  float *dx, *dh, *dqkv, *d_o, *glu;   /* working memory, not per layer; glu [N,F] */
+  float *x_last, *rstd_last, *h_last; /* of the last norm */
+  float *logits, *nll;                /* [N,V], [N] */
+  float *dx, *dh, *dqkv, *d_o, *glu;  /* working memory, not per layer; glu [N,F] */
   float *partials;
-  int32_t *tokens, *targets;           /* [N] */
-  void *workspace;                     /* of the attention */
+  int32_t *tokens, *targets; /* [N] */
+  void *workspace;           /* of the attention */
   size_t workspace_bytes;
 } emxi_net;
 /* Carves everything that depends on the number of tokens, for at most `tokens` in a batch of any of the n shapes (B,T).

@@ -33,11 +33,12 @@ static emx_status check_opts(const emx_train_opts *o) {
   REQUIRE(o->warmup >= 0 && o->warmup <= o->steps, "warmup is %lld, expected 0..%lld (steps)", (long long)o->warmup,
           (long long)o->steps);
   REQUIRE(o->length >= 1 && o->length <= INT32_MAX, "length is %lld, expected 1..%d", (long long)o->length, INT32_MAX);
-  REQUIRE(o->batch >= 1 && o->batch <= INT32_MAX / o->length, "batch is %lld, expected 1..%lld at length %lld", (long long)o->batch,
-          (long long)(INT32_MAX / o->length), (long long)o->length);
-  REQUIRE((o->long_length == 0) == (o->long_every == 0) && o->long_length >= 0 && o->long_length <= INT32_MAX && o->long_every >= 0,
-          "long_length is %lld and long_every %lld, expected both 0 or both positive", (long long)o->long_length,
-          (long long)o->long_every);
+  REQUIRE(o->batch >= 1 && o->batch <= INT32_MAX / o->length, "batch is %lld, expected 1..%lld at length %lld",
+          (long long)o->batch, (long long)(INT32_MAX / o->length), (long long)o->length);
+  REQUIRE(
+      (o->long_length == 0) == (o->long_every == 0) && o->long_length >= 0 && o->long_length <= INT32_MAX && o->long_every >= 0,
+      "long_length is %lld and long_every %lld, expected both 0 or both positive", (long long)o->long_length,
+      (long long)o->long_every);
   REQUIRE(o->lr > 0 && isfinite(o->lr), "lr is %g, expected a positive number", o->lr);
   REQUIRE(o->min_lr >= 0 && o->min_lr <= o->lr, "min_lr is %g, expected 0..%g (lr)", o->min_lr, o->lr);
   REQUIRE(o->beta1 >= 0 && o->beta1 < 1, "beta1 is %g, expected 0 <= beta1 < 1", o->beta1);
@@ -66,8 +67,8 @@ void emx_trainer_destroy(emx_trainer *t) {
 }
 
 /* Everything but the memory of the network. */
-static emx_status open_trainer(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts, const uint8_t *const *files,
-                               const int64_t *sizes, int64_t n_files, emx_trainer **out) {
+static emx_status open_trainer(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts,
+                               const uint8_t *const *files, const int64_t *sizes, int64_t n_files, emx_trainer **out) {
   EMX_TRY(emx_model_config_check(config));
   EMX_TRY(check_opts(opts));
   if (config->entmax_alpha > 2)
@@ -85,8 +86,8 @@ static emx_status open_trainer(emx_ctx *ctx, const emx_model_config *config, con
   const int64_t lengths[2] = {opts->length, opts->long_length};
   for (int i = 0; i < 2 && !status; i++)
     if (lengths[i] && emxi_data_windows(&t->data, lengths[i]) < 1)
-      status = emxi_fail(EMX_ERR_INVALID, "trainer: no file has the %lld bytes of a window of %lld tokens", (long long)lengths[i] + 1,
-                         (long long)lengths[i]);
+      status = emxi_fail(EMX_ERR_INVALID, "trainer: no file has the %lld bytes of a window of %lld tokens",
+                         (long long)lengths[i] + 1, (long long)lengths[i]);
   if (status)
     emx_trainer_destroy(t);
   else
@@ -145,8 +146,8 @@ static void initial_weights(emx_trainer *t) {
   memset(t->adamw.v, 0, bytes);
 }
 
-emx_status emx_trainer_create(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts, const uint8_t *const *files,
-                              const int64_t *sizes, int64_t n_files, emx_trainer **out) {
+emx_status emx_trainer_create(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts,
+                              const uint8_t *const *files, const int64_t *sizes, int64_t n_files, emx_trainer **out) {
   if (!ctx || !out) return emxi_fail(EMX_ERR_INVALID, "emx_trainer_create: %s is NULL", ctx ? "out" : "ctx");
   emx_trainer *t;
   EMX_TRY(open_trainer(ctx, config, opts, files, sizes, n_files, &t));
@@ -197,8 +198,8 @@ static void put_window(emxi_net *net, int64_t i, int64_t length, const uint8_t *
 
 static emx_status stop(emx_trainer *t, const char *what, double value) {
   t->nonfinite = true;
-  return emxi_fail(EMX_ERR_NONFINITE, "step %lld: the %s is %g; the weights are those before the step", (long long)t->step + 1, what,
-                   value);
+  return emxi_fail(EMX_ERR_NONFINITE, "step %lld: the %s is %g; the weights are those before the step", (long long)t->step + 1,
+                   what, value);
 }
 
 static emx_status step(emx_trainer *t, emx_train_stats *stats) {
@@ -239,11 +240,12 @@ emx_status emx_trainer_save(emx_trainer *t, const char *folder) {
 static emx_status evaluate(emx_trainer *t, const uint8_t *data, int64_t size, double *nats) {
   const int64_t length = t->opts.length, windows = size > 0 ? (size - 1) / length : 0;
   if (windows < 1)
-    return emxi_fail(EMX_ERR_INVALID, "emx_trainer_evaluate: %lld bytes, a window takes %lld", (long long)size, (long long)length + 1);
+    return emxi_fail(EMX_ERR_INVALID, "emx_trainer_evaluate: %lld bytes, a window takes %lld", (long long)size,
+                     (long long)length + 1);
   for (int64_t i = 0; i <= windows * length; i++)
     if (data[i] >= t->config.vocab_size)
-      return emxi_fail(EMX_ERR_INVALID, "emx_trainer_evaluate: byte %d at offset %lld is not below vocab_size %d", data[i], (long long)i,
-                       t->config.vocab_size);
+      return emxi_fail(EMX_ERR_INVALID, "emx_trainer_evaluate: byte %d at offset %lld is not below vocab_size %d", data[i],
+                       (long long)i, t->config.vocab_size);
   double sum = 0, loss;
   for (int64_t at = 0; at < windows; at += t->opts.batch) {
     const int64_t n = windows - at < t->opts.batch ? windows - at : t->opts.batch;

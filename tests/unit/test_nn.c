@@ -1,4 +1,4 @@
-/* The f32 layers against plain float64 loops; gradients against the formulas' float64 finite differences; bits against threads. */
+/* The f32 layers against plain float64 loops; gradients against the formulas' float64 differences; bits against threads. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -38,17 +38,18 @@ static void expect(const char *what, const float *got, const double *want, int64
       fail_msg("%s[%lld] = %.9g, reference %.9g", what, (long long)i, (double)got[i], want[i]);
 }
 
-/* Sums of k products of standard normals in f32: the error grows like sqrt(k) * 2^-24 * sqrt(k); 4e-6 * k covers it at every size here
- * with an order of magnitude to spare, and a wrong index gives errors near 1. */
+/* Sums of k products of standard normals in f32: the error grows like sqrt(k) * 2^-24 * sqrt(k) = 6e-8 * k; 4e-7 * k covers it with
+ * room to spare, and a wrong index gives errors near 1. */
 static void test_linear(void **state) {
   (void)state;
-  static const int64_t sizes[][3] = {{1, 24, 40},  {1, 192, 3000}, {1, 1, 1},      {3, 17, 5},    {64, 33, 70},
+  static const int64_t sizes[][3] = {{1, 24, 40},   {1, 192, 3000}, {1, 1, 1},       {3, 17, 5},   {64, 33, 70},
                                      {70, 192, 97}, {300, 96, 200}, {2100, 40, 100}, {9, 8, 1100}, {0, 5, 6}};
   for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
     const int64_t m = sizes[s][0], in = sizes[s][1], out = sizes[s][2];
     float *x = normals(1, m * in), *w = normals(2, out * in), *dy = normals(3, m * out), *y0 = normals(4, m * out),
           *dx0 = normals(5, m * in), *dw0 = normals(6, out * in);
-    double *ry = emxi_calloc((size_t)(m * out) * 8), *rdx = emxi_calloc((size_t)(m * in) * 8), *rdw = emxi_calloc((size_t)(out * in) * 8);
+    double *ry = emxi_calloc((size_t)(m * out) * 8), *rdx = emxi_calloc((size_t)(m * in) * 8),
+           *rdw = emxi_calloc((size_t)(out * in) * 8);
     for (int64_t i = 0; i < m; i++)
       for (int64_t o = 0; o < out; o++)
         for (int64_t k = 0; k < in; k++) {
@@ -98,6 +99,22 @@ static void test_linear(void **state) {
     emxi_free(rdx);
     emxi_free(rdw);
   }
+}
+
+/* A BLAS that shares scratch memory between concurrent callers goes wrong about once in a hundred of these tiles. */
+static void test_linear_concurrent(void **state) {
+  (void)state;
+  enum { M = 640, IN = 96, OUT = 128 };
+  float *x = normals(1, M * IN), *w = normals(2, OUT * IN), *want = normals(3, M * OUT), *y = normals(4, M * OUT);
+  assert_int_equal(emxi_linear(contexts[0], x, w, want, M, IN, OUT, false), EMX_OK);
+  for (int i = 0; i < 200; i++) {
+    assert_int_equal(emxi_linear(contexts[CONTEXTS - 1], x, w, y, M, IN, OUT, false), EMX_OK);
+    assert_memory_equal(want, y, M * OUT * sizeof(float));
+  }
+  emxi_free(x);
+  emxi_free(w);
+  emxi_free(want);
+  emxi_free(y);
 }
 
 static void test_linear_errors(void **state) {
@@ -152,7 +169,8 @@ static void test_rmsnorm(void **state) {
       expect("dw", dw, rdw, d, 1e-5);
       float *added = normals(4, m * d), *base = normals(4, m * d), *dw2 = emxi_calloc((size_t)d * 4);
       assert_int_equal(emxi_rmsnorm_backward(contexts[c], x, w, rstd, dy, added, dw2, partials, m, d, true), EMX_OK);
-      for (int64_t i = 0; i < m * d; i++) assert_true(fabsf(added[i] - base[i] - dx[i]) <= 1e-5f * (1 + fabsf(base[i]) + fabsf(dx[i])));
+      for (int64_t i = 0; i < m * d; i++)
+        assert_true(fabsf(added[i] - base[i] - dx[i]) <= 1e-5f * (1 + fabsf(base[i]) + fabsf(dx[i])));
       emxi_free(added);
       emxi_free(base);
       emxi_free(dw2);
@@ -185,8 +203,8 @@ static double silu(double g) { return g / (1 + exp(-g)); }
 static void test_swiglu(void **state) {
   (void)state;
   enum { N = 40000 };
-  float *gate = normals(1, N), *up = normals(2, N), *dout = normals(3, N), *out = normals(4, N), *dgate = normals(5, N), *dup = normals(6, N),
-        *again = normals(7, N);
+  float *gate = normals(1, N), *up = normals(2, N), *dout = normals(3, N), *out = normals(4, N), *dgate = normals(5, N),
+        *dup = normals(6, N), *again = normals(7, N);
   double *want = emxi_alloc(3 * N * 8);
   for (int i = 0; i < N; i++) gate[i] *= i < 30000 ? 3 : 40;
   gate[0] = 1e4f, gate[1] = -1e4f, gate[2] = -87.5f, gate[3] = 0, gate[4] = -0.0f;
@@ -197,7 +215,8 @@ static void test_swiglu(void **state) {
     want[2 * N + i] = dout[i] * silu(g);
   }
   for (int i = 0; i < 50; i++) { /* the formula of the derivative itself */
-    const double h = 1e-5, g = gate[100 + i], difference = (silu(g + h) - silu(g - h)) / (2 * h) * (double)dout[100 + i] * up[100 + i];
+    const double h = 1e-5, g = gate[100 + i],
+                 difference = (silu(g + h) - silu(g - h)) / (2 * h) * (double)dout[100 + i] * up[100 + i];
     assert_true(fabs(difference - want[N + 100 + i]) < 1e-8);
   }
   for (int c = 0; c < CONTEXTS; c++) { /* the exponential is good to 2e-7, the rest rounds a few times */
@@ -304,8 +323,9 @@ static void test_cross_entropy(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_linear),  cmocka_unit_test(test_linear_errors),
-                                     cmocka_unit_test(test_rmsnorm), cmocka_unit_test(test_swiglu),
-                                     cmocka_unit_test(test_embed),   cmocka_unit_test(test_cross_entropy)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_linear),        cmocka_unit_test(test_linear_concurrent),
+                                     cmocka_unit_test(test_linear_errors), cmocka_unit_test(test_rmsnorm),
+                                     cmocka_unit_test(test_swiglu),        cmocka_unit_test(test_embed),
+                                     cmocka_unit_test(test_cross_entropy)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }

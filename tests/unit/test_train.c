@@ -133,7 +133,8 @@ static const double *named(const emx_model_config *c, const double *w, int layer
   return NULL;
 }
 /* Sum of the losses of one sequence; nll: optional [n]. */
-static double forward64(const emx_model_config *c, const double *w, const int32_t *tokens, const int32_t *targets, int64_t n, double *nll) {
+static double forward64(const emx_model_config *c, const double *w, const int32_t *tokens, const int32_t *targets, int64_t n,
+                        double *nll) {
   static double x[MAX_T][MAX_W], h[MAX_W], q[MAX_T][MAX_W], k[MAX_T][MAX_W], v[MAX_T][MAX_W], gate[MAX_W], up[MAX_W];
   const int64_t W = c->hidden_size, F = c->intermediate_size, D = c->head_dim, H = c->num_heads, G = c->num_kv_heads;
   const double *embed = named(c, w, -1, "model.embed_tokens");
@@ -185,8 +186,8 @@ static double forward64(const emx_model_config *c, const double *w, const int32_
   return total;
 }
 
-/* Losses and gradients of the f32 passes against float64: relative to the largest gradient of the tensor, a few hundred roundings of
- * 6e-8 through two layers stay below 2e-4; a wrong term shows at 1e-1. Central differences with h = 1e-5 are good to ~1e-9. */
+/* Losses and gradients of the f32 passes against float64: relative to the largest gradient of the tensor, a few hundred roundings
+ * of 6e-8 through two layers stay below 2e-4; a wrong term shows at 1e-1. Central differences with h = 1e-5 are good to ~1e-9. */
 static void test_gradient(void **state) {
   (void)state;
   static const double alphas[] = {1, 1.5, 2, 1.25};
@@ -210,7 +211,8 @@ static void test_gradient(void **state) {
       for (int b = 0; b < 2; b++)
         sum += forward64(&c, w, t->net.tokens + b * o.length, t->net.targets + b * o.length, o.length, nll + b * o.length);
       for (int64_t i = 0; i < n; i++)
-        if (!(fabs(nll[i] - t->net.nll[i]) < 1e-4)) fail_msg("alpha %g: nll[%d] %g, float64 %g", alphas[a], (int)i, t->net.nll[i], nll[i]);
+        if (!(fabs(nll[i] - t->net.nll[i]) < 1e-4))
+          fail_msg("alpha %g: nll[%d] %g, float64 %g", alphas[a], (int)i, t->net.nll[i], nll[i]);
       assert_true(fabs(loss - sum / (double)n) < 2e-5);
       assert_int_equal(emxi_net_backward(&t->net, o.batch, o.length), EMX_OK);
       for (int64_t p = 0; p < emxi_param_tensors(&c); p++) {
@@ -235,7 +237,8 @@ static void test_gradient(void **state) {
           difference /= 2 * h * (double)n;
           const double got = t->net.g.data[at - w];
           if (!(fabs(got - difference) <= 2e-4 * top))
-            fail_msg("alpha %g %s[%d]: %g, differences %g, largest %g", alphas[a], info.name, (int)(at - w - info.offset), got, difference, top);
+            fail_msg("alpha %g %s[%d]: %g, differences %g, largest %g", alphas[a], info.name, (int)(at - w - info.offset), got,
+                     difference, top);
         }
       }
       emxi_free(w);
@@ -381,12 +384,12 @@ static void test_initial_weights(void **state) {
 
 /* ---- whole runs */
 
-/* A pattern of period 8. A uniform guess costs 5.5 nats, the last byte alone leaves 0.52 (three bytes follow an "a"), so a lower loss
- * takes attention. */
+/* A pattern of period 8. A uniform guess costs 5.5 nats, the last byte alone leaves 0.52 (three bytes follow an "a"), so a lower
+ * loss takes attention. */
 static void test_learns(void **state) {
   (void)state;
   static uint8_t text[4096];
-  for (size_t i = 0; i < sizeof text; i++) text[i] = (uint8_t)"abacabad"[i % 8];
+  for (size_t i = 0; i < sizeof text; i++) text[i] = (uint8_t) "abacabad"[i % 8];
   const uint8_t *const list[1] = {text};
   const int64_t list_sizes[1] = {sizeof text};
   for (int a = 0; a < 2; a++) {
@@ -484,7 +487,8 @@ static void test_resume(void **state) {
 static void expect_resume_error(const char *folder, const emx_train_opts *o, emx_status status, const char *word) {
   emx_trainer *t = NULL;
   emx_status got = emx_trainer_resume(one, folder, o, files, sizes, FILES, &t);
-  if (got != status || t || !strstr(emx_last_error(), word)) fail_msg("%s: %s; expected %s with '%s'", emx_status_name(got), emx_last_error(), emx_status_name(status), word);
+  if (got != status || t || !strstr(emx_last_error(), word))
+    fail_msg("%s: %s; expected %s with '%s'", emx_status_name(got), emx_last_error(), emx_status_name(status), word);
 }
 static void test_resume_errors(void **state) {
   (void)state;
@@ -496,10 +500,10 @@ static void test_resume_errors(void **state) {
   emx_trainer *t = create(one, &c, &o);
   must_step(t);
   assert_int_equal(emx_trainer_save(t, folder), EMX_OK);
-#define CHANGED(field, value, word)                         \
-  do {                                                      \
-    other = o;                                              \
-    other.field = value;                                    \
+#define CHANGED(field, value, word)                             \
+  do {                                                          \
+    other = o;                                                  \
+    other.field = value;                                        \
     expect_resume_error(folder, &other, EMX_ERR_INVALID, word); \
   } while (0)
   CHANGED(lr, 2e-2, "lr was 0.01");
@@ -647,17 +651,17 @@ static void test_invalid(void **state) {
   emx_train_opts o = short_run(), other;
   emx_trainer *t = NULL;
   fill_files();
-#define REFUSED(status, word)                                                                    \
-  do {                                                                                           \
-    assert_int_equal(emx_trainer_create(one, &bad, &other, files, sizes, FILES, &t), status);    \
-    assert_null(t);                                                                              \
-    if (!strstr(emx_last_error(), word)) fail_msg("'%s' lacks '%s'", emx_last_error(), word);    \
+#define REFUSED(status, word)                                                                 \
+  do {                                                                                        \
+    assert_int_equal(emx_trainer_create(one, &bad, &other, files, sizes, FILES, &t), status); \
+    assert_null(t);                                                                           \
+    if (!strstr(emx_last_error(), word)) fail_msg("'%s' lacks '%s'", emx_last_error(), word); \
   } while (0)
-#define OPTION(field, value)        \
-  do {                              \
-    other = o;                      \
-    bad = c;                        \
-    other.field = value;            \
+#define OPTION(field, value)          \
+  do {                                \
+    other = o;                        \
+    bad = c;                          \
+    other.field = value;              \
     REFUSED(EMX_ERR_INVALID, #field); \
   } while (0)
   OPTION(struct_size, 8);
@@ -751,10 +755,10 @@ static void test_no_memory(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_gradient),        cmocka_unit_test(test_evaluate), cmocka_unit_test(test_data),
-      cmocka_unit_test(test_learning_rate),   cmocka_unit_test(test_adamw),    cmocka_unit_test(test_initial_weights),
-      cmocka_unit_test(test_learns),          cmocka_unit_test(test_resume),   cmocka_unit_test(test_resume_errors),
-      cmocka_unit_test(test_nonfinite),       cmocka_unit_test(test_cancel),   cmocka_unit_test(test_invalid),
+      cmocka_unit_test(test_gradient),      cmocka_unit_test(test_evaluate), cmocka_unit_test(test_data),
+      cmocka_unit_test(test_learning_rate), cmocka_unit_test(test_adamw),    cmocka_unit_test(test_initial_weights),
+      cmocka_unit_test(test_learns),        cmocka_unit_test(test_resume),   cmocka_unit_test(test_resume_errors),
+      cmocka_unit_test(test_nonfinite),     cmocka_unit_test(test_cancel),   cmocka_unit_test(test_invalid),
       cmocka_unit_test(test_no_memory),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
