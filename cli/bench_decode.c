@@ -1,0 +1,501 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * emx bench decode: one query token per sequence against a paged cache. Softmax (alpha = 1) is the first method, then every selector.
+ * Each round runs every method once on the same fresh query, and streams the cache through all workers once for the read rate. The
+ * first query's results are compared with float64 attention over the cached, rounded keys. */
+#define _GNU_SOURCE
+#include "bench.h"
+#include "workload.h"
+
+#include "base/base.h"
+#include "base/num.h"
+#include "entmax/entmax.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_BATCH = 64, CHECKED_HEADS = 4, APPEND = 512 };
+
+typedef struct options {
+  cli_common common;
+  cli_select select;
+  const char *data;
+  int64_t n;
+  int hq, hkv, d, page, batch, rounds;
+  int32_t dtype;
+  double alpha;
+  bool alibi;
+  uint64_t seed;
+} options;
+enum { KEY_DATA = 1, KEY_N, KEY_HQ, KEY_HKV, KEY_D, KEY_DTYPE, KEY_PAGE, KEY_BATCH, KEY_ROUNDS, KEY_SEED, KEY_ALIBI };
+static const struct argp_option option_table[] = {
+    {"data", KEY_DATA, "W", 0, "iid (default), ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD, or FILE.safetensors with q [T,H,D], k, v [N,G,D]", 1},
+    {"n", KEY_N, "N", 0, "Cached tokens (default 131072)", 1},
+    {"hq", KEY_HQ, "H", 0, "Query heads (default 8)", 1},
+    {"hkv", KEY_HKV, "G", 0, "KV heads (default 8)", 1},
+    {"d", KEY_D, "D", 0, "Head dimension (default 64)", 1},
+    {"dtype", KEY_DTYPE, "T", 0, "Of the cache: bf16 (default), f16 or f32", 1},
+    {"page", KEY_PAGE, "P", 0, "Tokens a page: 16 (default), 32 or 64", 1},
+    {"batch", KEY_BATCH, "B", 0, "Sequences; more than one are ragged, from N down to N/2 tokens (default 1)", 1},
+    {"alpha", 'a', "A", 0, "1 to 4 (default 1.5)", 1},
+    {"alibi", KEY_ALIBI, NULL, 0, "ALiBi slopes 1/(h+1) on the first half of the heads", 1},
+    {"rounds", KEY_ROUNDS, "N", 0, "Timed rounds (default 9)", 1},
+    {"seed", KEY_SEED, "S", 0, "Seed of the data (default 1)", 1},
+    {0}};
+static error_t parse(int key, char *arg, struct argp_state *state) {
+  options *o = state->input;
+  switch (key) {
+    case ARGP_KEY_INIT:
+      state->child_inputs[0] = &o->select;
+      state->child_inputs[1] = &o->common;
+      return 0;
+    case KEY_DATA: o->data = arg; return 0;
+    case KEY_N: o->n = cli_int(state, "--n", arg, 1, INT32_MAX / 2); return 0;
+    case KEY_HQ: o->hq = (int)cli_int(state, "--hq", arg, 1, 4096); return 0;
+    case KEY_HKV: o->hkv = (int)cli_int(state, "--hkv", arg, 1, 4096); return 0;
+    case KEY_D: o->d = (int)cli_int(state, "--d", arg, 16, 256); return 0;
+    case KEY_DTYPE: o->dtype = cli_dtype(state, "--dtype", arg, "bf16, f16, f32"); return 0;
+    case KEY_PAGE: o->page = (int)cli_int(state, "--page", arg, 16, 64); return 0;
+    case KEY_BATCH: o->batch = (int)cli_int(state, "--batch", arg, 1, MAX_BATCH); return 0;
+    case 'a': o->alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
+    case KEY_ALIBI: o->alibi = true; return 0;
+    case KEY_ROUNDS: o->rounds = (int)cli_int(state, "--rounds", arg, 1, 100000); return 0;
+    case KEY_SEED: o->seed = cli_seed(state, "--seed", arg); return 0;
+    case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
+    case ARGP_KEY_END:
+      if (o->hq % o->hkv) argp_error(state, "--hq %d is not a multiple of --hkv %d", o->hq, o->hkv);
+      return 0;
+  }
+  return ARGP_ERR_UNKNOWN;
+}
+
+typedef struct method {
+  char name[16];
+  emx_select_desc select;
+  double alpha;
+  double *ms;           /* [rounds] */
+  emx_report *reports;  /* [B,H], of the last round run */
+  double bytes;         /* sum over the timed rounds */
+  bool certified;       /* every row of every timed round */
+  double bound;         /* largest delta_bound of the timed rounds */
+  uint8_t path;         /* of the last row */
+  double err_sq, ref_sq, delta; /* of the checked rows */
+} method;
+
+typedef struct bench {
+  const options *o;
+  emx_ctx *ctx;
+  emx_kv *kv;
+  workload w;
+  float *file_q; /* [H,D] of FILE */
+  float scale, *slopes;
+  int B, H, G, D;
+  int32_t seqs[MAX_BATCH];
+  int64_t lengths[MAX_BATCH], max_len;
+  emx_tensor k, v;  /* pool views [M,G,P,D] */
+  float *q, *out;   /* [B,H,D] */
+  emx_tensor tq, to, ts;
+  void *work;
+  size_t work_bytes;
+  method methods[CLI_MAX_SELECT + 1];
+  int n_methods;
+  double *read_s;
+} bench;
+
+/* ---- data */
+
+static int64_t offset_of(const bench *b, const emx_tensor *t, int seq, int g, int64_t pos) {
+  const int32_t *pages;
+  int64_t n;
+  if (emx_seq_block_table(b->kv, b->seqs[seq], &pages, &n)) return -1;
+  return pages[pos / b->o->page] * t->stride[0] + g * t->stride[1] + pos % b->o->page * t->stride[2];
+}
+
+static emx_status make_cache(bench *b) {
+  const options *o = b->o;
+  emx_kv_opts kv;
+  emx_kv_opts_init(&kv);
+  kv.dtype = o->dtype;
+  kv.kv_heads = b->G;
+  kv.head_dim = b->D;
+  kv.page_size = o->page;
+  kv.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS;
+  kv.max_seqs = b->B;
+  for (int i = 0; i < b->B; i++) kv.max_pages += (b->lengths[i] + o->page - 1) / o->page;
+  EMX_TRY(emx_kv_create(b->ctx, &kv, &b->kv));
+  for (int i = 0; i < b->B; i++) EMX_TRY(emx_seq_create(b->kv, &b->seqs[i]));
+  return emx_kv_pool_view(b->kv, &b->k, &b->v);
+}
+
+static emx_status fill_synthetic(bench *b) {
+  cli_progress progress;
+  cli_progress_init(&progress, "generating");
+  for (int i = 0; i < b->B; i++) {
+    cli_progress_text(&progress, i, b->B, NULL);
+    EMX_TRY(workload_append(b->ctx, b->kv, b->seqs[i], i, b->lengths[i], &b->w));
+  }
+  cli_progress_end(&progress);
+  return EMX_OK;
+}
+
+static emx_status find(const emx_checkpoint *ck, const char *name, int ndim, emx_tensor *t) {
+  EMX_TRY(emx_checkpoint_find(ck, name, t));
+  if (t->ndim != ndim || (t->dtype != EMX_F32 && t->dtype != EMX_F16 && t->dtype != EMX_BF16))
+    return emxi_fail(EMX_ERR_FORMAT, "%s: tensor %s must be f32, f16 or bf16 with %d dimensions", "--data", name, ndim);
+  return EMX_OK;
+}
+/* q [T,H,D], k and v [N,G,D]; the last query is the one that is timed. */
+static emx_status load_file(bench *b, const emx_checkpoint *ck) {
+  emx_tensor q, k, v, slopes;
+  EMX_TRY(find(ck, "q", 3, &q));
+  EMX_TRY(find(ck, "k", 3, &k));
+  EMX_TRY(find(ck, "v", 3, &v));
+  b->H = (int)q.shape[1];
+  b->G = (int)k.shape[1];
+  b->D = (int)k.shape[2];
+  b->lengths[0] = b->max_len = k.shape[0];
+  if (q.shape[0] < 1 || k.shape[0] < 1 || q.shape[2] != k.shape[2] || memcmp(k.shape, v.shape, 3 * sizeof *k.shape) || b->G < 1 || b->H % b->G)
+    return emxi_fail(EMX_ERR_SHAPE, "--data: expected q [T,H,D], k and v [N,G,D] with H a multiple of G and T, N at least 1");
+  b->scale = 0;
+  b->file_q = emxi_alloc((size_t)b->H * (size_t)b->D * sizeof *b->file_q);
+  const int64_t row = (int64_t)b->G * b->D;
+  float *chunk = emxi_alloc((size_t)(2 * APPEND * row) * sizeof *chunk);
+  emx_status status = b->file_q && chunk ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "no memory for a chunk of keys");
+  for (int64_t i = 0; !status && i < (int64_t)b->H * b->D; i++)
+    b->file_q[i] = (float)cli_element(&q, (q.shape[0] - 1) * b->H * b->D + i);
+  if (!status) status = make_cache(b);
+  emx_kv_batch batch;
+  emx_kv_batch_init(&batch);
+  batch.batch = 1;
+  batch.seqs = b->seqs;
+  for (int64_t from = 0; !status && from < b->max_len; from += APPEND) {
+    const int64_t n = b->max_len - from < APPEND ? b->max_len - from : APPEND;
+    const emx_tensor *source[2] = {&k, &v};
+    emx_tensor part[2];
+    for (int s = 0; s < 2; s++) { /* [N,G,D] -> [1,G,n,D] by strides */
+      float *at = chunk + s * APPEND * row;
+      for (int64_t i = 0; i < n * row; i++) at[i] = (float)cli_element(source[s], from * row + i);
+      part[s] = emx_tensor_view(at, EMX_F32, 4, (int64_t[4]){1, b->G, n, b->D});
+      part[s].stride[1] = b->D;
+      part[s].stride[2] = row;
+    }
+    status = emx_kv_append(b->ctx, b->kv, &batch, &part[0], &part[1], NULL);
+  }
+  emxi_free(chunk);
+  if (status || emx_checkpoint_find(ck, "alibi_slopes", &slopes)) return status; /* slopes are optional */
+  if (slopes.ndim != 1 || slopes.shape[0] != b->H) return emxi_fail(EMX_ERR_SHAPE, "--data: alibi_slopes must be [%d]", b->H);
+  b->slopes = emxi_alloc((size_t)b->H * sizeof *b->slopes);
+  if (!b->slopes) return emxi_fail(EMX_ERR_NOMEM, "no memory for slopes");
+  for (int h = 0; h < b->H; h++) b->slopes[h] = (float)cli_element(&slopes, h);
+  return EMX_OK;
+}
+
+static void make_queries(bench *b, int round) {
+  for (int s = 0; s < b->B; s++)
+    for (int h = 0; h < b->H; h++) {
+      float *q = b->q + ((int64_t)s * b->H + h) * b->D, key[256];
+      if (b->file_q) {
+        memcpy(q, b->file_q + (int64_t)h * b->D, (size_t)b->D * sizeof *q);
+        continue;
+      }
+      int64_t pos = workload_pick(&b->w, round, s, h, b->lengths[s]), at = offset_of(b, &b->k, s, h / (b->H / b->G), pos);
+      for (int x = 0; x < b->D; x++) key[x] = (float)emxi_load(b->k.data, b->k.dtype, at + x);
+      workload_query(&b->w, round, s, h, key, b->D, q);
+    }
+}
+
+/* ---- running */
+
+static emx_decode_io make_io(bench *b, const method *m) {
+  emx_decode_io io;
+  emx_decode_io_init(&io);
+  io.alpha = m->alpha;
+  io.scale = b->scale;
+  io.q = &b->tq;
+  io.o = &b->to;
+  io.alibi_slopes = b->slopes ? &b->ts : NULL;
+  io.reports = m->reports;
+  return io;
+}
+static emx_kv_batch make_batch(const bench *b) {
+  emx_kv_batch batch;
+  emx_kv_batch_init(&batch);
+  batch.batch = b->B;
+  batch.seqs = b->seqs;
+  return batch;
+}
+static emx_status run(bench *b, method *m) {
+  emx_decode_io io = make_io(b, m);
+  emx_kv_batch batch = make_batch(b);
+  return emx_decode(b->ctx, b->kv, &batch, &m->select, &io, b->work, b->work_bytes);
+}
+
+/* Bytes that came from memory: the heads of a group read the same keys (and for softmax the same values) together. */
+static double bytes_moved(const bench *b, const method *m) {
+  double total = 0;
+  const int group = b->H / b->G;
+  for (int row = 0; row < b->B * b->G; row++) {
+    int64_t k = 0, v = 0;
+    for (int h = 0; h < group; h++) {
+      const emx_report *r = &m->reports[row * group + h];
+      if (r->bytes_k + r->bytes_meta > k) k = r->bytes_k + r->bytes_meta;
+      if (m->alpha > 1)
+        v += r->bytes_v;
+      else if (r->bytes_v > v)
+        v = r->bytes_v;
+    }
+    total += (double)(k + v);
+  }
+  return total;
+}
+static void account(const bench *b, method *m) {
+  m->bytes += bytes_moved(b, m);
+  for (int i = 0; i < b->B * b->H; i++) {
+    const emx_report *r = &m->reports[i];
+    m->certified &= (r->flags & EMX_REPORT_CERTIFIED) != 0;
+    m->bound = fmax(m->bound, r->delta_bound);
+    m->path = r->path;
+  }
+}
+
+/* ---- float64 attention of one head of sequence 0 */
+
+typedef struct dense {
+  double *s, *p, *o; /* [n], [n], [D] */
+} dense;
+static void dense_head(bench *b, int h, double alpha, dense *d) {
+  const int g = h / (b->H / b->G);
+  const int64_t n = b->lengths[0];
+  const float *q = b->q + (int64_t)h * b->D;
+  const double scale = b->scale != 0 ? b->scale : 1 / sqrt(b->D);
+  for (int64_t j = 0; j < n; j++) {
+    int64_t at = offset_of(b, &b->k, 0, g, j);
+    double dot = 0;
+    for (int x = 0; x < b->D; x++) dot += q[x] * emxi_load(b->k.data, b->k.dtype, at + x);
+    d->s[j] = scale * dot + (b->slopes ? (double)b->slopes[h] * (double)(j - (n - 1)) : 0);
+  }
+  emxi_oracle_entmax(d->s, n, alpha, d->p, NULL);
+  memset(d->o, 0, (size_t)b->D * sizeof *d->o);
+  for (int64_t j = 0; j < n; j++) {
+    if (d->p[j] == 0) continue;
+    int64_t at = offset_of(b, &b->v, 0, g, j);
+    for (int x = 0; x < b->D; x++) d->o[x] += d->p[j] * emxi_load(b->v.data, b->v.dtype, at + x);
+  }
+}
+
+/* Mass of the tokens that the selector left out for head h. */
+static emx_status dropped(bench *b, const method *m, int h, const double *p, double *delta) {
+  *delta = 0;
+  if (m->select.kind == EMX_SELECT_ALL || m->reports[h].path == EMX_PATH_ALL) return EMX_OK;
+  const int64_t rows = (int64_t)b->B * b->H, width = (b->max_len + b->o->page - 1) / b->o->page;
+  int32_t *pages = emxi_alloc((size_t)(rows * width) * sizeof *pages), *count = emxi_alloc((size_t)rows * sizeof *count);
+  char *read = emxi_calloc((size_t)width);
+  emx_status status = pages && count && read ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "no memory for page lists");
+  if (!status) {
+    emx_tensor tp = emx_tensor_view(pages, EMX_I32, 4, (int64_t[4]){b->B, b->H, 1, width}),
+               tc = emx_tensor_view(count, EMX_I32, 3, (int64_t[3]){b->B, b->H, 1});
+    emx_decode_io io = make_io(b, m);
+    io.o = NULL;
+    io.reports = NULL;
+    io.pages = &tp;
+    io.n_pages = &tc;
+    emx_kv_batch batch = make_batch(b);
+    status = emx_select(b->ctx, b->kv, &batch, &m->select, &io, b->work, b->work_bytes);
+  }
+  if (!status) {
+    for (int32_t i = 0; i < count[h]; i++) read[pages[h * width + i]] = 1;
+    for (int64_t j = 0; j < b->lengths[0]; j++)
+      if (!read[j / b->o->page]) *delta += p[j];
+  }
+  emxi_free(pages);
+  emxi_free(count);
+  emxi_free(read);
+  return status;
+}
+
+/* Compares every method's output for the present query with float64. */
+static emx_status check(bench *b) {
+  const int heads = b->H < CHECKED_HEADS ? b->H : CHECKED_HEADS;
+  const size_t n = (size_t)b->lengths[0];
+  dense d = {emxi_alloc(n * sizeof(double)), emxi_alloc(n * sizeof(double)), emxi_alloc((size_t)b->D * sizeof(double))};
+  emx_status status = d.s && d.p && d.o ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "no memory for the float64 check");
+  cli_progress progress;
+  cli_progress_init(&progress, "checking against float64");
+  float *outs = emxi_alloc((size_t)b->n_methods * (size_t)b->H * (size_t)b->D * sizeof *outs);
+  if (!status && !outs) status = emxi_fail(EMX_ERR_NOMEM, "no memory for outputs");
+  for (int m = 0; m < b->n_methods && !status; m++) {
+    status = run(b, &b->methods[m]);
+    memcpy(outs + (int64_t)m * b->H * b->D, b->out, (size_t)(b->H * b->D) * sizeof *outs);
+  }
+  for (int i = 0; i < heads && !status; i++) {
+    const int h = i * b->H / heads;
+    cli_progress_text(&progress, i, heads, NULL);
+    for (int m = 0; m < b->n_methods && !status; m++) {
+      method *t = &b->methods[m];
+      if (m == 0 || t->alpha != b->methods[m - 1].alpha) dense_head(b, h, t->alpha, &d);
+      for (int x = 0; x < b->D; x++) {
+        t->err_sq += pow(outs[((int64_t)m * b->H + h) * b->D + x] - d.o[x], 2);
+        t->ref_sq += d.o[x] * d.o[x];
+      }
+      double delta;
+      status = dropped(b, t, h, d.p, &delta);
+      t->delta = fmax(t->delta, delta);
+    }
+  }
+  cli_progress_end(&progress);
+  emxi_free(d.s), emxi_free(d.p), emxi_free(d.o), emxi_free(outs);
+  return status;
+}
+
+/* ---- the benchmark */
+
+static emx_status prepare(bench *b) {
+  const options *o = b->o;
+  const size_t rows = (size_t)(b->B * b->H), cells = rows * (size_t)b->D;
+  b->q = emxi_alloc(cells * sizeof *b->q);
+  b->out = emxi_alloc(cells * sizeof *b->out);
+  b->read_s = emxi_calloc((size_t)o->rounds * sizeof *b->read_s);
+  if (o->alibi && !b->slopes) {
+    b->slopes = emxi_alloc((size_t)b->H * sizeof *b->slopes);
+    for (int h = 0; b->slopes && h < b->H; h++) b->slopes[h] = h < b->H / 2 ? 1.0f / (float)(h + 1) : 0;
+  }
+  if (!b->q || !b->out || !b->read_s || (o->alibi && !b->slopes)) return emxi_fail(EMX_ERR_NOMEM, "no memory for queries");
+  b->tq = emx_tensor_view(b->q, EMX_F32, 4, (int64_t[4]){b->B, b->H, 1, b->D});
+  b->to = emx_tensor_view(b->out, EMX_F32, 4, (int64_t[4]){b->B, b->H, 1, b->D});
+  b->ts = emx_tensor_view(b->slopes, EMX_F32, 1, (int64_t[1]){b->H});
+  /* softmax over everything comes first: it is what the others are compared with */
+  method *m = &b->methods[b->n_methods++];
+  snprintf(m->name, sizeof m->name, "softmax");
+  emx_select_desc_init(&m->select);
+  m->alpha = 1;
+  for (int i = 0; i < o->select.n; i++) {
+    if (o->alpha == 1 && o->select.desc[i].kind == EMX_SELECT_ALL) continue; /* the row above */
+    m = &b->methods[b->n_methods++];
+    snprintf(m->name, sizeof m->name, "%s", cli_select_name(o->select.desc[i].kind));
+    m->select = o->select.desc[i];
+    m->alpha = o->alpha;
+  }
+  for (int i = 0; i < b->n_methods; i++) {
+    m = &b->methods[i];
+    m->ms = emxi_calloc((size_t)o->rounds * sizeof *m->ms);
+    m->reports = emxi_calloc(rows * sizeof *m->reports);
+    m->certified = true;
+    if (!m->ms || !m->reports) return emxi_fail(EMX_ERR_NOMEM, "no memory for reports");
+    emx_decode_io io = make_io(b, m);
+    size_t bytes;
+    EMX_TRY(emx_decode_workspace_size(b->ctx, b->kv, &m->select, &io, b->max_len, &bytes));
+    if (bytes > b->work_bytes) b->work_bytes = bytes;
+  }
+  b->work = emxi_alloc(b->work_bytes);
+  return b->work ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "no memory for a workspace of %zu bytes", b->work_bytes);
+}
+
+static size_t pool_bytes(const emx_tensor *t) {
+  return (size_t)(t->shape[0] * t->shape[1] * t->shape[2] * t->shape[3]) * emx_dtype_size(t->dtype);
+}
+static emx_status measure(bench *b) {
+  const int rounds = b->o->rounds;
+  cli_progress progress;
+  make_queries(b, 0);
+  EMX_TRY(check(b));
+  cli_progress_init(&progress, "measuring");
+  for (int round = -BENCH_WARMUP; round < rounds; round++) {
+    make_queries(b, round + BENCH_WARMUP);
+    for (int i = 0; i < b->n_methods; i++) {
+      method *m = &b->methods[i];
+      double start = cli_seconds();
+      EMX_TRY(run(b, m));
+      if (round < 0) continue;
+      m->ms[round] = 1e3 * (cli_seconds() - start);
+      account(b, m);
+    }
+    double seconds = bench_read(b->ctx, b->k.data, pool_bytes(&b->k)) + bench_read(b->ctx, b->v.data, pool_bytes(&b->v));
+    if (round >= 0) b->read_s[round] = seconds;
+    cli_progress_text(&progress, round + BENCH_WARMUP + 1, rounds + BENCH_WARMUP, NULL);
+  }
+  cli_progress_end(&progress);
+  return EMX_OK;
+}
+
+static int report(bench *b) {
+  const options *o = b->o;
+  const double read_gbps = 1e-9 * (double)(pool_bytes(&b->k) + pool_bytes(&b->v)) / cli_median(b->read_s, o->rounds);
+  int code = CLI_OK;
+  if (!o->common.json) {
+    printf("%s, n %lld, %d/%d heads of %d, %s, page %d, batch %d; read rate %.1f GB/s\n", o->data, (long long)b->max_len, b->H, b->G, b->D,
+           emx_dtype_name(o->dtype), o->page, b->B, read_gbps);
+    printf("%-10s %-6s %9s %9s %8s %10s %11s %7s %9s %9s %11s %s\n", "select", "path", "ms", "min", "mad", "vs_softmax", "bytes", "GB/s",
+           "rel_err", "delta", "delta_bound", "certified");
+  }
+  for (int i = 0; i < b->n_methods && !code; i++) {
+    method *m = &b->methods[i];
+    const bench_times t = bench_summary(m->ms, o->rounds);
+    const double ratio = bench_ratio(b->methods[0].ms, m->ms, o->rounds), bytes = m->bytes / o->rounds, gbps = 1e-6 * bytes / t.median;
+    const double rel_err = sqrt(m->err_sq / m->ref_sq);
+    if (o->common.json) {
+      json_t *j = json_pack("{s:s, s:s, s:I, s:i, s:i, s:i, s:s, s:i, s:i, s:f, s:s, s:s}", "device", "cpu", "data", o->data, "n",
+                            (json_int_t)b->max_len, "hq", b->H, "hkv", b->G, "d", b->D, "dtype", emx_dtype_name(o->dtype), "page", o->page,
+                            "batch", b->B, "alpha", m->alpha, "select", m->name, "path", cli_path_name(m->path));
+      json_t *numbers = json_pack("{s:f, s:f, s:f, s:o, s:I, s:f, s:f, s:o, s:o, s:f, s:b}", "ms", t.median, "ms_min", t.min, "ms_mad", t.mad,
+                                  "vs_softmax", cli_json_real(ratio), "bytes", (json_int_t)(bytes + 0.5), "gbps", gbps, "read_gbps",
+                                  read_gbps, "rel_err", cli_json_real(rel_err), "delta", cli_json_real(m->delta), "delta_bound", m->bound,
+                                  "certified", (int)m->certified);
+      if (j && numbers) json_object_update(j, numbers);
+      json_decref(numbers);
+      code = cli_json_line(j);
+    } else {
+      printf("%-10s %-6s %9.3f %9.3f %8.3f %10.2f %11.0f %7.1f %9.1e %9.1e %11.1e %s\n", m->name, cli_path_name(m->path), t.median, t.min,
+             t.mad, ratio, bytes, gbps, rel_err, m->delta, m->bound, m->certified ? "yes" : "no");
+    }
+  }
+  return code ? code : cli_flush();
+}
+
+int bench_decode(int argc, char **argv) {
+  static const struct argp_child children[] = {{&cli_select_argp, 0, NULL, 0}, {&cli_common_argp, 0, NULL, 0}, {0}};
+  static const struct argp argp = {
+      .options = option_table,
+      .parser = parse,
+      .children = children,
+      .doc = "Times one decode step per method: softmax over every token first (the baseline), then the selectors of --select.\v"
+             "In every round each method runs once on the same fresh query, and the cache is streamed once through all workers (the read "
+             "rate). ms: median over the rounds, with minimum and median absolute deviation; vs_softmax: median of softmax ms / this ms "
+             "within a round; rel_err: L2 error of the first query against float64 attention of the same alpha; delta: true mass of the "
+             "tokens not read, delta_bound: what the library vouches for."};
+  options o = {.data = "iid", .n = 131072, .hq = 8, .hkv = 8, .d = 64, .page = 16, .batch = 1, .rounds = 9, .dtype = EMX_BF16, .alpha = 1.5,
+               .seed = 1};
+  cli_select_init(&o.select);
+  cli_parse(&argp, argc, argv, &o);
+
+  bench b = {.o = &o, .B = o.batch, .H = o.hq, .G = o.hkv, .D = o.d, .max_len = o.n};
+  emx_checkpoint *ck = NULL;
+  const bool file = strlen(o.data) > 12 && !strcmp(o.data + strlen(o.data) - 12, ".safetensors");
+  if (!file && !workload_parse(o.data, o.seed, &b.w)) {
+    cli_warn("--data is '%s', expected iid, ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD or FILE.safetensors", o.data);
+    return CLI_USAGE;
+  }
+  if (file && o.batch > 1) {
+    cli_warn("--batch is %d, a file holds one sequence", o.batch);
+    return CLI_USAGE;
+  }
+  int code = cli_context(&o.common, &b.ctx);
+  if (code) return code;
+  if (file) {
+    CLI_TRY(emx_checkpoint_open(o.data, &ck));
+    CLI_TRY(load_file(&b, ck));
+  } else {
+    b.scale = workload_scale(&b.w, b.D);
+    for (int i = 0; i < b.B; i++) b.lengths[i] = o.n - (b.B > 1 ? o.n / 2 * i / (b.B - 1) : 0);
+    CLI_TRY(make_cache(&b));
+    CLI_TRY(fill_synthetic(&b));
+  }
+  CLI_TRY(prepare(&b));
+  CLI_TRY(measure(&b));
+  code = report(&b);
+done:
+  for (int i = 0; i < b.n_methods; i++) emxi_free(b.methods[i].ms), emxi_free(b.methods[i].reports);
+  emxi_free(b.work), emxi_free(b.q), emxi_free(b.out), emxi_free(b.read_s), emxi_free(b.slopes), emxi_free(b.file_q);
+  emx_kv_destroy(b.kv);
+  emx_ctx_destroy(b.ctx);
+  emx_checkpoint_close(ck);
+  return code;
+}

@@ -1,0 +1,267 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * emx eval: bits per byte of a text, its curve against position, and what a selector changes. */
+#define _GNU_SOURCE
+#include "cli.h"
+#include "session.h"
+#include "svg.h"
+
+#include <stdlib.h>
+
+typedef struct options {
+  cli_common common;
+  cli_select select;
+  cli_session session;
+  const char *model, *file, *svg;
+  int64_t bucket, n;
+  bool selecting;
+} options;
+enum { KEY_CURVE = 1, KEY_SVG };
+static const struct argp_option option_table[] = {
+    {"model", 'm', "DIR", 0, "The model folder", 1},
+    {"file", 'f', "FILE", 0, "The text", 1},
+    {"curve", KEY_CURVE, "BUCKET", 0, "Also bits per byte against position, in buckets of so many bytes", 1},
+    {"svg", KEY_SVG, "FILE", 0, "Draw the curve", 1},
+    {"predict", 'n', "N", 0, "With --select: tokens decoded one by one (default 256)", 1},
+    {0}};
+static error_t parse(int key, char *arg, struct argp_state *state) {
+  options *o = state->input;
+  switch (key) {
+    case ARGP_KEY_INIT:
+      state->child_inputs[0] = &o->session;
+      state->child_inputs[1] = &o->select;
+      state->child_inputs[2] = &o->common;
+      return 0;
+    case 'm': o->model = arg; return 0;
+    case 'f': o->file = arg; return 0;
+    case KEY_CURVE: o->bucket = cli_int(state, "--curve", arg, 1, INT64_MAX / 4); return 0;
+    case KEY_SVG: o->svg = arg; return 0;
+    case 'n': o->n = cli_int(state, "-n", arg, 1, 1 << 30); return 0;
+    case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
+    case ARGP_KEY_END:
+      if (!o->model || !o->file) argp_error(state, "-m DIR and -f FILE are required");
+      if (o->svg && !o->bucket) argp_error(state, "--svg draws the curve: give --curve BUCKET");
+      return 0;
+  }
+  return ARGP_ERR_UNKNOWN;
+}
+
+/* ---- bits per byte, dense */
+
+typedef struct curve {
+  double *bits;   /* [buckets] sums */
+  int64_t *count; /* [buckets] */
+  int64_t buckets, width;
+} curve;
+
+/* Windows of `width` bytes, each from an empty cache; a window's first byte has nothing before it and is not scored. */
+static int score(emx_model *model, const options *o, const emx_model_config *config, const char *text, size_t size, int64_t width, curve *c,
+                 double *bits, int64_t *bytes) {
+  float *nll = malloc((size_t)width * sizeof *nll);
+  emx_session *s = NULL;
+  if (!nll) return cli_nomem((size_t)width * sizeof *nll, "losses");
+  int code = session_open(model, &o->session, width, &s);
+  cli_progress progress;
+  cli_progress_init(&progress, "eval");
+  for (size_t at = 0; !code && at + 1 < size; at += (size_t)width) {
+    const size_t n = size - at < (size_t)width ? size - at : (size_t)width;
+    const bool whole = n >= size; /* one window: its own progress is worth showing */
+    code = cli_status(emx_session_truncate(s, 0));
+    if (!code) code = session_prefill(s, config, text + at, n, nll, NULL, whole ? "eval" : NULL);
+    for (size_t i = 1; !code && i < n; i++) {
+      *bits += nll[i] / log(2);
+      ++*bytes;
+      if (c->bits) {
+        c->bits[(int64_t)i / c->width] += nll[i] / log(2);
+        c->count[(int64_t)i / c->width]++;
+      }
+    }
+    if (!whole) cli_progress_text(&progress, (int64_t)(at + n), (int64_t)size, "%.3f bits/byte", *bits / (double)*bytes);
+  }
+  cli_progress_end(&progress);
+  emx_session_destroy(s);
+  free(nll);
+  return code;
+}
+
+static int draw_curve(const options *o, const curve *c, double alpha) {
+  double *x = calloc((size_t)c->buckets, sizeof *x), *y = calloc((size_t)c->buckets, sizeof *y);
+  int code = CLI_ERROR, n = 0;
+  if (x && y) {
+    for (int64_t i = 0; i < c->buckets; i++)
+      if (c->count[i]) {
+        x[n] = ((double)i + 0.5) * (double)c->width;
+        y[n++] = c->bits[i] / (double)c->count[i];
+      }
+    svg_series series = {.name = alpha == 1 ? "softmax" : "entmax", .x = x, .y = y, .n = n, .dots = n < 60};
+    svg_chart chart = {.title = "Bits per byte against position", .x_label = "position (bytes)", .y_label = "bits per byte", .series = &series,
+                       .n = 1};
+    code = svg_write(o->svg, &chart);
+  } else {
+    cli_nomem((size_t)c->buckets * 16, "the curve");
+  }
+  free(x);
+  free(y);
+  return code;
+}
+
+/* ---- a selector against ALL */
+
+typedef struct comparison {
+  double kl, kl_max, top1;
+  int64_t n;
+  session_summary stats;
+} comparison;
+
+/* Prefills all but the last n bytes of the context once, then decodes those bytes in two forks, ALL and the selector, and compares what
+ * each expects next. */
+static int compare(const emx_model_config *config, emx_session *base, const emx_select_desc *select, const char *text, int64_t n,
+                   comparison *out) {
+  emx_session *all = NULL, *sel = NULL;
+  const size_t bytes = (size_t)config->vocab_size * sizeof(float);
+  float *p = malloc(bytes), *q = malloc(bytes);
+  int code = p && q ? CLI_OK : cli_nomem(2 * bytes, "logits");
+  cli_progress progress;
+  cli_progress_init(&progress, cli_select_name(select->kind));
+  emx_select_desc everything;
+  if (code) goto done;
+  emx_select_desc_init(&everything);
+  CLI_TRY(emx_session_fork(base, &all));
+  CLI_TRY(emx_session_fork(base, &sel));
+  CLI_TRY(emx_session_set_select(all, &everything));
+  CLI_TRY(emx_session_set_select(sel, select));
+  emx_session_reset_stats(sel);
+  *out = (comparison){.n = n};
+  for (int64_t i = 0; i < n; i++) {
+    const int32_t token = (unsigned char)text[i];
+    CLI_TRY(emx_session_decode(all, token, p));
+    CLI_TRY(emx_session_decode(sel, token, q));
+    double kl = logits_kl(p, q, config->vocab_size);
+    out->kl += kl;
+    out->kl_max = fmax(out->kl_max, kl);
+    out->top1 += logits_best(p, config->vocab_size) == logits_best(q, config->vocab_size);
+    cli_progress_text(&progress, i + 1, n, NULL);
+  }
+  code = session_summarize(sel, &out->stats);
+done:
+  cli_progress_end(&progress);
+  emx_session_destroy(sel);
+  emx_session_destroy(all);
+  free(p);
+  free(q);
+  return code;
+}
+
+static int compare_selectors(emx_model *model, const options *o, const emx_model_config *config, const char *text, size_t size, json_t **list) {
+  int64_t context = o->session.ctx && (size_t)o->session.ctx < size ? o->session.ctx : (int64_t)size;
+  if (context <= o->n) return cli_fail("--select decodes the last %lld bytes of the context, which has only %lld", (long long)o->n, (long long)context);
+  emx_session *base = NULL;
+  /* two forks at a time, each with its own tail */
+  cli_session room = o->session;
+  room.ctx = 0;
+  int code = session_open(model, &room, context + 2 * (o->n + room.page), &base);
+  if (!code) code = session_prefill(base, config, text, (size_t)(context - o->n), NULL, NULL, "prefill");
+  *list = json_array();
+  for (int i = 0; i < o->select.n && !code; i++) {
+    comparison c;
+    const char *name = cli_select_name(o->select.desc[i].kind);
+    code = compare(config, base, &o->select.desc[i], text + context - o->n, o->n, &c);
+    if (code) break;
+    if (o->common.json) {
+      json_t *j = session_json(&c.stats, name);
+      if (j) {
+        json_object_set_new(j, "tokens", json_integer(c.n));
+        json_object_set_new(j, "kl", cli_json_real(c.kl / (double)c.n));
+        json_object_set_new(j, "kl_max", cli_json_real(c.kl_max));
+        json_object_set_new(j, "top1", cli_json_real(c.top1 / (double)c.n));
+        json_array_append_new(*list, j);
+      }
+    } else {
+      printf("%-10s kl %.3g nats (largest %.3g), top1 %.4f, %.2f %% of K and V read, support %.1f, delta_bound %.2g over %lld tokens at %lld\n", name,
+             c.kl / (double)c.n, c.kl_max, c.top1 / (double)c.n, 100 * c.stats.bytes_share, c.stats.support_mean, c.stats.delta_bound_max,
+             (long long)c.n, (long long)context);
+    }
+  }
+  emx_session_destroy(base);
+  return code;
+}
+
+int cmd_eval(int argc, char **argv) {
+  static const struct argp_child children[] = {
+      {&cli_session_argp, 0, NULL, 0}, {&cli_select_argp, 0, NULL, 0}, {&cli_common_argp, 0, NULL, 0}, {0}};
+  static const struct argp argp = {
+      .options = option_table,
+      .parser = parse,
+      .children = children,
+      .doc = "Measures bits per byte of a text in windows of -c bytes (default: the length of training), with dense attention.\v"
+             "With --select it also prefills the first -c bytes but the last N, and decodes those N one by one with each selector beside "
+             "ALL: kl (mean KL divergence of the next-token distributions, nats) and top1 (share of equal first choices)."};
+  options o = {.n = 256};
+  cli_select_init(&o.select);
+  o.select.n = 0; /* nothing is compared unless --select says so */
+  cli_session_init(&o.session);
+  cli_parse(&argp, argc, argv, &o);
+
+  emx_ctx *ctx = NULL;
+  emx_model *model = NULL;
+  char *text = NULL;
+  size_t size = 0;
+  curve c = {0};
+  json_t *list = NULL;
+  int code = cli_read_file(o.file, &text, &size);
+  if (code) return code;
+  if (size < 2) {
+    code = cli_fail("%s has %zu bytes, at least 2 are needed", o.file, size);
+    goto done;
+  }
+  if ((code = cli_context(&o.common, &ctx))) goto done;
+  CLI_TRY(emx_model_open(ctx, o.model, &model));
+  emx_model_config config = {.struct_size = sizeof config};
+  CLI_TRY(emx_model_get_config(model, &config));
+  int64_t width = o.session.ctx ? o.session.ctx : config.max_position > 1 ? config.max_position : 1024;
+  if ((size_t)width > size) width = (int64_t)size;
+  if (o.bucket) {
+    c.width = o.bucket;
+    c.buckets = (width - 1) / o.bucket + 1;
+    c.bits = calloc((size_t)c.buckets, sizeof *c.bits);
+    c.count = calloc((size_t)c.buckets, sizeof *c.count);
+    if (!c.bits || !c.count) {
+      code = cli_nomem((size_t)c.buckets * 16, "the curve");
+      goto done;
+    }
+  }
+  double bits = 0;
+  int64_t bytes = 0;
+  if ((code = score(model, &o, &config, text, size, width, &c, &bits, &bytes))) goto done;
+  if (!o.common.json) printf("%.4f bits per byte over %lld bytes, windows of %lld\n", bits / (double)bytes, (long long)bytes, (long long)width);
+  if (o.select.n && (code = compare_selectors(model, &o, &config, text, size, &list))) goto done;
+  if (o.common.json) {
+    json_t *out = json_pack("{s:o, s:I, s:I}", "bits_per_byte", cli_json_real(bits / (double)bytes), "bytes", (json_int_t)bytes, "ctx",
+                            (json_int_t)width);
+    if (out && o.bucket) {
+      json_t *points = json_array();
+      for (int64_t i = 0; i < c.buckets; i++)
+        if (c.count[i])
+          json_array_append_new(points, json_pack("{s:I, s:o, s:I}", "position", (json_int_t)(i * c.width), "bits_per_byte",
+                                                  cli_json_real(c.bits[i] / (double)c.count[i]), "bytes", (json_int_t)c.count[i]));
+      json_object_set_new(out, "curve", points);
+    }
+    if (out && list && json_array_size(list) == 1) /* one selector: its keys beside bits_per_byte */
+      json_object_update(out, json_array_get(list, 0));
+    else if (out && list)
+      json_object_set(out, "selectors", list);
+    code = cli_json_line(out);
+  } else if (o.bucket) {
+    for (int64_t i = 0; i < c.buckets; i++)
+      if (c.count[i]) printf("%10lld %.4f\n", (long long)(i * c.width), c.bits[i] / (double)c.count[i]);
+  }
+  if (!code && o.svg) code = draw_curve(&o, &c, config.entmax_alpha);
+  if (!code) code = cli_flush();
+done:
+  json_decref(list);
+  free(text);
+  free(c.bits);
+  free(c.count);
+  emx_model_close(model);
+  emx_ctx_destroy(ctx);
+  return code;
+}

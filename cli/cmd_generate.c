@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * emx generate: prefills a prompt into a paged cache and continues it with a selector. */
+#define _GNU_SOURCE
+#include "cli.h"
+#include "session.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct options {
+  cli_common common;
+  cli_select select;
+  cli_session session;
+  const char *model, *prompt, *file;
+  int64_t n;
+  emx_sample_opts sample;
+} options;
+enum { KEY_TEMP = 1, KEY_TOP_K, KEY_TOP_P, KEY_SEED };
+static const struct argp_option option_table[] = {
+    {"model", 'm', "DIR", 0, "The model folder", 1},
+    {"prompt", 'p', "TEXT", 0, "The prompt", 1},
+    {"file", 'f', "FILE", 0, "Read the prompt from FILE (- is standard input)", 1},
+    {"predict", 'n', "N", 0, "Tokens to generate (default 128)", 1},
+    {NULL, 0, NULL, 0, "Sampling:", 2},
+    {"temp", KEY_TEMP, "T", 0, "Temperature (default 0: the most probable token)", 2},
+    {"top-k", KEY_TOP_K, "K", 0, "Only the K most probable tokens (default 0: all)", 2},
+    {"top-p", KEY_TOP_P, "P", 0, "Only the most probable tokens that hold mass P (default 1: all)", 2},
+    {"seed", KEY_SEED, "S", 0, "Seed (default 0)", 2},
+    {0}};
+static error_t parse(int key, char *arg, struct argp_state *state) {
+  options *o = state->input;
+  switch (key) {
+    case ARGP_KEY_INIT:
+      state->child_inputs[0] = &o->session;
+      state->child_inputs[1] = &o->select;
+      state->child_inputs[2] = &o->common;
+      return 0;
+    case 'm': o->model = arg; return 0;
+    case 'p': o->prompt = arg; return 0;
+    case 'f': o->file = arg; return 0;
+    case 'n': o->n = cli_int(state, "-n", arg, 1, 1 << 30); return 0;
+    case KEY_TEMP: o->sample.temperature = (float)cli_real(state, "--temp", arg, 0, 100); return 0;
+    case KEY_TOP_K: o->sample.top_k = (int32_t)cli_int(state, "--top-k", arg, 0, INT32_MAX); return 0;
+    case KEY_TOP_P: o->sample.top_p = (float)cli_real(state, "--top-p", arg, 0, 1); return 0;
+    case KEY_SEED: o->sample.seed = cli_seed(state, "--seed", arg); return 0;
+    case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
+    case ARGP_KEY_END:
+      if (!o->model) argp_error(state, "-m DIR is required");
+      if (!o->prompt == !o->file) argp_error(state, "one of -p TEXT and -f FILE is required");
+      return 0;
+    case ARGP_KEY_SUCCESS:
+      if (o->select.n > 1) argp_error(state, "--select takes one selector here");
+      return 0;
+  }
+  return ARGP_ERR_UNKNOWN;
+}
+
+static int print_stats(const options *o, const emx_session *s, const char *text, int64_t tokens) {
+  session_summary sum;
+  int code = session_summarize(s, &sum);
+  if (code) return code;
+  if (o->common.json) {
+    json_t *j = session_json(&sum, cli_select_name(o->select.desc[0].kind));
+    if (j) {
+      json_object_set_new(j, "tokens", json_integer(tokens));
+      json_object_set_new(j, "text", cli_json_text(text, (size_t)tokens));
+    }
+    return cli_json_line(j);
+  }
+  fprintf(stderr, "%lld tokens, %.1f tokens/s, attention %.3f ms a token, %.2f %% of K and V read, support %.1f, delta_bound %.2g, %.0f %% certified\n",
+          (long long)tokens, sum.tok_per_s, sum.attn_ms_per_tok, 100 * sum.bytes_share, sum.support_mean, sum.delta_bound_max,
+          100 * sum.certified_share);
+  return CLI_OK;
+}
+
+int cmd_generate(int argc, char **argv) {
+  static const struct argp_child children[] = {
+      {&cli_session_argp, 0, NULL, 0}, {&cli_select_argp, 0, NULL, 0}, {&cli_common_argp, 0, NULL, 0}, {0}};
+  static const struct argp argp = {.options = option_table,
+                                   .parser = parse,
+                                   .children = children,
+                                   .doc = "Continues a prompt. The text goes to standard output as it is made, statistics to standard error; "
+                                          "with --json only one object at the end."};
+  options o = {.n = 128};
+  cli_select_init(&o.select);
+  cli_session_init(&o.session);
+  emx_sample_opts_init(&o.sample);
+  cli_parse(&argp, argc, argv, &o);
+
+  emx_ctx *ctx = NULL;
+  emx_model *model = NULL;
+  emx_session *session = NULL;
+  char *prompt = NULL, *text = NULL;
+  float *logits = NULL;
+  size_t size = 0;
+  int code = CLI_OK;
+  if (o.file) {
+    if ((code = cli_read_file(o.file, &prompt, &size))) return code;
+  } else {
+    size = strlen(o.prompt);
+  }
+  if (!size) {
+    code = cli_fail("the prompt is empty");
+    goto done;
+  }
+  if ((code = cli_context(&o.common, &ctx))) goto done;
+  CLI_TRY(emx_model_open(ctx, o.model, &model));
+  emx_model_config config = {.struct_size = sizeof config};
+  CLI_TRY(emx_model_get_config(model, &config));
+  if ((code = session_open(model, &o.session, (int64_t)size + o.n, &session))) goto done;
+  CLI_TRY(emx_session_set_select(session, o.select.desc));
+  logits = malloc((size_t)config.vocab_size * sizeof *logits);
+  text = malloc((size_t)o.n);
+  if (!logits || !text) {
+    code = cli_nomem((size_t)o.n, "the text");
+    goto done;
+  }
+  if ((code = session_prefill(session, &config, o.file ? prompt : o.prompt, size, NULL, logits, "prefill"))) goto done;
+
+  int64_t made = 0;
+  while (made < o.n) {
+    int32_t token;
+    CLI_TRY(emx_sample(logits, config.vocab_size, &o.sample, made, &token));
+    text[made++] = (char)token;
+    if (!o.common.json && (putchar(token) == EOF || (code = cli_flush()))) break;
+    if (made == o.n) break;
+    if ((code = cli_status(emx_session_decode(session, token, logits)))) break;
+  }
+  if (!o.common.json) putchar('\n');
+  int stats = code == CLI_OK || code == CLI_INTERRUPTED ? print_stats(&o, session, text, made) : CLI_OK;
+  if (!code) code = stats ? stats : cli_flush();
+done:
+  free(prompt);
+  free(text);
+  free(logits);
+  emx_session_destroy(session);
+  emx_model_close(model);
+  emx_ctx_destroy(ctx);
+  return code;
+}

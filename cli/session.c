@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "session.h"
+
+#include <stdlib.h>
+
+enum { KEY_PAGE = 1201, KEY_KV_DTYPE };
+static const struct argp_option session_options[] = {
+    {NULL, 0, NULL, 0, "Cache:", 70},
+    {"ctx-size", 'c', "N", 0, "Tokens the cache may hold (default: what is needed)", 70},
+    {"page", KEY_PAGE, "P", 0, "Tokens a page: 16 (default), 32 or 64", 70},
+    {"kv-dtype", KEY_KV_DTYPE, "T", 0, "bf16 (default), f16 or f32", 70},
+    {0}};
+static error_t parse_session(int key, char *arg, struct argp_state *state) {
+  cli_session *s = state->input;
+  switch (key) {
+    case 'c': s->ctx = cli_int(state, "-c", arg, 1, INT64_MAX / 4); return 0;
+    case KEY_PAGE: s->page = (int)cli_int(state, "--page", arg, 16, 64); return 0;
+    case KEY_KV_DTYPE: s->kv_dtype = cli_dtype(state, "--kv-dtype", arg, "bf16, f16, f32"); return 0;
+  }
+  return ARGP_ERR_UNKNOWN;
+}
+const struct argp cli_session_argp = {.options = session_options, .parser = parse_session};
+void cli_session_init(cli_session *s) { *s = (cli_session){.page = 16, .kv_dtype = EMX_BF16}; }
+
+int session_open(emx_model *model, const cli_session *opts, int64_t tokens, emx_session **out) {
+  emx_session_opts o;
+  emx_session_opts_init(&o);
+  o.kv_dtype = opts->kv_dtype;
+  o.page_size = opts->page;
+  o.max_tokens = opts->ctx ? opts->ctx : tokens;
+  if (opts->ctx && tokens > opts->ctx)
+    return cli_fail("%lld tokens are needed, the context (-c) has %lld", (long long)tokens, (long long)opts->ctx);
+  return cli_status(emx_session_create(model, &o, out));
+}
+
+int session_prefill(emx_session *s, const emx_model_config *config, const char *text, size_t n, float *nll, float *logits,
+                    const char *label) {
+  int32_t *tokens = malloc((n + 1) * sizeof *tokens);
+  if (!tokens) return cli_nomem(n * sizeof *tokens, "the tokens");
+  for (size_t i = 0; i < n; i++) {
+    tokens[i] = (unsigned char)text[i];
+    if (tokens[i] >= config->vocab_size) {
+      free(tokens);
+      return cli_fail("byte %d at offset %zu is not in the model's vocabulary of %d", (int)(unsigned char)text[i], i, config->vocab_size);
+    }
+  }
+  cli_progress progress;
+  cli_progress_init(&progress, label);
+  int code = cli_status(emx_session_prefill(s, tokens, (int64_t)n, nll, logits, label ? cli_progress_show : NULL, &progress));
+  cli_progress_end(&progress);
+  free(tokens);
+  return code;
+}
+
+int session_summarize(const emx_session *s, session_summary *out) {
+  emx_session_stats t = {.struct_size = sizeof t};
+  int code = cli_status(emx_session_get_stats(s, &t));
+  if (code) return code;
+  const double tokens = (double)t.tokens, rows = (double)t.rows;
+  *out = (session_summary){.tok_per_s = tokens / t.seconds,
+                           .attn_ms_per_tok = 1e3 * t.attn_seconds / tokens,
+                           .bytes_share = (double)(t.bytes_k + t.bytes_v + t.bytes_meta) / (double)t.bytes_full,
+                           .support_mean = t.support_sum / rows,
+                           .delta_bound_max = t.tokens ? t.delta_bound_max : NAN,
+                           .certified_share = (double)t.certified / rows};
+  return CLI_OK;
+}
+json_t *session_json(const session_summary *s, const char *select) {
+  return json_pack("{s:o, s:o, s:s, s:o, s:o, s:o, s:o}", "tok_per_s", cli_json_real(s->tok_per_s), "attn_ms_per_tok",
+                   cli_json_real(s->attn_ms_per_tok), "select", select, "bytes_share", cli_json_real(s->bytes_share), "support_mean",
+                   cli_json_real(s->support_mean), "delta_bound_max", cli_json_real(s->delta_bound_max), "certified_share",
+                   cli_json_real(s->certified_share));
+}
+
+static double log_sum(const float *x, int n, float m) {
+  double sum = 0;
+  for (int i = 0; i < n; i++) sum += exp((double)x[i] - m);
+  return log(sum);
+}
+double logits_kl(const float *p, const float *q, int n) {
+  const float mp = p[logits_best(p, n)], mq = q[logits_best(q, n)];
+  const double lp = log_sum(p, n, mp), lq = log_sum(q, n, mq);
+  double kl = 0;
+  for (int i = 0; i < n; i++) {
+    double a = (double)p[i] - mp - lp, b = (double)q[i] - mq - lq;
+    kl += exp(a) * (a - b);
+  }
+  return kl > 0 ? kl : 0; /* rounding may leave -1e-17 */
+}
+int logits_best(const float *p, int n) {
+  int best = 0;
+  for (int i = 1; i < n; i++)
+    if (p[i] > p[best]) best = i;
+  return best;
+}

@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * What generate, eval and demo share: sessions over a model's cache, their options and their statistics. */
+#ifndef EMX_CLI_SESSION_H
+#define EMX_CLI_SESSION_H
+
+#include "cli.h"
+
+/* -c, --page, --kv-dtype, a child parser. Key range 1200. */
+typedef struct cli_session {
+  int64_t ctx; /* 0: as much as the command needs */
+  int page;
+  int32_t kv_dtype;
+} cli_session;
+extern const struct argp cli_session_argp;
+void cli_session_init(cli_session *s);
+
+/* A session for `tokens` tokens; CLI_ERROR if they exceed -c, or the machine (with the bytes). */
+int session_open(emx_model *model, const cli_session *opts, int64_t tokens, emx_session **out);
+/* Appends n bytes of text, with a progress bar if there is a label. nll [n] and logits [vocab] are optional. Bytes must be tokens of the model. */
+int session_prefill(emx_session *s, const emx_model_config *config, const char *text, size_t n, float *nll, float *logits,
+                    const char *label);
+
+typedef struct session_summary {
+  double tok_per_s, attn_ms_per_tok, bytes_share, support_mean, delta_bound_max, certified_share;
+} session_summary;
+/* NaN where nothing was decoded. */
+int session_summarize(const emx_session *s, session_summary *out);
+/* {"tok_per_s", "attn_ms_per_tok", "select", "bytes_share", "support_mean", "delta_bound_max", "certified_share"} */
+json_t *session_json(const session_summary *s, const char *select);
+
+/* KL divergence in nats between the next-token distributions of two rows of logits. */
+double logits_kl(const float *p, const float *q, int n);
+int logits_best(const float *p, int n);
+
+#endif
