@@ -14,12 +14,17 @@
  *   - Option and argument structs begin with struct_size and are filled by their _init function; fields are only ever appended.
  *   - Tensors are borrowed strided views with a contiguous last dimension. Sizes are size_t, counts int64_t.
  *   - No function allocates unless its name ends in _create, or its comment says so. Working memory is the caller's:
- *     ask for the size, pass a buffer (any alignment; 64 bytes of slack are included in the size).
+ *     ask for the size, pass a buffer (any alignment; slack to align it is included in the size).
  *   - tau is in units of (alpha-1) * score and is never a log-sum-exp. "score" is scale * (q.k) + ALiBi bias.
  *   - Infinities are data: -inf masks a score. A fully masked row gives zero output, support 0 and tau = -inf. NaN or +inf in q
  *     or in a key that is read gives NaN for that row. A NaN in V of a token with weight zero does not leak.
  *   - Results do not depend on the number of threads, nor on the other rows of a batch.
- *   - Two threads that use one context are serialised. Handles made from a context must not outlive it.
+ *   - Two threads that use one context are serialised. Handles made from a context are used with it and must not outlive it.
+ *   - On a GPU a call checks its arguments, enqueues on the context's stream and returns. Structs, emx_tensors and host arrays are
+ *     read before it returns; what the tensors point to, workspace and reports are device memory and must live until the stream has
+ *     passed. Bad indices or lengths in device memory surface at emx_ctx_sync; "untouched on failure" is about failures that the call
+ *     itself returns. A caller that sets the stream per call holds its own lock around the two calls.
+ *   - A field that a later version appends has the old behaviour at zero. Reserved fields are zero.
  */
 #ifndef EMX_H
 #define EMX_H
@@ -253,8 +258,9 @@ typedef struct emx_kv_opts {
 } emx_kv_opts;
 EMX_API void emx_kv_opts_init(emx_kv_opts *opts);
 
-/* Bytes that emx_kv_create would take with these options (the caller's pool not counted). */
-EMX_API emx_status emx_kv_memory_size(const emx_kv_opts *opts, size_t *bytes);
+/* Bytes that emx_kv_create would take with these options on this context's device (the caller's pool not counted) and, for its tables
+ * and lists, in host memory; on the CPU the two add up. Either pointer may be NULL. */
+EMX_API emx_status emx_kv_memory_size(emx_ctx *ctx, const emx_kv_opts *opts, size_t *device_bytes, size_t *host_bytes);
 /* Errors: INVALID, DTYPE, SHAPE, UNSUPPORTED, NOMEM (more than the machine has: refused before allocating, with the bytes). */
 EMX_API emx_status emx_kv_create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out);
 EMX_API void emx_kv_destroy(emx_kv *kv);
@@ -281,26 +287,30 @@ EMX_API emx_status emx_seq_length(const emx_kv *kv, int32_t seq, int64_t *length
 /* The sequence's physical pages in logical order; valid until the sequence is changed. */
 EMX_API emx_status emx_seq_block_table(const emx_kv *kv, int32_t seq, const int32_t **pages, int64_t *n);
 
-/* Which sequences a call works on: either `seqs` (ids of the library's sequences), or the caller's own tables as vLLM and
- * FlashInfer have them. Lengths are those before an append in the same call; the caller advances its own afterwards. */
+/* Which sequences a call works on: either `seqs` (ids of the library's sequences), or the caller's own tables as FlashInfer has them.
+ * The two must not be mixed on one cache: the library would hand out pages that the caller uses. Lengths are those before an append in
+ * the same call (without one, the full lengths; vLLM's seq_lens count the new tokens); the caller advances its own afterwards.
+ * Tables and lengths live on the context's device. Entries of the table past a sequence's pages are not looked at.
+ * A caller that writes K into a page other than by emx_kv_append must call emx_kv_summarize on it before the next selection: summaries
+ * are trusted where they describe as many tokens as the page holds. */
 typedef struct emx_kv_batch {
   uint32_t struct_size;
-  int32_t batch;               /* B */
-  const int32_t *seqs;         /* [B] distinct ids, or NULL */
-  const int32_t *block_table;  /* [B, block_table_stride] physical pages, -1 absent */
-  int64_t block_table_stride;
-  const int32_t *seq_lens;     /* [B] */
+  int32_t batch;                 /* B */
+  const int32_t *seqs;           /* [B] distinct ids, host memory; or NULL */
+  const emx_tensor *block_table; /* i32 [B,M] physical pages, -1 absent */
+  const emx_tensor *seq_lens;    /* i32 [B] */
+  int64_t max_len;               /* with tables: bound of the lengths after the call, where a GPU's host cannot read them; 0: look */
 } emx_kv_batch;
 EMX_API void emx_kv_batch_init(emx_kv_batch *batch);
 
-/* Appends n[b] tokens (n NULL: all T of them) of sequence b; k_new, v_new [B,G,T,D] (BHND) or [B,T,G,D] (BNHD) in the cache's layout
- * order and dtype, or f32, which is rounded to nearest. Summaries of touched pages are brought up to date in O(D) a token. Atomic: on
+/* Appends n_new[b] tokens (i32 [B]; NULL: all T of them) to sequence b; k_new, v_new [B,G,T,D] (BHND) or [B,T,G,D] (BNHD) in the
+ * cache's layout order and dtype, or f32, which is rounded to nearest. Summaries of touched pages are brought up to date in O(D) a token. Atomic: on
  * failure (STATE: not enough free pages; the detail has the number) no sequence has changed. */
 EMX_API emx_status emx_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_tensor *k_new,
-                                 const emx_tensor *v_new, const int32_t *n);
-/* Builds the summaries of the given physical pages, each holding tokens[i] tokens (NULL: all full), for pages that somebody
- * else wrote into a caller's pool. */
-EMX_API emx_status emx_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n);
+                                 const emx_tensor *v_new, const emx_tensor *n_new);
+/* Builds the summaries of the given physical pages (i32 [n]), each holding tokens[i] tokens (i32 [n]; NULL: all full; 0: unknown from
+ * now on), for pages that somebody else wrote into a caller's pool. */
+EMX_API emx_status emx_kv_summarize(emx_ctx *ctx, emx_kv *kv, const emx_tensor *pages, const emx_tensor *tokens);
 
 typedef struct emx_kv_summary {
   uint32_t struct_size;
@@ -311,8 +321,10 @@ typedef struct emx_kv_summary {
   const float *mean;      /* [D]; NULL without EMX_SUMMARY_MOMENTS */
   const float *m2;        /* [D], sum of squared deviations from the mean: spread^2 = m2 / tokens */
   float radius;           /* >= the largest distance of a key to `mean`; set when the page is complete, else +inf */
+  int32_t reserved;
 } emx_kv_summary;
-/* A look at one page's summaries for one KV head (tests, inspection). Set out->struct_size first. */
+/* A look at one page's summaries for one KV head (tests, inspection), CPU only. Set out->struct_size first. Pointers are valid until
+ * the page changes. */
 EMX_API emx_status emx_kv_get_summary(const emx_kv *kv, int32_t page, int32_t kv_head, emx_kv_summary *out);
 
 /* ------------------------------------------------------------------------------------------------ selection and decode */
@@ -335,8 +347,8 @@ typedef struct emx_select_desc {
   int32_t kind;     /* EMX_SELECT_* */
   int32_t tau_mode; /* EMX_TAU_* */
   int32_t tau_steps;       /* CORRECTED: steps; 0: 3 */
-  int64_t budget;          /* TOPK: tokens per query head, in whole pages, the newest page included; at least one page */
-  int64_t max_bytes;       /* CERTIFIED: stop after this many bytes; 0: none */
+  int64_t budget;          /* TOPK: tokens per query row, in whole pages, the newest page included; at least one page */
+  int64_t max_bytes;       /* CERTIFIED: stop a row once bytes_k + bytes_v + bytes_meta reach this; 0: none */
   double max_delta;        /* CERTIFIED: stop when delta_bound is at most this; 0: exact */
   float max_quantile;      /* GAUSSIAN: quantile of a page's maximum that is compared with the threshold; 0.995 */
   float safety_margin;     /* GAUSSIAN: margin below the threshold, in units of the overall score spread; 0 */
@@ -355,9 +367,9 @@ enum {
 /* What one query row did: 64 bytes, written where the work runs. Bytes are counted in 64-byte lines. */
 typedef struct emx_report {
   float tau;          /* threshold used, (alpha-1) * score units; alpha = 1: NaN */
-  float delta_bound;  /* sound upper bound of the entmax (alpha = 1: softmax) mass of all tokens that were not read; 0 if certified */
+  float delta_bound;  /* (rounded up) sound upper bound of the entmax (alpha = 1: softmax) mass of all tokens that were not read; 0 if certified */
   float mass;         /* sum of the weights used: 1 up to rounding, except in EMX_TAU_FIXED and _CORRECTED */
-  float max_unread;   /* upper bound of (alpha-1) * score over all unread tokens; -inf if all were read */
+  float max_unread;   /* (rounded up) upper bound of (alpha-1) * score over all unread tokens; -inf if all were read */
   int32_t support;    /* tokens with a nonzero weight */
   int32_t tokens;     /* tokens whose key was read */
   int32_t pages;      /* pages read */
@@ -398,7 +410,7 @@ EMX_API emx_status emx_decode_workspace_size(emx_ctx *ctx, const emx_kv *kv, con
 /* Page lists and the bound of what they leave out, nothing else. TOPK and GAUSSIAN need their summaries (else STATE). */
 EMX_API emx_status emx_select(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select,
                               const emx_decode_io *io, void *workspace, size_t workspace_bytes);
-/* Appends (if k_new), selects, solves tau, accumulates, reports. K is read once at most; V for the support only (alpha > 1).
+/* Appends (if k_new), selects, solves tau, accumulates, reports. V is read for the support only (alpha > 1).
  * Page lists from anyone go through the same certificate as the library's own: bounds from MINMAX if the cache has them, else from
  * MOMENTS, else nothing is known of unread pages and delta_bound is 1. An empty sequence gives zeros, support 0.
  * Errors: INVALID, SHAPE, DTYPE, UNSUPPORTED, STATE, WORKSPACE, CANCELLED. A failed call has appended nothing. */

@@ -88,12 +88,13 @@ static emx_status sizes(const emx_kv_opts *opts, const char *who, size_t *device
   return EMX_OK;
 }
 
-emx_status emx_kv_memory_size(const emx_kv_opts *opts, size_t *bytes) {
+emx_status emx_kv_memory_size(emx_ctx *ctx, const emx_kv_opts *opts, size_t *device_bytes, size_t *host_bytes) {
+  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_kv_memory_size: ctx is NULL");
   EMXI_CHECK_STRUCT(opts, emx_kv_opts);
-  if (!bytes) return emxi_fail(EMX_ERR_INVALID, "emx_kv_memory_size: bytes is NULL");
   size_t device, host;
   EMX_TRY(sizes(opts, "emx_kv_memory_size", &device, &host));
-  *bytes = device + host + sizeof(emx_kv);
+  if (device_bytes) *device_bytes = device;
+  if (host_bytes) *host_bytes = host + sizeof(emx_kv);
   return EMX_OK;
 }
 
@@ -346,8 +347,13 @@ emx_status emxi_kv_check_batch(const emx_kv *kv, const emx_kv_batch *batch, cons
     return emxi_fail(EMX_ERR_INVALID, "%s: the batch names sequences and a block table; give one of the two", who);
   if (batch->batch && !batch->seqs && (!batch->block_table || !batch->seq_lens))
     return emxi_fail(EMX_ERR_INVALID, "%s: the batch has neither seqs nor block_table with seq_lens", who);
-  if (!batch->seqs && batch->block_table_stride < 0)
-    return emxi_fail(EMX_ERR_INVALID, "%s: block_table_stride is %lld", who, (long long)batch->block_table_stride);
+  if (batch->batch && !batch->seqs) {
+    const int64_t rows[1] = {batch->batch};
+    EMX_TRY(emxi_tensor_check(kv->ctx, batch->block_table, 2, who, "block_table"));
+    EMX_TRY(emxi_tensor_expect(kv->ctx, batch->seq_lens, 1, rows, who, "seq_lens"));
+    if (batch->block_table->shape[0] != rows[0] || batch->block_table->dtype != EMX_I32 || batch->seq_lens->dtype != EMX_I32)
+      return emxi_fail(EMX_ERR_SHAPE, "%s: block_table must be i32 [%d, pages] and seq_lens i32 [%d]", who, batch->batch, batch->batch);
+  }
   for (int32_t b = 0; b < batch->batch; b++) {
     const int64_t more = n ? n[b] : extra;
     if (batch->seqs) {
@@ -355,20 +361,22 @@ emx_status emxi_kv_check_batch(const emx_kv *kv, const emx_kv_batch *batch, cons
       for (int32_t c = 0; c < b; c++)
         if (batch->seqs[c] == batch->seqs[b])
           return emxi_fail(EMX_ERR_INVALID, "%s: sequence %d is in the batch twice", who, batch->seqs[b]);
-    } else if (batch->seq_lens[b] < 0) {
-      return emxi_fail(EMX_ERR_INVALID, "%s: seq_lens[%d] is %d", who, b, batch->seq_lens[b]);
     }
     int64_t length;
     const int32_t *table = emxi_kv_entry(kv, batch, b, &length);
+    if (length < 0) return emxi_fail(EMX_ERR_INVALID, "%s: seq_lens[%d] is %lld", who, b, (long long)length);
     length += more;
+    if (!batch->seqs && batch->max_len && length > batch->max_len)
+      return emxi_fail(EMX_ERR_INVALID, "%s: sequence %d would have %lld tokens, max_len is %lld", who, b, (long long)length,
+                       (long long)batch->max_len);
     if (length > EMXI_KV_MAX_LEN)
       return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: sequence %d of the batch would have %lld tokens, at most %lld are supported", who, b,
                        (long long)length, (long long)EMXI_KV_MAX_LEN);
     if (batch->seqs) continue;
     const int64_t pages = emxi_kv_pages_of(kv, length);
-    if (pages > batch->block_table_stride)
+    if (pages > batch->block_table->shape[1])
       return emxi_fail(EMX_ERR_SHAPE, "%s: %lld tokens of sequence %d need %lld pages, the block table has %lld columns", who,
-                       (long long)length, b, (long long)pages, (long long)batch->block_table_stride);
+                       (long long)length, b, (long long)pages, (long long)batch->block_table->shape[1]);
     for (int64_t i = 0; i < pages; i++)
       if (table[i] < 0 || table[i] >= kv->max_pages)
         return emxi_fail(EMX_ERR_INVALID, "%s: block_table[%d][%lld] is %d, the pool has %lld pages", who, b, (long long)i, table[i],
@@ -505,9 +513,16 @@ static emx_status check_owner(const emx_ctx *ctx, const emx_kv *kv, const char *
 }
 
 emx_status emx_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_tensor *k_new, const emx_tensor *v_new,
-                         const int32_t *n) {
+                         const emx_tensor *n_new) {
   EMX_TRY(check_owner(ctx, kv, "emx_kv_append"));
   EMXI_CHECK_STRUCT(batch, emx_kv_batch);
+  const int32_t *n = NULL;
+  if (n_new) {
+    const int64_t rows[1] = {batch->batch};
+    EMX_TRY(emxi_tensor_expect(ctx, n_new, 1, rows, "emx_kv_append", "n_new"));
+    if (n_new->dtype != EMX_I32) return emxi_fail(EMX_ERR_DTYPE, "emx_kv_append: n_new is %s, expected i32", emx_dtype_name(n_new->dtype));
+    n = n_new->data;
+  }
   EMXI_LOCKED(ctx, emxi_kv_append(ctx, kv, batch, k_new, v_new, n, kv->layout, "emx_kv_append"));
 }
 
@@ -532,10 +547,14 @@ static emx_status summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, cons
   for (int64_t i = 0; i < n; i++) kv->sum_tokens[pages[i]] = status ? 0 : tokens ? tokens[i] : kv->P;
   return status;
 }
-emx_status emx_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n) {
-  EMX_TRY(check_owner(ctx, kv, "emx_kv_summarize"));
-  if (n < 0 || (n && !pages)) return emxi_fail(EMX_ERR_INVALID, "emx_kv_summarize: %s", pages ? "n is negative" : "pages is NULL");
-  EMXI_LOCKED(ctx, summarize(ctx, kv, pages, tokens, n));
+emx_status emx_kv_summarize(emx_ctx *ctx, emx_kv *kv, const emx_tensor *pages, const emx_tensor *tokens) {
+  static const char who[] = "emx_kv_summarize";
+  EMX_TRY(check_owner(ctx, kv, who));
+  EMX_TRY(emxi_tensor_check(ctx, pages, 1, who, "pages"));
+  if (tokens) EMX_TRY(emxi_tensor_expect(ctx, tokens, 1, pages->shape, who, "tokens"));
+  if (pages->dtype != EMX_I32 || (tokens && tokens->dtype != EMX_I32))
+    return emxi_fail(EMX_ERR_DTYPE, "%s: pages and tokens must be i32", who);
+  EMXI_LOCKED(ctx, summarize(ctx, kv, pages->data, tokens ? tokens->data : NULL, pages->shape[0]));
 }
 
 emx_status emx_kv_get_summary(const emx_kv *kv, int32_t page, int32_t kv_head, emx_kv_summary *out) {

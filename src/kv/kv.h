@@ -79,8 +79,8 @@ static inline const int32_t *emxi_kv_entry(const emx_kv *kv, const emx_kv_batch 
     *length = kv->seqs[batch->seqs[b]].length;
     return kv->tables + (int64_t)batch->seqs[b] * kv->max_pages;
   }
-  *length = batch->seq_lens[b];
-  return batch->block_table + (int64_t)b * batch->block_table_stride;
+  *length = ((const int32_t *)batch->seq_lens->data)[b];
+  return (const int32_t *)batch->block_table->data + (int64_t)b * batch->block_table->stride[0];
 }
 
 static inline int64_t emxi_kv_pages_of(const emx_kv *kv, int64_t tokens) { return (tokens + kv->P - 1) / kv->P; }

@@ -159,10 +159,10 @@ static emx_status create_pool(emx_model *model, const emx_session_opts *o, sessi
   kv.max_seqs = o->max_sessions;
   /* Every session may leave one page partly filled. */
   kv.max_pages = o->page_size > 0 ? (o->max_tokens + o->page_size - 1) / o->page_size + o->max_sessions - 1 : 0;
-  size_t layer = 0, total = 0, floats = carve(p, NULL) * sizeof(float);
-  emx_status status = emx_kv_memory_size(&kv, &layer);
-  if (!status &&
-      (!emxi_mul(layer, (size_t)c->num_layers, &total) || !emxi_add(total, floats, &total) || total > emxi_physical_memory()))
+  size_t layer = 0, tables = 0, total = 0, floats = carve(p, NULL) * sizeof(float);
+  emx_status status = emx_kv_memory_size(model->ctx, &kv, &layer, &tables);
+  if (!status && (!emxi_add(layer, tables, &layer) || !emxi_mul(layer, (size_t)c->num_layers, &total) ||
+                  !emxi_add(total, floats, &total) || total > emxi_physical_memory()))
     status = emxi_fail(EMX_ERR_NOMEM, "session: %lld tokens in %d layers need %zu bytes each, the machine has %zu bytes",
                        (long long)o->max_tokens, c->num_layers, layer, emxi_physical_memory());
   if (!status) {

@@ -262,9 +262,9 @@ static void test_callers_tables(void **state) {
     for (int i = 0; i < 8; i++) table[b][i] = i < n ? pages[i] : -1;
   }
   c.batch.seqs = NULL;
-  c.batch.block_table = &table[0][0];
-  c.batch.block_table_stride = 8;
-  c.batch.seq_lens = lens;
+  const emx_tensor tt = emx_tensor_view(table, EMX_I32, 2, (int64_t[]){2, 8}), tl = emx_tensor_view(lens, EMX_I32, 1, (int64_t[]){2});
+  c.batch.block_table = &tt;
+  c.batch.seq_lens = &tl;
   CASE_OK(case_decode(&c, &all));
   check_all(&c);
   table[1][1] = 1000;

@@ -43,6 +43,7 @@ static emx_kv_opts options(int32_t dtype, int32_t G, int32_t D, int32_t P, int32
   o.max_pages = pages;
   return o;
 }
+static emx_tensor ints(int32_t *p, int64_t n) { return emx_tensor_view(p, EMX_I32, 1, &n); }
 static emx_kv_batch batch_of(const int32_t *seqs, int32_t n) {
   emx_kv_batch b;
   emx_kv_batch_init(&b);
@@ -169,7 +170,10 @@ static void summary_is_right(emx_kv *kv, int32_t page, int32_t n) {
         }
       }
     }
-    if (pass == 0) OK(emx_kv_summarize(ctx, kv, &page, &n, 1));
+    if (pass == 0) {
+      const emx_tensor tp = ints(&page, 1), tn = ints(&n, 1);
+      OK(emx_kv_summarize(ctx, kv, &tp, &tn));
+    }
   }
 }
 
@@ -226,11 +230,12 @@ static void test_ragged_strided(void **state) {
   emx_tensor vt = kt;
   vt.data = v;
   int32_t n[3] = {T, 0, 5};
+  const emx_tensor tn = ints(n, 3);
   emx_kv_batch b = batch_of(seqs, 3);
-  OK(emx_kv_append(ctx, kv, &b, &kt, &vt, n));
+  OK(emx_kv_append(ctx, kv, &b, &kt, &vt, &tn));
   for (int i = 0; i < 3; i++) holds(kv, seqs[i], ids[i], n[i]);
   n[1] = T + 1;
-  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, n), EMX_ERR_INVALID, "n[1]");
+  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, &tn), EMX_ERR_INVALID, "n[1]");
   emx_kv_destroy(kv);
 }
 
@@ -436,10 +441,10 @@ static void test_callers_pool_and_tables(void **state) {
   emx_kv_batch b;
   emx_kv_batch_init(&b);
   b.batch = 2;
-  b.block_table = &table[0][0];
-  b.block_table_stride = 3;
-  b.seq_lens = lens;
-  OK(emx_kv_append(ctx, kv, &b, &kt, &vt, n));
+  const emx_tensor tt = emx_tensor_view(table, EMX_I32, 2, (int64_t[]){2, 3}), tl = ints(lens, 2), tn = ints(n, 2);
+  b.block_table = &tt;
+  b.seq_lens = &tl;
+  OK(emx_kv_append(ctx, kv, &b, &kt, &vt, &tn));
   for (int g = 0; g < G; g++)
     for (int d = 0; d < D; d++) {
       assert_true(pool[4][0][15][g][d] == element(1, g, d) && pool[4][1][15][g][d] == element(1, g, d) + 1);
@@ -451,19 +456,25 @@ static void test_callers_pool_and_tables(void **state) {
   summary_is_right(kv, 2, 2);
   /* everything is range-checked before anything is touched */
   lens[0] = 30; /* three more tokens reach a third page, which is absent */
-  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, n), EMX_ERR_INVALID, "block_table[0][2] is -1");
+  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, &tn), EMX_ERR_INVALID, "block_table[0][2] is -1");
   table[0][2] = M;
-  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, n), EMX_ERR_INVALID, "the pool has 6 pages");
+  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, &tn), EMX_ERR_INVALID, "the pool has 6 pages");
   table[0][2] = 2;
-  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, n), EMX_ERR_INVALID, "two places write to page 2");
+  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, &tn), EMX_ERR_INVALID, "two places write to page 2");
   lens[0] = 46;
-  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, n), EMX_ERR_SHAPE, "3 columns");
+  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, &tn), EMX_ERR_SHAPE, "3 columns");
+  lens[0] = 29;
+  table[0][2] = -1;
+  b.max_len = 31;
+  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, &tn), EMX_ERR_INVALID, "max_len is 31");
+  b.max_len = 0;
   lens[0] = -1;
-  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, n), EMX_ERR_INVALID, "seq_lens[0]");
+  fails(emx_kv_append(ctx, kv, &b, &kt, &vt, &tn), EMX_ERR_INVALID, "seq_lens[0]");
   int32_t bad[2] = {3, 3};
-  fails(emx_kv_summarize(ctx, kv, bad, NULL, 2), EMX_ERR_INVALID, "twice");
+  const emx_tensor tb = ints(bad, 2);
+  fails(emx_kv_summarize(ctx, kv, &tb, NULL), EMX_ERR_INVALID, "twice");
   bad[1] = -1;
-  fails(emx_kv_summarize(ctx, kv, bad, NULL, 2), EMX_ERR_INVALID, "pages[1]");
+  fails(emx_kv_summarize(ctx, kv, &tb, NULL), EMX_ERR_INVALID, "pages[1]");
   emx_kv_destroy(kv);
   kp.stride[0] = P * G * D - 1;
   fails(emx_kv_create(ctx, &o, &kv), EMX_ERR_SHAPE, "overlap");
@@ -511,7 +522,9 @@ static void test_refusals(void **state) {
   emx_kv *kv = (emx_kv *)&ctx;
   size_t bytes = 42;
   emx_kv_opts o = options(EMX_BF16, 2, 64, 16, EMX_LAYOUT_BHND, 4);
-  OK(emx_kv_memory_size(&o, &bytes));
+  size_t host;
+  OK(emx_kv_memory_size(ctx, &o, &bytes, &host));
+  bytes += host;
   /* pool, min and max, moments with the radius in whole lines, plus small tables */
   size_t least = 4 * 2 * (2 * 16 * 64 * 2 + 2 * 64 * 2 + 144 * 4);
   assert_true(bytes >= least && bytes < least + 4096);
