@@ -20,8 +20,8 @@ static int64_t span_rows(int64_t d) { return d >= SPAN ? 1 : SPAN / (d > 0 ? d :
 
 /* Many workers call sgemm at the same time. A serial build of OpenBLAS hands the same scratch memory to two callers and returns
  * wrong products (measured with 0.3.21: 1 % of products of 64 x 96 x 128 from four threads), so it gets one call at a time. A
- * threaded build is safe; it is told to use the calling thread alone for as long as our workers run. Other BLAS libraries have none
- * of these names. */
+ * threaded build is safe; it is told to use the calling thread alone for as long as our workers run. Other BLAS libraries have
+ * none of these names. */
 extern int openblas_get_parallel(void) __attribute__((weak));
 extern int openblas_get_num_threads(void) __attribute__((weak));
 extern void openblas_set_num_threads(int) __attribute__((weak));

@@ -9,6 +9,7 @@
 #include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/num.h"
@@ -528,6 +529,23 @@ static void test_resume_errors(void **state) {
   assert_int_equal(emx_trainer_resume(one, folder, &o, files, sizes, FILES, &again), EMX_OK);
   expect_same(t, again);
   emx_trainer_destroy(again);
+
+  emx_trainer *later; /* a save that fails before its last file leaves the state of the save before it */
+  assert_int_equal(emx_trainer_resume(one, folder, &o, files, sizes, FILES, &later), EMX_OK);
+  must_step(later);
+  snprintf(path, sizeof path, "%s/model.safetensors", folder);
+  assert_int_equal(unlink(path), 0);
+  assert_int_equal(mkdir(path, 0700), 0);
+  assert_int_equal(emx_trainer_save(later, folder), EMX_ERR_IO);
+  assert_int_equal(emx_trainer_resume(one, folder, &o, files, sizes, FILES, &again), EMX_OK);
+  expect_same(t, again);
+  emx_trainer_destroy(again);
+  assert_int_equal(rmdir(path), 0);
+  assert_int_equal(emx_trainer_save(later, folder), EMX_OK);
+  assert_int_equal(emx_trainer_resume(one, folder, &o, files, sizes, FILES, &again), EMX_OK);
+  expect_same(later, again);
+  emx_trainer_destroy(again);
+  emx_trainer_destroy(later);
 
   snprintf(path, sizeof path, "%s/trainer.safetensors", folder);
   assert_int_equal(truncate(path, 5000), 0);
