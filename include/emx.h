@@ -11,7 +11,8 @@
  * Conventions that hold for every function here:
  *   - emx_status is 0 or negative; results go through out-pointers that stay untouched on failure; emx_last_error() has a
  *     sentence of detail for the calling thread. The library never prints, exits or aborts, and never falls back silently.
- *   - Option and argument structs begin with struct_size and are filled by their _init function; fields are only ever appended.
+ *   - Option and argument structs begin with struct_size; _init (which passes the caller's sizeof to _init_sized) fills in the size and
+ *     the defaults; fields are only ever appended. Structs that a function fills need struct_size set first.
  *   - Tensors are borrowed strided views with a contiguous last dimension. Sizes are size_t, counts int64_t.
  *   - No function allocates unless its name ends in _create, or its comment says so. Working memory is the caller's:
  *     ask for the size, pass a buffer (any alignment; slack to align it is included in the size).
@@ -120,7 +121,8 @@ typedef struct emx_ctx_opts {
   emx_parallel_for_fn parallel_for; /* NULL: own threads. Otherwise the caller's, and `threads` says how many workers it has */
   void *parallel_user;
 } emx_ctx_opts;
-EMX_API void emx_ctx_opts_init(emx_ctx_opts *opts);
+EMX_API void emx_ctx_opts_init_sized(emx_ctx_opts *opts, size_t size);
+#define emx_ctx_opts_init(opts) emx_ctx_opts_init_sized((opts), sizeof *(opts))
 
 /* opts may be NULL for the defaults. Errors: INVALID, UNSUPPORTED (device not in this build, unknown EMX_ISA), NOMEM. */
 EMX_API emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out);
@@ -153,7 +155,8 @@ typedef struct emx_entmax_desc {
   int32_t kind; /* EMX_MAP_ENTMAX */
   double alpha; /* 1 (softmax) or 1 < alpha <= 4 */
 } emx_entmax_desc;
-EMX_API void emx_entmax_desc_init(emx_entmax_desc *desc); /* entmax, alpha = 1.5 */
+EMX_API void emx_entmax_desc_init_sized(emx_entmax_desc *desc, size_t size); /* entmax, alpha = 1.5 */
+#define emx_entmax_desc_init(desc) emx_entmax_desc_init_sized((desc), sizeof *(desc))
 
 /* The tensors of one call. Optional ones are NULL. R or N may be 0. */
 typedef struct emx_entmax_io {
@@ -166,7 +169,8 @@ typedef struct emx_entmax_io {
   const emx_tensor *dp;      /* backward: gradient of p, [R,N], dtype of p */
   const emx_tensor *dx;      /* backward: output [R,N], dtype of p; may be dp */
 } emx_entmax_io;
-EMX_API void emx_entmax_io_init(emx_entmax_io *io);
+EMX_API void emx_entmax_io_init_sized(emx_entmax_io *io, size_t size);
+#define emx_entmax_io_init(io) emx_entmax_io_init_sized((io), sizeof *(io))
 
 /* Rows of alpha-entmax (Peters et al. 2019, eq. 10; threshold form as above). Weights are within 1e-6 of the exact ones for f32 and
  * f64 rows of any length; each row sums to one within 1e-6. Errors: INVALID, SHAPE, DTYPE, UNSUPPORTED, CANCELLED. Working memory: one
@@ -190,7 +194,8 @@ typedef struct emx_attn_desc {
   int32_t window_left;  /* keys before the query's own position that it sees; -1: all. Others: UNSUPPORTED for now */
   int32_t window_right; /* the same after it; -1: all */
 } emx_attn_desc;
-EMX_API void emx_attn_desc_init(emx_attn_desc *desc); /* alpha 1.5, causal, BHND, no window */
+EMX_API void emx_attn_desc_init_sized(emx_attn_desc *desc, size_t size); /* alpha 1.5, causal, BHND, no window */
+#define emx_attn_desc_init(desc) emx_attn_desc_init_sized((desc), sizeof *(desc))
 
 /* The tensors of one attention call. Optional ones are NULL. k and v share one dtype (f32, f16, bf16 or f64); q has it too, or f32
  * over 16-bit keys; o and each gradient have the dtype of what they belong to, or f32. Head dims 16..256 (f64: 1..256).
@@ -217,7 +222,8 @@ typedef struct emx_attn_io {
   const emx_tensor *d_q, *d_k, *d_v;     /* backward: outputs; d_k, d_v are compact, with G heads */
   const emx_tensor *lse;                 /* alpha = 1, instead of tau: natural log-sum-exp of the row's scores */
 } emx_attn_io;
-EMX_API void emx_attn_io_init(emx_attn_io *io);
+EMX_API void emx_attn_io_init_sized(emx_attn_io *io, size_t size);
+#define emx_attn_io_init(io) emx_attn_io_init_sized((io), sizeof *(io))
 
 enum { EMX_PASS_FORWARD = 0, EMX_PASS_BACKWARD = 1 };
 /* Depends on shapes only, never on the data. Errors as for the pass itself. */
@@ -256,7 +262,8 @@ typedef struct emx_kv_opts {
    * be interleaved in one allocation). It must outlive the cache. */
   const emx_tensor *k_pool, *v_pool;
 } emx_kv_opts;
-EMX_API void emx_kv_opts_init(emx_kv_opts *opts);
+EMX_API void emx_kv_opts_init_sized(emx_kv_opts *opts, size_t size);
+#define emx_kv_opts_init(opts) emx_kv_opts_init_sized((opts), sizeof *(opts))
 
 /* Bytes that emx_kv_create would take with these options on this context's device (the caller's pool not counted) and, for its tables
  * and lists, in host memory; on the CPU the two add up. Either pointer may be NULL. */
@@ -301,7 +308,8 @@ typedef struct emx_kv_batch {
   const emx_tensor *seq_lens;    /* i32 [B] */
   int64_t max_len;               /* with tables: bound of the lengths after the call, where a GPU's host cannot read them; 0: look */
 } emx_kv_batch;
-EMX_API void emx_kv_batch_init(emx_kv_batch *batch);
+EMX_API void emx_kv_batch_init_sized(emx_kv_batch *batch, size_t size);
+#define emx_kv_batch_init(batch) emx_kv_batch_init_sized((batch), sizeof *(batch))
 
 /* Appends n_new[b] tokens (i32 [B]; NULL: all T of them) to sequence b; k_new, v_new [B,G,T,D] (BHND) or [B,T,G,D] (BNHD) in the
  * cache's layout order and dtype, or f32, which is rounded to nearest. Summaries of touched pages are brought up to date in O(D) a token. Atomic: on
@@ -355,7 +363,8 @@ typedef struct emx_select_desc {
   float excess_margin;     /* GAUSSIAN: margin as a fraction of the threshold's excess over typical pages; 0.1 */
   int32_t reserved;
 } emx_select_desc;
-EMX_API void emx_select_desc_init(emx_select_desc *desc); /* ALL */
+EMX_API void emx_select_desc_init_sized(emx_select_desc *desc, size_t size); /* ALL */
+#define emx_select_desc_init(desc) emx_select_desc_init_sized((desc), sizeof *(desc))
 
 enum { EMX_STOP_DONE = 0, EMX_STOP_BUDGET = 1, EMX_STOP_BYTES = 2, EMX_STOP_DELTA = 3 };
 enum { EMX_PATH_ALL = 0, EMX_PATH_PAGES = 1, EMX_PATH_LADDER = 2 };
@@ -402,7 +411,8 @@ typedef struct emx_decode_io {
   emx_report *reports;             /* row (b,h,s) at index (b*H + h)*S + s; NULL: none */
   int64_t report_stride;           /* bytes between reports; 0: 64 */
 } emx_decode_io;
-EMX_API void emx_decode_io_init(emx_decode_io *io);
+EMX_API void emx_decode_io_init_sized(emx_decode_io *io, size_t size);
+#define emx_decode_io_init(io) emx_decode_io_init_sized((io), sizeof *(io))
 
 /* Working memory of emx_select and emx_decode for sequences of at most max_len tokens. */
 EMX_API emx_status emx_decode_workspace_size(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select,

@@ -69,7 +69,8 @@ typedef struct emx_model_config {
   double entmax_alpha;       /* 1: softmax */
 } emx_model_config;
 /* 4 layers of width 192, 6 heads of 32 over 3 KV heads, 3 of them ALiBi, gated width 512, bytes, tied head, alpha 1.5. */
-EMX_API void emx_model_config_init(emx_model_config *config);
+EMX_API void emx_model_config_init_sized(emx_model_config *config, size_t size);
+#define emx_model_config_init(config) emx_model_config_init_sized((config), sizeof *(config))
 /* Errors: INVALID with the field that is wrong, UNSUPPORTED for reserved values. */
 EMX_API emx_status emx_model_config_check(const emx_model_config *config);
 EMX_API int64_t emx_model_config_parameters(const emx_model_config *config);
@@ -94,7 +95,8 @@ typedef struct emx_session_opts {
   int32_t max_sessions;  /* forks that may exist at the same time; 16 */
   int64_t max_tokens;    /* 4096; of the whole pool: shared pages count once. Beyond the machine's memory: NOMEM with the bytes */
 } emx_session_opts;
-EMX_API void emx_session_opts_init(emx_session_opts *opts);
+EMX_API void emx_session_opts_init_sized(emx_session_opts *opts, size_t size);
+#define emx_session_opts_init(opts) emx_session_opts_init_sized((opts), sizeof *(opts))
 EMX_API emx_status emx_session_create(emx_model *model, const emx_session_opts *opts, emx_session **out);
 EMX_API emx_status emx_session_fork(emx_session *parent, emx_session **out);
 EMX_API emx_status emx_session_truncate(emx_session *s, int64_t length);
@@ -140,7 +142,8 @@ typedef struct emx_sample_opts {
   float top_p;          /* 1: all */
   uint64_t seed;
 } emx_sample_opts;
-EMX_API void emx_sample_opts_init(emx_sample_opts *opts); /* greedy */
+EMX_API void emx_sample_opts_init_sized(emx_sample_opts *opts, size_t size); /* greedy */
+#define emx_sample_opts_init(opts) emx_sample_opts_init_sized((opts), sizeof *(opts))
 /* A token from logits [vocab], reproducible from (seed, step). Errors: INVALID, NONFINITE (NaN or no finite logit). */
 EMX_API emx_status emx_sample(const float *logits, int32_t vocab, const emx_sample_opts *opts, int64_t step, int32_t *token);
 
@@ -161,7 +164,8 @@ typedef struct emx_train_opts {
   double clip;              /* global norm of the gradient */
   uint64_t seed;            /* initial weights and the order of the data: sample i of step t depends on (seed, t, i) alone */
 } emx_train_opts;
-EMX_API void emx_train_opts_init(emx_train_opts *opts);
+EMX_API void emx_train_opts_init_sized(emx_train_opts *opts, size_t size);
+#define emx_train_opts_init(opts) emx_train_opts_init_sized((opts), sizeof *(opts))
 
 /* data: bytes to train on, files[i] of sizes[i] bytes, borrowed. Windows are drawn uniformly and do not cross files.
  * Errors: INVALID (no window fits), NOMEM with the bytes. */

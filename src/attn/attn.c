@@ -6,13 +6,14 @@
 
 #include "base/backend.h"
 
-void emx_attn_desc_init(emx_attn_desc *desc) {
-  if (desc)
-    *desc = (emx_attn_desc){.struct_size = sizeof *desc, .flags = EMX_ATTN_CAUSAL, .alpha = 1.5, .layout = EMX_LAYOUT_BHND,
-                            .window_left = -1, .window_right = -1};
+void emx_attn_desc_init_sized(emx_attn_desc *desc, size_t size) {
+  const emx_attn_desc defaults = {
+      .flags = EMX_ATTN_CAUSAL, .alpha = 1.5, .layout = EMX_LAYOUT_BHND, .window_left = -1, .window_right = -1};
+  emxi_struct_init(desc, size, &defaults, sizeof defaults);
 }
-void emx_attn_io_init(emx_attn_io *io) {
-  if (io) *io = (emx_attn_io){.struct_size = sizeof *io};
+void emx_attn_io_init_sized(emx_attn_io *io, size_t size) {
+  const emx_attn_io defaults = {0};
+  emxi_struct_init(io, size, &defaults, sizeof defaults);
 }
 
 /* Strides of a tensor [B,H,S(,D)], [B,S,H(,D)] or packed [T,H(,D)]. */
@@ -32,7 +33,7 @@ struct call {
   const char *who;
   emx_ctx *ctx;
   const emx_attn_desc *desc;
-  bool packed, sizes; /* sizes: a size query, which has no data */
+  bool packed, sizes;             /* sizes: a size query, which has no data */
   int64_t shape_q[4], shape_k[4]; /* of q and of k, in their own dimension order */
 };
 
@@ -60,7 +61,8 @@ static emx_status per_row(const struct call *c, const emx_tensor *t, int32_t dty
 }
 
 /* A tensor like q or k, with its dtype or f32. */
-static emx_status like(const struct call *c, const emx_tensor *t, const int64_t *shape, int32_t dtype, const char *name, emxi_mat *out) {
+static emx_status like(const struct call *c, const emx_tensor *t, const int64_t *shape, int32_t dtype, const char *name,
+                       emxi_mat *out) {
   int32_t ndim = c->packed ? 3 : 4;
   EMX_TRY(check_tensor(c, t, ndim, shape, name));
   if (t->dtype != dtype && !(t->dtype == EMX_F32 && dtype != EMX_F64))
@@ -70,8 +72,10 @@ static emx_status like(const struct call *c, const emx_tensor *t, const int64_t 
   return EMX_OK;
 }
 
-static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, bool sizes, emxi_attn *a) {
-  struct call c = {.sizes = sizes, .who = pass == EMX_PASS_BACKWARD ? "emx_attn_backward" : "emx_attn_forward", .ctx = ctx, .desc = desc};
+static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, bool sizes,
+                               emxi_attn *a) {
+  struct call c = {
+      .sizes = sizes, .who = pass == EMX_PASS_BACKWARD ? "emx_attn_backward" : "emx_attn_forward", .ctx = ctx, .desc = desc};
   const char *who = c.who;
   if (!(desc->alpha >= 1.0 && desc->alpha <= 4.0))
     return emxi_fail(EMX_ERR_INVALID, "%s: alpha is %g, expected 1 or 1 < alpha <= 4", who, desc->alpha);
@@ -104,10 +108,17 @@ static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const em
   const int32_t kt = io->k->dtype;
   if (!emxi_is_float(kt)) return emxi_fail(EMX_ERR_DTYPE, "%s: k is %s, expected f32, f16, bf16 or f64", who, emx_dtype_name(kt));
   if (io->v->dtype != kt)
-    return emxi_fail(EMX_ERR_DTYPE, "%s: v is %s and k is %s, they must agree", who, emx_dtype_name(io->v->dtype), emx_dtype_name(kt));
+    return emxi_fail(EMX_ERR_DTYPE, "%s: v is %s and k is %s, they must agree", who, emx_dtype_name(io->v->dtype),
+                     emx_dtype_name(kt));
   const int hd = c.packed ? 1 : bnhd ? 2 : 1, sd = c.packed ? 0 : bnhd ? 1 : 2; /* dimensions of heads and rows */
-  *a = (emxi_attn){.pass = pass, .alpha = desc->alpha, .causal = desc->flags & EMX_ATTN_CAUSAL, .heads = c.shape_q[hd],
-                   .kv_heads = c.shape_k[hd], .d = c.shape_q[ndim - 1], .rows_q = c.shape_q[sd], .rows_k = c.shape_k[sd]};
+  *a = (emxi_attn){.pass = pass,
+                   .alpha = desc->alpha,
+                   .causal = desc->flags & EMX_ATTN_CAUSAL,
+                   .heads = c.shape_q[hd],
+                   .kv_heads = c.shape_k[hd],
+                   .d = c.shape_q[ndim - 1],
+                   .rows_q = c.shape_q[sd],
+                   .rows_k = c.shape_k[sd]};
   if (c.shape_k[ndim - 1] != a->d)
     return emxi_fail(EMX_ERR_SHAPE, "%s: head dim of k is %lld, of q %lld", who, (long long)c.shape_k[ndim - 1], (long long)a->d);
   if (a->d < (kt == EMX_F64 ? 1 : 16) || a->d > 256)
@@ -155,7 +166,8 @@ static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const em
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: sequences are limited to 2^31 rows", who);
 
   if (io->q->dtype != kt && !(io->q->dtype == EMX_F32 && kt != EMX_F64))
-    return emxi_fail(EMX_ERR_DTYPE, "%s: q is %s, k is %s: q has k's dtype or f32", who, emx_dtype_name(io->q->dtype), emx_dtype_name(kt));
+    return emxi_fail(EMX_ERR_DTYPE, "%s: q is %s, k is %s: q has k's dtype or f32", who, emx_dtype_name(io->q->dtype),
+                     emx_dtype_name(kt));
   resolve(&a->q, io->q, desc->layout, c.packed);
   resolve(&a->k, io->k, desc->layout, c.packed);
   resolve(&a->v, io->v, desc->layout, c.packed);
@@ -165,7 +177,8 @@ static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const em
     a->slopes = io->alibi_slopes->data;
   }
   if (desc->alpha == 1.0 ? io->tau != NULL : io->lse != NULL)
-    return emxi_fail(EMX_ERR_INVALID, "%s: alpha = %g has %s", who, desc->alpha, desc->alpha == 1.0 ? "no tau, it has lse" : "no lse, it has tau");
+    return emxi_fail(EMX_ERR_INVALID, "%s: alpha = %g has %s", who, desc->alpha,
+                     desc->alpha == 1.0 ? "no tau, it has lse" : "no lse, it has tau");
   const emx_tensor *threshold = desc->alpha == 1.0 ? io->lse : io->tau;
   if (threshold) EMX_TRY(per_row(&c, threshold, kt == EMX_F64 ? EMX_F64 : EMX_F32, desc->alpha == 1.0 ? "lse" : "tau", &a->tau));
   if (pass == EMX_PASS_FORWARD) {
@@ -185,8 +198,8 @@ static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const em
 static emx_status check_cu(const int32_t *cu, int64_t b, int64_t rows, const char *name) {
   for (int64_t i = 0; i <= b; i++)
     if ((i == 0 && cu[0] != 0) || cu[i] < (i ? cu[i - 1] : 0) || cu[i] > rows)
-      return emxi_fail(EMX_ERR_INVALID, "attention: %s[%lld] is %d; it must start at 0, not fall, and stay within %lld rows", name,
-                       (long long)i, cu[i], (long long)rows);
+      return emxi_fail(EMX_ERR_INVALID, "attention: %s[%lld] is %d; it must start at 0, not fall, and stay within %lld rows",
+                       name, (long long)i, cu[i], (long long)rows);
   return EMX_OK;
 }
 emx_status emxi_attn_check_lengths(const emxi_attn *a) {
@@ -205,8 +218,8 @@ emx_status emxi_attn_check_lengths(const emxi_attn *a) {
     for (int64_t p = 0; p * a->page_size < a->seqlens_k[b]; p++) {
       int32_t page = a->block_table[b * a->table_stride + p];
       if (page < 0 || page >= a->pages)
-        return emxi_fail(EMX_ERR_INVALID, "attention: block_table[%lld][%lld] is %d, the pool has %lld pages", (long long)b, (long long)p,
-                         page, (long long)a->pages);
+        return emxi_fail(EMX_ERR_INVALID, "attention: block_table[%lld][%lld] is %d, the pool has %lld pages", (long long)b,
+                         (long long)p, page, (long long)a->pages);
     }
   }
   return EMX_OK;
@@ -216,7 +229,8 @@ static emx_status check(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_
   if (!ctx) return emxi_fail(EMX_ERR_INVALID, "attention: ctx is NULL");
   EMXI_CHECK_STRUCT(desc, emx_attn_desc);
   EMXI_CHECK_STRUCT(io, emx_attn_io);
-  if (pass != EMX_PASS_FORWARD && pass != EMX_PASS_BACKWARD) return emxi_fail(EMX_ERR_INVALID, "attention: unknown pass %d", pass);
+  if (pass != EMX_PASS_FORWARD && pass != EMX_PASS_BACKWARD)
+    return emxi_fail(EMX_ERR_INVALID, "attention: unknown pass %d", pass);
   return EMX_OK;
 }
 
@@ -233,7 +247,8 @@ emx_status emx_attn_workspace_size(emx_ctx *ctx, const emx_attn_desc *desc, cons
   return EMX_OK;
 }
 
-static emx_status run(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, void *workspace, size_t size) {
+static emx_status run(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, void *workspace,
+                      size_t size) {
   emxi_attn a;
   EMX_TRY(resolve_call(ctx, desc, io, pass, false, &a));
   if (!workspace) return emxi_fail(EMX_ERR_WORKSPACE, "attention: workspace is NULL");
@@ -241,11 +256,13 @@ static emx_status run(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io
   emxi_arena_init(&arena, workspace, size);
   return ctx->backend->attn_run(ctx, &a, &arena);
 }
-emx_status emx_attn_forward(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, void *workspace, size_t workspace_bytes) {
+emx_status emx_attn_forward(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, void *workspace,
+                            size_t workspace_bytes) {
   EMX_TRY(check(ctx, desc, io, EMX_PASS_FORWARD));
   EMXI_LOCKED(ctx, run(ctx, desc, io, EMX_PASS_FORWARD, workspace, workspace_bytes));
 }
-emx_status emx_attn_backward(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, void *workspace, size_t workspace_bytes) {
+emx_status emx_attn_backward(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, void *workspace,
+                             size_t workspace_bytes) {
   EMX_TRY(check(ctx, desc, io, EMX_PASS_BACKWARD));
   EMXI_LOCKED(ctx, run(ctx, desc, io, EMX_PASS_BACKWARD, workspace, workspace_bytes));
 }

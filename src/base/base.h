@@ -31,6 +31,8 @@ EMXI_SHARED emx_status emxi_fail(emx_status status, const char *format, ...);
 
 /* Refuses structs that are too short to be a version of ours, and newer ones that use what we do not know. */
 EMXI_SHARED emx_status emxi_struct_check(const void *p, size_t size, const char *who, const char *type);
+/* Defaults into a caller's struct of `size` bytes, which may be of an older or a newer version. */
+EMXI_SHARED void emxi_struct_init(void *p, size_t size, const void *defaults, size_t known);
 #define EMXI_CHECK_STRUCT(p, type) EMX_TRY(emxi_struct_check(p, sizeof(type), __func__, #type))
 
 /* -- memory: 64-byte aligned. emxi_alloc(0) gives a valid pointer. A request beyond the machine's physical memory is refused at

@@ -9,8 +9,9 @@
 #include <string.h>
 #include <unistd.h>
 
-void emx_ctx_opts_init(emx_ctx_opts *opts) {
-  if (opts) *opts = (emx_ctx_opts){.struct_size = sizeof *opts, .device = EMX_DEVICE_CPU};
+void emx_ctx_opts_init_sized(emx_ctx_opts *opts, size_t size) {
+  const emx_ctx_opts defaults = {.device = EMX_DEVICE_CPU};
+  emxi_struct_init(opts, size, &defaults, sizeof defaults);
 }
 
 /* Workers by default: EMX_THREADS, else the CPUs of this process's affinity mask. */
@@ -48,8 +49,7 @@ emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out) {
   if (!out) return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: out is NULL");
   if (opts->device == EMX_DEVICE_CUDA)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_ctx_create: this build has no CUDA back end; use the CPU");
-  if (opts->device != EMX_DEVICE_CPU)
-    return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: unknown device kind %d", opts->device);
+  if (opts->device != EMX_DEVICE_CPU) return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: unknown device kind %d", opts->device);
   if (opts->parallel_for && !opts->threads)
     return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: with parallel_for, threads must say how many workers it has");
   if (opts->threads < 0 || opts->threads > EMXI_MAX_THREADS)

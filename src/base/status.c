@@ -50,6 +50,14 @@ emx_status emxi_struct_check(const void *p, size_t size, const char *who, const 
   return EMX_OK;
 }
 
+void emxi_struct_init(void *p, size_t size, const void *defaults, size_t known) {
+  const uint32_t struct_size = (uint32_t)size;
+  if (!p || size < sizeof struct_size) return;
+  memset(p, 0, size);
+  memcpy(p, defaults, size < known ? size : known);
+  memcpy(p, &struct_size, sizeof struct_size);
+}
+
 /* ---- memory */
 
 static atomic_llong fail_after = -1;

@@ -4,16 +4,19 @@
 
 #include "base/backend.h"
 
-void emx_entmax_desc_init(emx_entmax_desc *desc) {
-  if (desc) *desc = (emx_entmax_desc){.struct_size = sizeof *desc, .alpha = 1.5};
+void emx_entmax_desc_init_sized(emx_entmax_desc *desc, size_t size) {
+  const emx_entmax_desc defaults = {.alpha = 1.5};
+  emxi_struct_init(desc, size, &defaults, sizeof defaults);
 }
 
-void emx_entmax_io_init(emx_entmax_io *io) {
-  if (io) *io = (emx_entmax_io){.struct_size = sizeof *io};
+void emx_entmax_io_init_sized(emx_entmax_io *io, size_t size) {
+  const emx_entmax_io defaults = {0};
+  emxi_struct_init(io, size, &defaults, sizeof defaults);
 }
 
 static emx_status check_alpha(const char *who, double alpha) {
-  if (!(alpha >= 1.0 && alpha <= 4.0)) return emxi_fail(EMX_ERR_INVALID, "%s: alpha is %g, expected 1 or 1 < alpha <= 4", who, alpha);
+  if (!(alpha >= 1.0 && alpha <= 4.0))
+    return emxi_fail(EMX_ERR_INVALID, "%s: alpha is %g, expected 1 or 1 < alpha <= 4", who, alpha);
   return EMX_OK;
 }
 
@@ -21,13 +24,15 @@ static emx_status check_rows(emx_ctx *ctx, const emx_tensor *t, const emx_tensor
   if (like) {
     EMX_TRY(emxi_tensor_expect(ctx, t, 2, like->shape, who, name));
     if (t->dtype != like->dtype)
-      return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected %s", who, name, emx_dtype_name(t->dtype), emx_dtype_name(like->dtype));
+      return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected %s", who, name, emx_dtype_name(t->dtype),
+                       emx_dtype_name(like->dtype));
   } else {
     EMX_TRY(emxi_tensor_check(ctx, t, 2, who, name));
   }
   if (!emxi_is_float(t->dtype))
     return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected f32, f16, bf16 or f64", who, name, emx_dtype_name(t->dtype));
-  if (t->shape[1] > INT32_MAX - 64) return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: rows of %s have more than 2^31 elements", who, name);
+  if (t->shape[1] > INT32_MAX - 64)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: rows of %s have more than 2^31 elements", who, name);
   return EMX_OK;
 }
 
@@ -38,7 +43,8 @@ static emx_status check(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_ent
   if (!ctx) return emxi_fail(EMX_ERR_INVALID, "%s: ctx is NULL", who);
   EMXI_CHECK_STRUCT(desc, emx_entmax_desc);
   EMXI_CHECK_STRUCT(io, emx_entmax_io);
-  if (desc->kind != EMX_MAP_ENTMAX) return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: map kind %d; this version has EMX_MAP_ENTMAX", who, desc->kind);
+  if (desc->kind != EMX_MAP_ENTMAX)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: map kind %d; this version has EMX_MAP_ENTMAX", who, desc->kind);
   return check_alpha(who, desc->alpha);
 }
 
@@ -47,8 +53,14 @@ static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_e
   const emx_tensor *x = io->x, *p = io->p, *tau = io->tau, *support = io->support;
   EMX_TRY(check_rows(ctx, x, NULL, who, "x"));
   EMX_TRY(check_rows(ctx, p, x, who, "p"));
-  emxi_rows r = {.alpha = desc->alpha, .rows = x->shape[0], .n = x->shape[1], .dtype = x->dtype, .x = x->data, .p = p->data,
-                 .ldx = row_stride(x), .ldp = row_stride(p)};
+  emxi_rows r = {.alpha = desc->alpha,
+                 .rows = x->shape[0],
+                 .n = x->shape[1],
+                 .dtype = x->dtype,
+                 .x = x->data,
+                 .p = p->data,
+                 .ldx = row_stride(x),
+                 .ldp = row_stride(p)};
   if (tau) {
     EMX_TRY(emxi_tensor_expect(ctx, tau, 1, x->shape, who, "tau"));
     if (tau->dtype != EMX_F32 && tau->dtype != EMX_F64) return emxi_fail(EMX_ERR_DTYPE, "%s: tau must be f32 or f64", who);
@@ -76,8 +88,16 @@ static emx_status backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_
   EMX_TRY(check_rows(ctx, p, NULL, who, "p"));
   EMX_TRY(check_rows(ctx, dp, p, who, "dp"));
   EMX_TRY(check_rows(ctx, dx, p, who, "dx"));
-  emxi_rows r = {.alpha = desc->alpha, .rows = p->shape[0], .n = p->shape[1], .dtype = p->dtype, .x = dp->data, .p_in = p->data,
-                 .p = dx->data, .ldx = row_stride(dp), .ldp_in = row_stride(p), .ldp = row_stride(dx)};
+  emxi_rows r = {.alpha = desc->alpha,
+                 .rows = p->shape[0],
+                 .n = p->shape[1],
+                 .dtype = p->dtype,
+                 .x = dp->data,
+                 .p_in = p->data,
+                 .p = dx->data,
+                 .ldx = row_stride(dp),
+                 .ldp_in = row_stride(p),
+                 .ldp = row_stride(dx)};
   return ctx->backend->entmax_backward(ctx, &r);
 }
 

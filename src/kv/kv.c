@@ -7,17 +7,19 @@
 
 /* ---- options and memory */
 
-void emx_kv_opts_init(emx_kv_opts *opts) {
-  if (opts)
-    *opts = (emx_kv_opts){.struct_size = sizeof *opts, .dtype = EMX_BF16, .page_size = 16, .layout = EMX_LAYOUT_BHND, .max_seqs = 64};
+void emx_kv_opts_init_sized(emx_kv_opts *opts, size_t size) {
+  const emx_kv_opts defaults = {.dtype = EMX_BF16, .page_size = 16, .layout = EMX_LAYOUT_BHND, .max_seqs = 64};
+  emxi_struct_init(opts, size, &defaults, sizeof defaults);
 }
-void emx_kv_batch_init(emx_kv_batch *batch) {
-  if (batch) *batch = (emx_kv_batch){.struct_size = sizeof *batch};
+void emx_kv_batch_init_sized(emx_kv_batch *batch, size_t size) {
+  const emx_kv_batch defaults = {0};
+  emxi_struct_init(batch, size, &defaults, sizeof defaults);
 }
 
 static emx_status check_opts(const emx_kv_opts *o, const char *who) {
   if (o->dtype != EMX_F32 && o->dtype != EMX_F16 && o->dtype != EMX_BF16)
-    return emxi_fail(EMX_ERR_DTYPE, "%s: a cache of %s is not supported, expected f32, f16 or bf16", who, emx_dtype_name(o->dtype));
+    return emxi_fail(EMX_ERR_DTYPE, "%s: a cache of %s is not supported, expected f32, f16 or bf16", who,
+                     emx_dtype_name(o->dtype));
   if (o->kv_heads < 1) return emxi_fail(EMX_ERR_INVALID, "%s: kv_heads is %d", who, o->kv_heads);
   if (o->head_dim < 16 || o->head_dim > 256)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: head_dim is %d, supported are 16..256", who, o->head_dim);
@@ -66,8 +68,14 @@ static void carve(emx_kv *kv, bool own_pool, emxi_arena *device, emxi_arena *hos
 }
 
 static void set_geometry(emx_kv *kv, const emx_kv_opts *o) {
-  *kv = (emx_kv){.dtype = o->dtype, .G = o->kv_heads, .D = o->head_dim, .P = o->page_size, .layout = o->layout,
-                 .summaries = o->summaries, .max_seqs = o->max_seqs, .max_pages = o->max_pages};
+  *kv = (emx_kv){.dtype = o->dtype,
+                 .G = o->kv_heads,
+                 .D = o->head_dim,
+                 .P = o->page_size,
+                 .layout = o->layout,
+                 .summaries = o->summaries,
+                 .max_seqs = o->max_seqs,
+                 .max_pages = o->max_pages};
 }
 
 static emx_status sizes(const emx_kv_opts *opts, const char *who, size_t *device_bytes, size_t *host_bytes) {
@@ -81,7 +89,8 @@ static emx_status sizes(const emx_kv_opts *opts, const char *who, size_t *device
   size_t total;
   if (device.overflow || host.overflow || !emxi_add(emxi_arena_total(&device), emxi_arena_total(&host), &total) ||
       total > PTRDIFF_MAX)
-    return emxi_fail(EMX_ERR_NOMEM, "%s: %lld pages of %d tokens, %d heads and dimension %d are more than the address space holds", who,
+    return emxi_fail(EMX_ERR_NOMEM,
+                     "%s: %lld pages of %d tokens, %d heads and dimension %d are more than the address space holds", who,
                      (long long)opts->max_pages, opts->page_size, opts->kv_heads, opts->head_dim);
   *device_bytes = emxi_arena_total(&device);
   *host_bytes = emxi_arena_total(&host);
@@ -137,7 +146,8 @@ static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
     EMX_TRY(check_pool(ctx, &shape, opts->k_pool, "k_pool"));
     EMX_TRY(check_pool(ctx, &shape, opts->v_pool, "v_pool"));
   }
-  if (device_bytes + host_bytes > emxi_physical_memory() && device_bytes + host_bytes > (size_t)1 << 20 && ctx->device == EMX_DEVICE_CPU)
+  if (device_bytes + host_bytes > emxi_physical_memory() && device_bytes + host_bytes > (size_t)1 << 20 &&
+      ctx->device == EMX_DEVICE_CPU)
     return emxi_fail(EMX_ERR_NOMEM, "%s: %zu bytes are needed, the machine has %zu", who, device_bytes + host_bytes,
                      emxi_physical_memory());
   emx_kv *kv = emxi_alloc(sizeof *kv);
@@ -205,16 +215,28 @@ emx_status emx_kv_get_info(const emx_kv *kv, emx_kv_info *info) {
   if (!kv) return emxi_fail(EMX_ERR_INVALID, "emx_kv_get_info: kv is NULL");
   EMXI_CHECK_STRUCT(info, emx_kv_info);
   emxi_ctx_lock(kv->ctx);
-  *info = (emx_kv_info){.struct_size = info->struct_size, .dtype = kv->dtype, .kv_heads = kv->G, .head_dim = kv->D, .page_size = kv->P,
-                        .layout = kv->layout, .summaries = kv->summaries, .seqs = kv->n_seqs, .max_pages = kv->max_pages,
-                        .free_pages = kv->n_free, .bytes_kv = kv->bytes_kv, .bytes_summary = kv->bytes_summary};
+  *info = (emx_kv_info){.struct_size = info->struct_size,
+                        .dtype = kv->dtype,
+                        .kv_heads = kv->G,
+                        .head_dim = kv->D,
+                        .page_size = kv->P,
+                        .layout = kv->layout,
+                        .summaries = kv->summaries,
+                        .seqs = kv->n_seqs,
+                        .max_pages = kv->max_pages,
+                        .free_pages = kv->n_free,
+                        .bytes_kv = kv->bytes_kv,
+                        .bytes_summary = kv->bytes_summary};
   emxi_ctx_unlock(kv->ctx);
   return EMX_OK;
 }
 
 static emx_tensor pool_view(const emx_kv *kv, void *data, int64_t page, int64_t head, int64_t token) {
   const bool hnd = kv->layout == EMX_LAYOUT_BHND;
-  return (emx_tensor){.data = data, .dtype = kv->dtype, .device = kv->ctx->device, .ndim = 4,
+  return (emx_tensor){.data = data,
+                      .dtype = kv->dtype,
+                      .device = kv->ctx->device,
+                      .ndim = 4,
                       .shape = {kv->max_pages, hnd ? kv->G : kv->P, hnd ? kv->P : kv->G, kv->D},
                       .stride = {page, hnd ? head : token, hnd ? token : head, 1}};
 }
@@ -335,7 +357,8 @@ static emx_status seq_table(const emx_kv *kv, int32_t seq, const int32_t **pages
   return EMX_OK;
 }
 emx_status emx_seq_block_table(const emx_kv *kv, int32_t seq, const int32_t **pages, int64_t *n) {
-  if (!kv || !pages || !n) return emxi_fail(EMX_ERR_INVALID, "emx_seq_block_table: %s is NULL", !kv ? "kv" : !pages ? "pages" : "n");
+  if (!kv || !pages || !n)
+    return emxi_fail(EMX_ERR_INVALID, "emx_seq_block_table: %s is NULL", !kv ? "kv" : !pages ? "pages" : "n");
   EMXI_LOCKED(kv->ctx, seq_table(kv, seq, pages, n));
 }
 
@@ -352,7 +375,8 @@ emx_status emxi_kv_check_batch(const emx_kv *kv, const emx_kv_batch *batch, cons
     EMX_TRY(emxi_tensor_check(kv->ctx, batch->block_table, 2, who, "block_table"));
     EMX_TRY(emxi_tensor_expect(kv->ctx, batch->seq_lens, 1, rows, who, "seq_lens"));
     if (batch->block_table->shape[0] != rows[0] || batch->block_table->dtype != EMX_I32 || batch->seq_lens->dtype != EMX_I32)
-      return emxi_fail(EMX_ERR_SHAPE, "%s: block_table must be i32 [%d, pages] and seq_lens i32 [%d]", who, batch->batch, batch->batch);
+      return emxi_fail(EMX_ERR_SHAPE, "%s: block_table must be i32 [%d, pages] and seq_lens i32 [%d]", who, batch->batch,
+                       batch->batch);
   }
   for (int32_t b = 0; b < batch->batch; b++) {
     const int64_t more = n ? n[b] : extra;
@@ -370,8 +394,8 @@ emx_status emxi_kv_check_batch(const emx_kv *kv, const emx_kv_batch *batch, cons
       return emxi_fail(EMX_ERR_INVALID, "%s: sequence %d would have %lld tokens, max_len is %lld", who, b, (long long)length,
                        (long long)batch->max_len);
     if (length > EMXI_KV_MAX_LEN)
-      return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: sequence %d of the batch would have %lld tokens, at most %lld are supported", who, b,
-                       (long long)length, (long long)EMXI_KV_MAX_LEN);
+      return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: sequence %d of the batch would have %lld tokens, at most %lld are supported",
+                       who, b, (long long)length, (long long)EMXI_KV_MAX_LEN);
     if (batch->seqs) continue;
     const int64_t pages = emxi_kv_pages_of(kv, length);
     if (pages > batch->block_table->shape[1])
@@ -379,14 +403,14 @@ emx_status emxi_kv_check_batch(const emx_kv *kv, const emx_kv_batch *batch, cons
                        (long long)length, b, (long long)pages, (long long)batch->block_table->shape[1]);
     for (int64_t i = 0; i < pages; i++)
       if (table[i] < 0 || table[i] >= kv->max_pages)
-        return emxi_fail(EMX_ERR_INVALID, "%s: block_table[%d][%lld] is %d, the pool has %lld pages", who, b, (long long)i, table[i],
-                         (long long)kv->max_pages);
+        return emxi_fail(EMX_ERR_INVALID, "%s: block_table[%d][%lld] is %d, the pool has %lld pages", who, b, (long long)i,
+                         table[i], (long long)kv->max_pages);
   }
   return EMX_OK;
 }
 
-emx_status emxi_kv_check_new(const emx_ctx *ctx, const emx_kv *kv, int32_t batch, const emx_tensor *k_new, const emx_tensor *v_new,
-                             int32_t layout, const char *who, int32_t *t) {
+emx_status emxi_kv_check_new(const emx_ctx *ctx, const emx_kv *kv, int32_t batch, const emx_tensor *k_new,
+                             const emx_tensor *v_new, int32_t layout, const char *who, int32_t *t) {
   const bool hnd = layout == EMX_LAYOUT_BHND;
   EMX_TRY(emxi_tensor_check(ctx, k_new, 4, who, "k_new"));
   const int64_t T = k_new->shape[hnd ? 2 : 1];
@@ -424,7 +448,8 @@ static emx_status check_targets(emx_kv *kv, const emx_kv_batch *batch, const int
 
 /* Gives the library's sequences the pages they will need: a private copy of a shared last page, and new ones. Nothing has changed
  * when there are too few. */
-static emx_status reserve(emx_kv *kv, const emx_kv_batch *batch, const int32_t *n, int32_t t, int32_t *n_copies, const char *who) {
+static emx_status reserve(emx_kv *kv, const emx_kv_batch *batch, const int32_t *n, int32_t t, int32_t *n_copies,
+                          const char *who) {
   int64_t need = 0;
   int32_t copies = 0;
   for (int32_t b = 0; b < batch->batch; b++) {
@@ -436,7 +461,8 @@ static emx_status reserve(emx_kv *kv, const emx_kv_batch *batch, const int32_t *
     if (!open) continue;
     const int32_t last = table_of(kv, seq)[s->n_pages - 1];
     if (kv->refs[last] == 1) continue;
-    kv->refs[last]--; /* the copy will take its place; a second holder in this batch then writes in place if it is the only one left */
+    kv->refs
+        [last]--; /* the copy will take its place; a second holder in this batch then writes in place if it is the only one left */
     kv->copies[copies++] = (emxi_kv_copy){.from = last, .tokens = open, .batch = b};
     need++;
   }
@@ -484,10 +510,17 @@ emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, c
     EMX_TRY(check_targets(kv, batch, n, t, who));
 
   const int head = layout == EMX_LAYOUT_BHND ? 1 : 2, token = 3 - head;
-  emxi_kv_write w = {.kv = kv, .batch = batch, .n = n, .t = t, .dtype = k_new->dtype, .k = k_new->data, .v = v_new->data,
+  emxi_kv_write w = {.kv = kv,
+                     .batch = batch,
+                     .n = n,
+                     .t = t,
+                     .dtype = k_new->dtype,
+                     .k = k_new->data,
+                     .v = v_new->data,
                      .k_stride = {k_new->stride[0], k_new->stride[head], k_new->stride[token]},
                      .v_stride = {v_new->stride[0], v_new->stride[head], v_new->stride[token]},
-                     .copies = kv->copies, .n_copies = n_copies};
+                     .copies = kv->copies,
+                     .n_copies = n_copies};
   for (int32_t c = 0; c < n_copies; c++) { /* a copy takes the summaries along if they are of these tokens */
     const emxi_kv_copy *copy = &kv->copies[c];
     kv->sum_tokens[copy->to] = kv->sum_tokens[copy->from] == copy->tokens ? copy->tokens : 0;
@@ -520,7 +553,8 @@ emx_status emx_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, co
   if (n_new) {
     const int64_t rows[1] = {batch->batch};
     EMX_TRY(emxi_tensor_expect(ctx, n_new, 1, rows, "emx_kv_append", "n_new"));
-    if (n_new->dtype != EMX_I32) return emxi_fail(EMX_ERR_DTYPE, "emx_kv_append: n_new is %s, expected i32", emx_dtype_name(n_new->dtype));
+    if (n_new->dtype != EMX_I32)
+      return emxi_fail(EMX_ERR_DTYPE, "emx_kv_append: n_new is %s, expected i32", emx_dtype_name(n_new->dtype));
     n = n_new->data;
   }
   EMXI_LOCKED(ctx, emxi_kv_append(ctx, kv, batch, k_new, v_new, n, kv->layout, "emx_kv_append"));
@@ -561,8 +595,8 @@ emx_status emx_kv_get_summary(const emx_kv *kv, int32_t page, int32_t kv_head, e
   if (!kv) return emxi_fail(EMX_ERR_INVALID, "emx_kv_get_summary: kv is NULL");
   EMXI_CHECK_STRUCT(out, emx_kv_summary);
   if (page < 0 || page >= kv->max_pages || kv_head < 0 || kv_head >= kv->G)
-    return emxi_fail(EMX_ERR_INVALID, "emx_kv_get_summary: page %d, head %d: the cache has %lld pages and %d heads", page, kv_head,
-                     (long long)kv->max_pages, kv->G);
+    return emxi_fail(EMX_ERR_INVALID, "emx_kv_get_summary: page %d, head %d: the cache has %lld pages and %d heads", page,
+                     kv_head, (long long)kv->max_pages, kv->G);
   emxi_ctx_lock(kv->ctx);
   const int32_t tokens = kv->sum_tokens[page];
   emx_kv_summary s = {.struct_size = out->struct_size, .valid = tokens > 0, .tokens = tokens, .radius = INFINITY};

@@ -4,12 +4,13 @@
 
 #include <math.h>
 
-void emx_select_desc_init(emx_select_desc *desc) {
-  if (desc)
-    *desc = (emx_select_desc){.struct_size = sizeof *desc, .kind = EMX_SELECT_ALL, .max_quantile = 0.995f, .excess_margin = 0.1f};
+void emx_select_desc_init_sized(emx_select_desc *desc, size_t size) {
+  const emx_select_desc defaults = {.kind = EMX_SELECT_ALL, .max_quantile = 0.995f, .excess_margin = 0.1f};
+  emxi_struct_init(desc, size, &defaults, sizeof defaults);
 }
-void emx_decode_io_init(emx_decode_io *io) {
-  if (io) *io = (emx_decode_io){.struct_size = sizeof *io, .alpha = 1.5};
+void emx_decode_io_init_sized(emx_decode_io *io, size_t size) {
+  const emx_decode_io defaults = {.alpha = 1.5};
+  emxi_struct_init(io, size, &defaults, sizeof defaults);
 }
 
 static emx_status check_select(const emx_kv *kv, const emx_select_desc *s, double alpha, const char *who) {
@@ -32,7 +33,8 @@ static emx_status check_select(const emx_kv *kv, const emx_select_desc *s, doubl
                          s->safety_margin, s->excess_margin);
       break;
     case EMX_SELECT_CERTIFIED:
-      return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: CERTIFIED is not in this version; ALL is exact, TOPK and GAUSSIAN report delta_bound", who);
+      return emxi_fail(EMX_ERR_UNSUPPORTED,
+                       "%s: CERTIFIED is not in this version; ALL is exact, TOPK and GAUSSIAN report delta_bound", who);
     default: return emxi_fail(EMX_ERR_INVALID, "%s: unknown selector %d", who, s->kind);
   }
   if (s->tau_mode < EMX_TAU_EXACT || s->tau_mode > EMX_TAU_FIXED)
@@ -44,8 +46,8 @@ static emx_status check_select(const emx_kv *kv, const emx_select_desc *s, doubl
 }
 
 /* [B,H,S] (+ one dimension) of page lists and bounds, always in BHND order. */
-static emx_status check_list(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, int32_t dtype, const emxi_decode *d, const char *who,
-                             const char *name) {
+static emx_status check_list(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, int32_t dtype, const emxi_decode *d,
+                             const char *who, const char *name) {
   int64_t shape[4] = {d->B, d->H, d->S, ndim == 4 && t && t->ndim == 4 ? t->shape[3] : 0};
   EMX_TRY(emxi_tensor_expect(ctx, t, ndim, shape, who, name));
   if (t->dtype != dtype)
@@ -53,8 +55,8 @@ static emx_status check_list(const emx_ctx *ctx, const emx_tensor *t, int32_t nd
   return EMX_OK;
 }
 
-emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io, const char *who,
-                             emxi_decode *out) {
+emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io,
+                             const char *who, emxi_decode *out) {
   if (kv->ctx != ctx) return emxi_fail(EMX_ERR_INVALID, "%s: the cache was made from another context", who);
   if (io->layout != EMX_LAYOUT_BHND && io->layout != EMX_LAYOUT_BNHD)
     return emxi_fail(EMX_ERR_INVALID, "%s: unknown layout %d", who, io->layout);
@@ -74,16 +76,23 @@ emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_de
   if (q->shape[0] > INT32_MAX || q->shape[head] > INT32_MAX / 64 || q->shape[token] > INT32_MAX / 64)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: q is too large", who);
   if (q->shape[token] != 1 && select->kind != EMX_SELECT_ALL)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: %lld query tokens per sequence; this version takes one, or any number with ALL", who,
-                     (long long)q->shape[token]);
-  *out = (emxi_decode){.kv = kv, .B = (int32_t)q->shape[0], .H = (int32_t)q->shape[head], .S = (int32_t)q->shape[token],
-                       .select = *select, .alpha = io->alpha, .scale = io->scale == 0 ? 1.0f / sqrtf((float)kv->D) : io->scale,
-                       .q = q->data, .q_dtype = q->dtype, .q_stride = {q->stride[0], q->stride[head], q->stride[token]}};
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: %lld query tokens per sequence; this version takes one, or any number with ALL",
+                     who, (long long)q->shape[token]);
+  *out = (emxi_decode){.kv = kv,
+                       .B = (int32_t)q->shape[0],
+                       .H = (int32_t)q->shape[head],
+                       .S = (int32_t)q->shape[token],
+                       .select = *select,
+                       .alpha = io->alpha,
+                       .scale = io->scale == 0 ? 1.0f / sqrtf((float)kv->D) : io->scale,
+                       .q = q->data,
+                       .q_dtype = q->dtype,
+                       .q_stride = {q->stride[0], q->stride[head], q->stride[token]}};
   return EMX_OK;
 }
 
-emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io, bool select_only,
-                               const char *who, emxi_decode *out) {
+emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io,
+                               bool select_only, const char *who, emxi_decode *out) {
   EMX_TRY(emxi_decode_shape(ctx, kv, select, io, who, out));
   emxi_decode *d = out;
   const int head = io->layout == EMX_LAYOUT_BHND ? 1 : 2;
@@ -117,7 +126,8 @@ emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_
   }
   EMX_TRY(emxi_tensor_expect(ctx, io->o, 4, io->q->shape, who, "o"));
   if (io->o->dtype != io->q->dtype && io->o->dtype != EMX_F32)
-    return emxi_fail(EMX_ERR_DTYPE, "%s: o is %s, expected %s or f32", who, emx_dtype_name(io->o->dtype), emx_dtype_name(io->q->dtype));
+    return emxi_fail(EMX_ERR_DTYPE, "%s: o is %s, expected %s or f32", who, emx_dtype_name(io->o->dtype),
+                     emx_dtype_name(io->q->dtype));
   d->o = io->o->data;
   d->o_dtype = io->o->dtype;
   d->o_stride[0] = io->o->stride[0];
@@ -133,8 +143,7 @@ emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_
 
 emx_status emxi_decode_bind(emxi_decode *d, const emx_kv_batch *batch, int32_t after, const char *who) {
   const emx_kv *kv = d->kv;
-  if (batch->batch != d->B)
-    return emxi_fail(EMX_ERR_SHAPE, "%s: the batch has %d sequences, q %d", who, batch->batch, d->B);
+  if (batch->batch != d->B) return emxi_fail(EMX_ERR_SHAPE, "%s: the batch has %d sequences, q %d", who, batch->batch, d->B);
   EMX_TRY(emxi_kv_check_batch(kv, batch, NULL, after, who));
   d->batch = batch;
   d->max_len = 0;
@@ -152,11 +161,12 @@ emx_status emxi_decode_bind(emxi_decode *d, const emx_kv_batch *batch, int32_t a
       const int32_t n = d->n_pages[b * d->n_pages_stride[0] + h * d->n_pages_stride[1]];
       const int32_t *list = d->pages + b * d->pages_stride[0] + h * d->pages_stride[1];
       if (n < 0 || n > d->pages_width)
-        return emxi_fail(EMX_ERR_INVALID, "%s: n_pages[%d][%d] is %d, the lists have %lld columns", who, b, h, n, (long long)d->pages_width);
+        return emxi_fail(EMX_ERR_INVALID, "%s: n_pages[%d][%d] is %d, the lists have %lld columns", who, b, h, n,
+                         (long long)d->pages_width);
       for (int32_t i = 0; i < n; i++)
         if (list[i] < 0 || list[i] >= pages || (i && list[i] <= list[i - 1]))
-          return emxi_fail(EMX_ERR_INVALID, "%s: pages[%d][%d][%d] is %d; lists ascend and the sequence has %lld pages", who, b, h, i,
-                           list[i], (long long)pages);
+          return emxi_fail(EMX_ERR_INVALID, "%s: pages[%d][%d][%d] is %d; lists ascend and the sequence has %lld pages", who, b,
+                           h, i, list[i], (long long)pages);
     }
   }
   if (d->slopes) {
@@ -172,15 +182,18 @@ emx_status emxi_decode_workspace(emx_ctx *ctx, const emxi_decode *d, size_t *byt
   emxi_arena arena;
   emxi_arena_init(&arena, NULL, 0);
   EMX_TRY(ctx->backend->decode_run(ctx, d, &arena));
-  if (arena.overflow) return emxi_fail(EMX_ERR_NOMEM, "the workspace for %lld tokens exceeds the address space", (long long)d->max_len);
+  if (arena.overflow)
+    return emxi_fail(EMX_ERR_NOMEM, "the workspace for %lld tokens exceeds the address space", (long long)d->max_len);
   *bytes = emxi_arena_total(&arena);
   return EMX_OK;
 }
-emx_status emxi_decode_arena(emx_ctx *ctx, const emxi_decode *d, void *workspace, size_t bytes, const char *who, emxi_arena *arena) {
+emx_status emxi_decode_arena(emx_ctx *ctx, const emxi_decode *d, void *workspace, size_t bytes, const char *who,
+                             emxi_arena *arena) {
   size_t need = 0;
   EMX_TRY(emxi_decode_workspace(ctx, d, &need));
   if (!workspace || bytes < need)
-    return emxi_fail(EMX_ERR_WORKSPACE, "%s: the workspace holds %zu bytes, %zu are needed", who, workspace ? bytes : (size_t)0, need);
+    return emxi_fail(EMX_ERR_WORKSPACE, "%s: the workspace holds %zu bytes, %zu are needed", who, workspace ? bytes : (size_t)0,
+                     need);
   emxi_arena_init(arena, workspace, bytes);
   return EMX_OK;
 }
@@ -196,8 +209,8 @@ static emx_status select_pages(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batc
   return ctx->backend->decode_run(ctx, &d, &arena);
 }
 
-emx_status emx_select(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select, const emx_decode_io *io,
-                      void *workspace, size_t workspace_bytes) {
+emx_status emx_select(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select,
+                      const emx_decode_io *io, void *workspace, size_t workspace_bytes) {
   if (!ctx || !kv) return emxi_fail(EMX_ERR_INVALID, "emx_select: %s is NULL", ctx ? "kv" : "ctx");
   EMXI_CHECK_STRUCT(batch, emx_kv_batch);
   EMXI_CHECK_STRUCT(select, emx_select_desc);

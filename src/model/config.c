@@ -8,24 +8,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-void emx_model_config_init(emx_model_config *config) {
-  if (!config) return;
-  *config = (emx_model_config){.struct_size = sizeof *config,
-                               .vocab_size = 256,
-                               .hidden_size = 192,
-                               .intermediate_size = 512,
-                               .num_layers = 4,
-                               .num_heads = 6,
-                               .num_kv_heads = 3,
-                               .head_dim = 32,
-                               .position_type = EMX_POSITION_NAPE,
-                               .alibi_num_heads = 3,
-                               .alibi_slope_type = EMX_SLOPE_LINEAR,
-                               .attn_scale_type = EMX_ATTN_SCALE_NONE,
-                               .tie_word_embeddings = 1,
-                               .max_position = 512,
-                               .rms_norm_eps = 1e-5,
-                               .entmax_alpha = 1.5};
+void emx_model_config_init_sized(emx_model_config *config, size_t size) {
+  const emx_model_config defaults = {.vocab_size = 256,
+                                     .hidden_size = 192,
+                                     .intermediate_size = 512,
+                                     .num_layers = 4,
+                                     .num_heads = 6,
+                                     .num_kv_heads = 3,
+                                     .head_dim = 32,
+                                     .position_type = EMX_POSITION_NAPE,
+                                     .alibi_num_heads = 3,
+                                     .alibi_slope_type = EMX_SLOPE_LINEAR,
+                                     .attn_scale_type = EMX_ATTN_SCALE_NONE,
+                                     .tie_word_embeddings = 1,
+                                     .max_position = 512,
+                                     .rms_norm_eps = 1e-5,
+                                     .entmax_alpha = 1.5};
+  emxi_struct_init(config, size, &defaults, sizeof defaults);
 }
 
 /* Integer fields: key in config.json, place, range. The ranges keep every product of sizes in this library far below 2^63. */

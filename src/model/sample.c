@@ -6,8 +6,9 @@
 #include "base/num.h"
 #include "model.h"
 
-void emx_sample_opts_init(emx_sample_opts *opts) {
-  if (opts) *opts = (emx_sample_opts){.struct_size = sizeof *opts, .top_p = 1};
+void emx_sample_opts_init_sized(emx_sample_opts *opts, size_t size) {
+  const emx_sample_opts defaults = {.top_p = 1};
+  emxi_struct_init(opts, size, &defaults, sizeof defaults);
 }
 
 typedef struct sampler {

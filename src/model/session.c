@@ -43,15 +43,14 @@ struct emx_session {
   emx_session_stats stats;
 };
 
-void emx_session_opts_init(emx_session_opts *opts) {
-  if (opts)
-    *opts = (emx_session_opts){.struct_size = sizeof *opts,
-                               .kv_dtype = EMX_BF16,
-                               .page_size = 16,
-                               .summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS,
-                               .chunk = 512,
-                               .max_sessions = 16,
-                               .max_tokens = 4096};
+void emx_session_opts_init_sized(emx_session_opts *opts, size_t size) {
+  const emx_session_opts defaults = {.kv_dtype = EMX_BF16,
+                                     .page_size = 16,
+                                     .summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS,
+                                     .chunk = 512,
+                                     .max_sessions = 16,
+                                     .max_tokens = 4096};
+  emxi_struct_init(opts, size, &defaults, sizeof defaults);
 }
 
 /* ---- tensors of one call: queries and outputs [1,H,m,D] and keys [1,G,m,D] are views of what the linear layers write, [m,heads*D] */

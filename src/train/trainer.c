@@ -6,22 +6,21 @@
 #include <math.h>
 #include <string.h>
 
-void emx_train_opts_init(emx_train_opts *opts) {
-  if (!opts) return;
-  *opts = (emx_train_opts){.struct_size = sizeof *opts,
-                           .save_dtype = EMX_BF16,
-                           .steps = 10000,
-                           .warmup = 200,
-                           .length = 512,
-                           .batch = 16,
-                           .lr = 2e-3,
-                           .min_lr = 2e-4,
-                           .beta1 = 0.9,
-                           .beta2 = 0.95,
-                           .eps = 1e-8,
-                           .weight_decay = 0.1,
-                           .clip = 1,
-                           .seed = 1};
+void emx_train_opts_init_sized(emx_train_opts *opts, size_t size) {
+  const emx_train_opts defaults = {.save_dtype = EMX_BF16,
+                                   .steps = 10000,
+                                   .warmup = 200,
+                                   .length = 512,
+                                   .batch = 16,
+                                   .lr = 2e-3,
+                                   .min_lr = 2e-4,
+                                   .beta1 = 0.9,
+                                   .beta2 = 0.95,
+                                   .eps = 1e-8,
+                                   .weight_decay = 0.1,
+                                   .clip = 1,
+                                   .seed = 1};
+  emxi_struct_init(opts, size, &defaults, sizeof defaults);
 }
 
 static emx_status check_opts(const emx_train_opts *o) {
