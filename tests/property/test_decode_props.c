@@ -465,6 +465,63 @@ static void test_always_read(void **state) {
     }
 }
 
+/* The score that was read is computed too high by cancellation, the unread one lies between the true and the computed threshold: a
+ * certificate that trusted computed scores would be wrong. */
+static void test_certificate_covers_rounding(void **state) {
+  (void)state;
+  int tried = 0;
+  for (int seed = 0; seed < 60 && tried < 5; seed++) {
+    decode_case c = {.D = 256, .len = {17}, .scale = 1, .seed = (uint64_t)seed};
+    truth t;
+    case_open(&c, ctx);
+    truth_open(&t, &c);
+    emx_tensor k, v;
+    CASE_OK(emx_kv_pool_view(c.kv, &k, &v));
+    const int32_t *pages;
+    int64_t n;
+    CASE_OK(emx_seq_block_table(c.kv, c.seqs[0], &pages, &n));
+    float *last = case_key(&c, 0, 0, 16);
+    double rest = 0, exact = 0;
+    c.q[0] = 1;
+    for (int d = 1; d < 256; d++) rest += (double)c.q[d] * (double)(last[d] *= 1000);
+    last[0] = (float)-rest; /* large terms, a sum near zero: the unread score is small and so is its own slack */
+    memcpy(c.q_data, c.q, sizeof(float) * 256);
+    memcpy((float *)k.data + pages[1] * k.stride[0], last, sizeof(float) * 256);
+    for (int d = 0; d < 256; d++) exact += (double)c.q[d] * (double)case_key(&c, 0, 0, 16)[d];
+    float far = (float)(exact - 1e6);
+    for (int turn = 0; turn < 2; turn++) {
+      for (int64_t j = 0; j < 16; j++)
+        for (int d = 0; d < 256; d++) {
+          case_key(&c, 0, 0, j)[d] = d ? 0 : far;
+          ((float *)k.data)[pages[0] * k.stride[0] + j * k.stride[2] + d] = d ? 0 : far;
+        }
+      const int32_t one = 1;
+      CASE_OK(emx_kv_summarize(ctx, c.kv, pages, NULL, 1));
+      CASE_OK(emx_kv_summarize(ctx, c.kv, pages + 1, &one, 1));
+      emx_select_desc s = case_desc(EMX_SELECT_PAGES, 0);
+      c.pages[0] = 1;
+      c.n_pages[0] = 1;
+      CASE_OK(case_decode(&c, &s));
+      const double computed = ((double)c.reports[0].tau + 1) / .5;
+      if (turn == 0) {
+        assert_true(c.reports[0].flags & EMX_REPORT_CERTIFIED); /* a million below */
+        far = (float)(.5 * (exact + computed) - 2);
+        if (!(computed > exact && (double)far - (exact - 2) > 1e-4 && (computed - 2) - (double)far > 1e-4)) break;
+        continue;
+      }
+      tried++;
+      assert_false(c.reports[0].flags & EMX_REPORT_CERTIFIED);
+      double o[256], dropped = 0;
+      case_reference(&c, 0, 0, 0, NULL, t.s, t.p, o, NULL);
+      for (int j = 0; j < 16; j++) dropped += t.p[j];
+      assert_true(dropped > 0 && (double)c.reports[0].delta_bound >= dropped);
+    }
+    truth_close(&t);
+    case_close(&c);
+  }
+  assert_true(tried >= 3);
+}
+
 /* A head's result does not depend on its siblings: groups of four against the same heads alone, and other rows of the batch. */
 static void test_siblings(void **state) {
   (void)state;
@@ -624,6 +681,7 @@ int main(void) {
       cmocka_unit_test(test_tau_modes),     cmocka_unit_test(test_entmax_drops_less),
       cmocka_unit_test(test_always_read),   cmocka_unit_test(test_siblings),
       cmocka_unit_test(test_tau_is_monotone), cmocka_unit_test(test_tables_agree),
+      cmocka_unit_test(test_certificate_covers_rounding),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }

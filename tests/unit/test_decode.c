@@ -215,6 +215,26 @@ static void test_odd_data(void **state) {
   }
 }
 
+/* Weights that are positive but too small for a float: their values are not touched either. */
+static void test_vanishing_weight(void **state) {
+  (void)state;
+  decode_case c = {.D = 16, .len = {40}, .alpha = 1.05, .scale = 1};
+  emx_select_desc all = case_desc(EMX_SELECT_ALL, 0);
+  case_open(&c, ctx);
+  memset(c.q_data, 0, sizeof(float) * 16);
+  *(float *)c.q_data = 1;
+  for (int64_t j = 0; j < 40; j++) { /* one at 0, one with (1 - .05 * 19.98)^20 = 1e-60, the others out of reach */
+    float *key = pool_row(&c, false, 0, 0, j);
+    memset(key, 0, sizeof(float) * 16);
+    key[0] = j == 9 ? 0 : j == 30 ? -19.98f : -50;
+    if (j != 9) pool_row(&c, true, 0, 0, j)[2] = NAN;
+  }
+  CASE_OK(case_decode(&c, &all));
+  assert_int_equal(c.reports[0].support, 1);
+  for (int d = 0; d < 16; d++) assert_true(case_out(&c, 0, 0, 0, d) == (double)case_value(&c, 0, 0, 9)[d]);
+  case_close(&c);
+}
+
 /* The same bits from either layout, any page size, any number of threads, alone or in a batch, and for a head alone or in a group. */
 static void test_same_bits(void **state) {
   (void)state;
@@ -395,7 +415,8 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_all),       cmocka_unit_test(test_lengths),        cmocka_unit_test(test_query_tokens),
       cmocka_unit_test(test_known),     cmocka_unit_test(test_odd_data),       cmocka_unit_test(test_same_bits),
-      cmocka_unit_test(test_callers_tables), cmocka_unit_test(test_refusals), cmocka_unit_test(test_cancel_midway),
+      cmocka_unit_test(test_vanishing_weight), cmocka_unit_test(test_callers_tables),
+      cmocka_unit_test(test_refusals), cmocka_unit_test(test_cancel_midway),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }
