@@ -461,8 +461,7 @@ static emx_status reserve(emx_kv *kv, const emx_kv_batch *batch, const int32_t *
     if (!open) continue;
     const int32_t last = table_of(kv, seq)[s->n_pages - 1];
     if (kv->refs[last] == 1) continue;
-    kv->refs
-        [last]--; /* the copy will take its place; a second holder in this batch then writes in place if it is the only one left */
+    kv->refs[last]--; /* a second holder in this batch then writes in place if it is the only one left */
     kv->copies[copies++] = (emxi_kv_copy){.from = last, .tokens = open, .batch = b};
     need++;
   }

@@ -98,7 +98,9 @@ static void append(world *w, fuzz_input *in) {
   emx_kv_batch_init(&batch);
   batch.batch = b;
   batch.seqs = seqs;
-  emx_status status = emx_kv_append(w->ctx, w->kv, &batch, &tk, &tv, n);
+  const int64_t rows = b;
+  const emx_tensor tn = emx_tensor_view(n, EMX_I32, 1, &rows);
+  emx_status status = emx_kv_append(w->ctx, w->kv, &batch, &tk, &tv, &tn);
   bool known = true;
   for (int i = 0; i < b; i++) known &= w->seq[seqs[i]].used;
   if (!known) {

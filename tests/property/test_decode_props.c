@@ -19,6 +19,13 @@ static int teardown(void **state) {
   return 0;
 }
 
+/* Summaries of one page over its first `tokens` tokens. */
+static void summarize(emx_kv *kv, int32_t page, int32_t tokens) {
+  const int64_t one = 1;
+  const emx_tensor tp = emx_tensor_view(&page, EMX_I32, 1, &one), tn = emx_tensor_view(&tokens, EMX_I32, 1, &one);
+  CASE_OK(emx_kv_summarize(ctx, kv, &tp, &tn));
+}
+
 /* Scratch of the truth about one row. */
 typedef struct truth {
   double *s, *p, *s2, *p2;
@@ -349,7 +356,7 @@ static void test_gaussian_without_spread(void **state) {
         key[0] = p < 4 ? 2 - .1f * (float)p : 1;
       }
     }
-    CASE_OK(emx_kv_summarize(ctx, c.kv, pages, NULL, 25));
+    for (int p = 0; p < 25; p++) summarize(c.kv, pages[p], 16);
     float slope = 1e-12f; /* takes the mixture */
     int64_t one = 1;
     emx_tensor ts = emx_tensor_view(&slope, EMX_F32, 1, &one);
@@ -444,9 +451,8 @@ static void test_always_read(void **state) {
       CASE_OK(emx_kv_pool_view(c.kv, &k, &v));
       CASE_OK(emx_seq_block_table(c.kv, c.seqs[0], &pages, &n));
       ((float *)k.data)[pages[3] * k.stride[0] + k.stride[1] + 5 * k.stride[2] + 7] = NAN; /* KV head 1 */
-      CASE_OK(emx_kv_summarize(ctx, c.kv, &pages[3], NULL, 1));
-      int32_t half = 8;
-      CASE_OK(emx_kv_summarize(ctx, c.kv, &pages[6], &half, 1));
+      summarize(c.kv, pages[3], 16);
+      summarize(c.kv, pages[6], 8);
       emx_select_desc s = case_desc(kind ? EMX_SELECT_GAUSSIAN : EMX_SELECT_TOPK, 16);
       CASE_OK(case_select(&c, &s));
       CASE_OK(case_decode(&c, &s));
@@ -495,9 +501,8 @@ static void test_certificate_covers_rounding(void **state) {
           case_key(&c, 0, 0, j)[d] = d ? 0 : far;
           ((float *)k.data)[pages[0] * k.stride[0] + j * k.stride[2] + d] = d ? 0 : far;
         }
-      const int32_t one = 1;
-      CASE_OK(emx_kv_summarize(ctx, c.kv, pages, NULL, 1));
-      CASE_OK(emx_kv_summarize(ctx, c.kv, pages + 1, &one, 1));
+      summarize(c.kv, pages[0], 16);
+      summarize(c.kv, pages[1], 1);
       emx_select_desc s = case_desc(EMX_SELECT_PAGES, 0);
       c.pages[0] = 1;
       c.n_pages[0] = 1;
