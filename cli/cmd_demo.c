@@ -61,6 +61,10 @@ static int read_text(const options *o, emx_ctx *ctx, const char *folder, const c
   CLI_TRY(emx_model_open(ctx, folder, &r->model));
   r->config.struct_size = sizeof r->config;
   CLI_TRY(emx_model_get_config(r->model, &r->config));
+  if (folder == o->softmax && r->config.entmax_alpha != 1) {
+    code = cli_fail("--softmax %s: its alpha is %g, not 1", folder, r->config.entmax_alpha);
+    goto done;
+  }
   if (r->config.entmax_alpha == 1)
     snprintf(r->label, sizeof r->label, "softmax");
   else

@@ -262,6 +262,7 @@ static int draw_loss(const options *o) {
     if (loss && step > 0 && step <= o->opts.steps) {
       int64_t at = (int64_t)((double)(step - 1) / (double)o->opts.steps * STRETCHES);
       sum[at] += json_number_value(loss) / log(2);
+      x[at] += (double)step;
       count[at]++;
     }
     if (valid) {
@@ -277,7 +278,7 @@ static int draw_loss(const options *o) {
   }
   for (int i = 0; i < STRETCHES; i++)
     if (count[i]) {
-      x[n] = (i + 0.5) * (double)o->opts.steps / STRETCHES;
+      x[n] = x[i] / (double)count[i];
       y[n++] = sum[i] / (double)count[i];
     }
   svg_series series[2] = {{.name = "training", .x = x, .y = y, .n = n},

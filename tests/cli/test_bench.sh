@@ -1,0 +1,33 @@
+# Benchmarks: their JSON, every workload, and that their checks agree with what they claim.
+. "$SRC/tests/cli/lib.sh"
+for data in iid ar:0.9 topics topics:24 outlier:3,8 flat:0.05; do
+  run 0 bench decode --data $data --n 3000 --hq 4 --hkv 2 --d 32 --select all,topk,gaussian --budget 512 --rounds 3 --json
+  [ "$(wc -l <out)" = 4 ] || die "softmax and three selectors"
+  holds '.data == "'$data'" and .device == "cpu" and .n == 3000 and .hq == 4 and .hkv == 2 and .d == 32 and .dtype == "bf16" and .page == 16'
+  holds '.ms > 0 and .ms_min > 0 and .ms_min <= .ms and .ms_mad >= 0 and .vs_softmax > 0 and .bytes > 0 and .gbps > 0 and .read_gbps > 0'
+  holds '.delta_bound >= .delta - 1e-6 and .delta >= 0 and (.certified | type) == "boolean" and (.path | type) == "string"'
+  all_hold '.[0].select == "softmax" and .[0].vs_softmax == 1 and .[0].alpha == 1 and .[1].select == "all" and .[1].alpha == 1.5'
+  # exact methods: float sums of 32 products, see test_decode.sh
+  all_hold 'map(select(.path == "all")) | length >= 2 and all(.rel_err < 1e-5 and .delta == 0)'
+done
+run 0 bench decode --n 500 --hq 2 --hkv 2 --d 80 --dtype f32 --batch 3 --alibi --select all --rounds 3 --json --page 32 --alpha 2
+holds '.rel_err < 1e-5'
+run 0 bench decode --n 500 --hq 2 --hkv 1 --d 64 --dtype f16 --select topk --alpha 1 --budget 512 --rounds 3 --json
+holds '.alpha == 1 and .rel_err < 1e-5'
+run 0 bench decode --n 500 --rounds 3
+grep -q 'read rate' out || die "table"
+"$TOOL" make f.safetensors bf16 2 4 2 700 32
+run 0 bench decode --data f.safetensors --rounds 3 --json
+holds '.n == 700 and .hq == 4 and .hkv == 2 and .rel_err < 1e-5'
+for data in iid:3 ar ar:1 ar:x outlier:3 outlier:0,2 flat:0 flat: topics:64 nothing; do
+  fails 2 'data' bench decode --data $data
+done
+fails 1 'nowhere' bench decode --data nowhere.safetensors
+fails 2 'multiple' bench decode --hq 3 --hkv 2
+run 1 bench decode --n 1000000000 --hkv 4096 --hq 4096 --d 256 --dtype f32
+grep -q '[0-9][0-9]* bytes' err || die "a cache over memory is refused without its bytes"
+run 0 bench map --n 777 --rows 5 --rounds 3 --json
+holds '.n == 777 and .rows == 5 and .ms > 0 and .max_err < 1e-6 and .support >= 1 and .vs_softmax > 0'
+run 0 bench map --n 50 --rows 2 --rounds 3 --alpha 1 --dtype f64 --json
+[ "$(wc -l <out)" = 1 ] || die "alpha 1 is softmax itself"
+exit 0

@@ -1,0 +1,35 @@
+# Bits per byte, the curve, and selectors against ALL; the demo's command on a small scale.
+. "$SRC/tests/cli/lib.sh"
+head -c 4000 "$SRC/LICENSE" >text
+run 0 eval -m "$MODEL" -f text --json
+holds '.bits_per_byte > 1 and .bits_per_byte < 9 and .bytes == 4000 - 63 and .ctx == 64' # 63 windows, whose first bytes are not scored
+bits=$(jq .bits_per_byte out)
+run 0 eval -m "$MODEL" -f text
+grep -q "^$(printf %.4f "$bits") bits per byte over 3937 bytes" out || die "plain output"
+run 0 eval -m "$MODEL" -f text -c 1000 --curve 100 --svg c.svg --json
+holds '(.curve | length) == 10 and .bytes == 3996 and (.curve | map(.bytes) | add) == .bytes'
+holds '(.bits_per_byte * .bytes) as $all | ((.curve | map(.bits_per_byte * .bytes) | add) - $all | fabs) < 0.001'
+grep -q '</svg>' c.svg || die "no picture"
+run 0 eval -m "$MODEL" -f text -c 1000 -n 40 --select all --json
+holds '.kl == 0 and .top1 == 1 and .delta_bound_max == 0'
+run 0 eval -m "$MODEL" -f text -c 1000 -n 40 --select topk --budget 1024 --json
+holds '.kl == 0 and .top1 == 1 and .select == "topk"'
+run 0 eval -m "$MODEL" -f text -c 1000 -n 40 --select topk,gaussian --budget 64 --json
+holds '(.selectors | length) == 2 and (.selectors | all(.kl >= 0 and .top1 >= 0 and .top1 <= 1 and .bytes_share > 0))'
+fails 1 'bytes' eval -m "$MODEL" -f text -c 100 -n 100 --select topk --json
+: >nothing
+fails 1 'at least 2' eval -m "$MODEL" -f nothing
+fails 1 'nowhere' eval -m "$MODEL" -f nowhere
+fails 2 'curve' eval -m "$MODEL" -f text --svg c.svg
+
+run 0 train -o soft --data "$SRC/LICENSE" $SHAPE --steps 5 --alpha 1
+run 0 demo -m "$MODEL" --softmax soft -f "$SRC/LICENSE" -c 2048 -n 10 --positions 4 --budget 256 --svg d.svg
+for select in all topk gaussian; do grep -q "^$select " out || die "no row for $select"; done
+grep -q 'softmax' d.svg && grep -q 'entmax' d.svg || die "the picture lacks a curve"
+run 0 demo -m "$MODEL" -f "$SRC/LICENSE" -c 2048 -n 10 --positions 4 --select all,topk --budget 4096 --svg d.svg --json
+all_hold 'map(select(.tokens == 10)) | length == 2 and all(.same_text)'
+run 1 demo -m "$MODEL" --softmax "$MODEL" -f "$SRC/LICENSE" -c 256 -n 2 --positions 2
+grep -q 'softmax' err || die "a twin that is no softmax model"
+fails 1 'needed' demo -m "$MODEL" -f text -c 65536
+fails 2 'all' demo -m "$MODEL" -f text --select topk
+exit 0

@@ -1,0 +1,51 @@
+# Generation: every selector, seeds, Ctrl-C, and what it refuses.
+. "$SRC/tests/cli/lib.sh"
+run 0 generate -m "$MODEL" -p "The licence" -n 20
+[ "$(wc -c <out)" = 21 ] || die "20 bytes and a newline"
+grep -q 'tokens/s' err || die "statistics"
+cp out greedy
+run 0 generate -m "$MODEL" -p "The licence" -n 20 --select topk --budget 4096
+cmp -s out greedy || die "topk with the full budget says something else"
+printf 'The licence' >prompt
+run 0 generate -m "$MODEL" -f prompt -n 20
+cmp -s out greedy || die "a prompt from a file says something else"
+for select in all topk gaussian; do
+  run 0 generate -m "$MODEL" -p "The licence" -n 10 --select $select --budget 16 --json
+  holds '.tokens == 10 and .tok_per_s > 0 and .attn_ms_per_tok > 0 and .select == "'$select'" and .bytes_share > 0 and .support_mean >= 1'
+  holds '.delta_bound_max >= 0 and .delta_bound_max <= 1 and .certified_share >= 0 and .certified_share <= 1 and (.text | type) == "string"'
+done
+run 0 generate -m "$MODEL" -p "The licence" -n 40 --temp 1 --top-k 50 --top-p 0.95 --seed 7 --json
+cp out a
+run 0 generate -m "$MODEL" -p "The licence" -n 40 --temp 1 --top-k 50 --top-p 0.95 --seed 7 --json -t 1
+[ "$(jq .text a)" = "$(jq .text out)" ] || die "one seed, two texts"
+run 0 generate -m "$MODEL" -p "The licence" -n 40 --temp 1 --seed 8 --json
+[ "$(jq .text a)" != "$(jq .text out)" ] || die "two seeds, one text"
+for dtype in f32 f16; do run 0 generate -m "$MODEL" -p x -n 5 --kv-dtype $dtype --page 32; done
+
+fails 1 'empty' generate -m "$MODEL" -p ""
+: >nothing
+fails 1 'empty' generate -m "$MODEL" -f nothing
+fails 1 'nowhere' generate -m "$MODEL" -f nowhere
+fails 1 'nowhere' generate -m nowhere -p x
+fails 1 '[0-9] bytes' generate -m "$MODEL" -p x -c 1000000000
+fails 1 'context' generate -m "$MODEL" -p x -n 10 -c 5
+cp -r "$MODEL" broken
+head -c 2000 "$MODEL/model.safetensors" >broken/model.safetensors
+fails 1 'model.safetensors' generate -m broken -p x
+cp -r "$MODEL" noalpha
+jq 'del(.entmax_alpha)' "$MODEL/config.json" >noalpha/config.json
+fails 1 'entmax_alpha' generate -m noalpha -p x
+cp -r "$MODEL" other
+jq '.hidden_size = 128' "$MODEL/config.json" >other/config.json
+fails 1 'other' generate -m other -p x
+fails 1 'CERTIFIED' generate -m "$MODEL" -p x --select certified
+
+# Ctrl-C: what there is stays, exit status 130
+"$EMX" generate -m "$MODEL" -p "The licence" -n 1000000 --select topk --budget 64 >out 2>err </dev/null &
+pid=$!
+twenty() { [ "$(wc -c <out)" -ge 20 ]; }
+wait_for 60 twenty || die "nothing was generated"
+interrupt $pid
+[ "$(head -c 5 out)" = "$(head -c 5 greedy)" ] || die "Ctrl-C: the text is not there"
+grep -q 'tokens/s' err || die "Ctrl-C: no statistics"
+exit 0

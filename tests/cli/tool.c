@@ -1,0 +1,86 @@
+/* Makes and judges the files of the CLI tests.
+ *   tool make FILE DTYPE T H G N D [nan]      q [T,H,D], k, v [N,G,D] of normals, and alibi_slopes [H]; nan: one key is NaN
+ *   tool check FILE OUT ALPHA                 tensor o of OUT against float64 attention over FILE: prints the relative L2 error */
+#include "base/base.h"
+#include "base/num.h"
+#include "entmax/entmax.h"
+
+#include <emx_model.h>
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int fail(const char *what) {
+  fprintf(stderr, "tool: %s: %s\n", what, emx_last_error());
+  return 1;
+}
+
+static int make(int argc, char **argv) {
+  if (argc < 9) return fail("make needs FILE DTYPE T H G N D");
+  const int32_t dtype = !strcmp(argv[3], "f32") ? EMX_F32 : !strcmp(argv[3], "f16") ? EMX_F16 : EMX_BF16;
+  const int64_t T = atoll(argv[4]), H = atoll(argv[5]), G = atoll(argv[6]), N = atoll(argv[7]), D = atoll(argv[8]);
+  const int64_t shapes[3][3] = {{T, H, D}, {N, G, D}, {N, G, D}};
+  static const char *const names[3] = {"q", "k", "v"};
+  emx_named_tensor tensors[4];
+  float slopes[64];
+  for (int t = 0; t < 3; t++) {
+    const int64_t n = shapes[t][0] * shapes[t][1] * shapes[t][2];
+    float *x = malloc((size_t)n * sizeof *x);
+    void *data = malloc((size_t)n * 4);
+    if (!x || !data) return fail("memory");
+    emxi_normals(42, (uint64_t)t, x, n);
+    for (int64_t i = 0; i < n; i++) emxi_store(data, dtype, i, x[i]);
+    if (t == 1 && argc > 9) emxi_store(data, dtype, 3, NAN);
+    tensors[t] = (emx_named_tensor){names[t], emx_tensor_view(data, dtype, 3, shapes[t])};
+    free(x);
+  }
+  for (int h = 0; h < H && h < 64; h++) slopes[h] = h % 2 ? 0 : 1.0f / (float)(h + 2);
+  tensors[3] = (emx_named_tensor){"alibi_slopes", emx_tensor_view(slopes, EMX_F32, 1, &H)};
+  if (emx_checkpoint_write(argv[2], tensors, 4, NULL, 0)) return fail("write");
+  for (int t = 0; t < 3; t++) free(tensors[t].tensor.data);
+  return 0;
+}
+
+static int check(int argc, char **argv) {
+  if (argc < 5) return fail("check needs FILE OUT ALPHA");
+  emx_checkpoint *in, *out;
+  emx_tensor q, k, v, s, o;
+  if (emx_checkpoint_open(argv[2], &in) || emx_checkpoint_open(argv[3], &out)) return fail("open");
+  if (emx_checkpoint_find(in, "q", &q) || emx_checkpoint_find(in, "k", &k) || emx_checkpoint_find(in, "v", &v) ||
+      emx_checkpoint_find(in, "alibi_slopes", &s) || emx_checkpoint_find(out, "o", &o))
+    return fail("find");
+  const int64_t T = q.shape[0], H = q.shape[1], D = q.shape[2], N = k.shape[0], G = k.shape[1];
+  if (o.ndim != 3 || o.shape[0] != T || o.shape[1] != H || o.shape[2] != D || o.dtype != EMX_F32) return fail("shape of o");
+  double *score = malloc((size_t)N * sizeof *score), *p = malloc((size_t)N * sizeof *p), err = 0, ref = 0;
+  if (!score || !p) return fail("memory");
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t h = 0; h < H; h++) {
+      const int64_t n = N - T + t + 1, g = h / (H / G);
+      for (int64_t j = 0; j < n; j++) {
+        double dot = 0;
+        for (int64_t d = 0; d < D; d++)
+          dot += emxi_load(q.data, q.dtype, (t * H + h) * D + d) * emxi_load(k.data, k.dtype, (j * G + g) * D + d);
+        score[j] = dot / sqrt((double)D) + emxi_load(s.data, s.dtype, h) * (double)(j - (n - 1));
+      }
+      emxi_oracle_entmax(score, n, atof(argv[4]), p, NULL);
+      for (int64_t d = 0; d < D; d++) {
+        double want = 0;
+        for (int64_t j = 0; j < n; j++) want += p[j] * emxi_load(v.data, v.dtype, (j * G + g) * D + d);
+        err += pow(emxi_load(o.data, EMX_F32, (t * H + h) * D + d) - want, 2);
+        ref += want * want;
+      }
+    }
+  printf("%.3e\n", sqrt(err / ref));
+  free(score);
+  free(p);
+  emx_checkpoint_close(in);
+  emx_checkpoint_close(out);
+  return 0;
+}
+
+int main(int argc, char **argv) {
+  if (argc > 1 && !strcmp(argv[1], "make")) return make(argc, argv);
+  if (argc > 1 && !strcmp(argv[1], "check")) return check(argc, argv);
+  return fail("unknown command");
+}
