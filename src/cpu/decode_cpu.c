@@ -17,17 +17,17 @@
 #include "base/num.h"
 #include "kv/gaussian.h"
 
-static void carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t rows) {
+void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t rows, bool with_lists) {
   const int64_t pages = emxi_kv_pages_of(d->kv, d->max_len);
-  const bool lists = d->alpha > 1.0 && !d->select_only, sparse = d->select.kind != EMX_SELECT_ALL;
+  const bool lists = with_lists && d->alpha > 1.0 && !d->select_only, sparse = d->select.kind != EMX_SELECT_ALL;
   *w = (emxi_work){0};
   w->q = emxi_arena_take(a, rows * EMXI_QLD, sizeof(float));
   w->o = emxi_arena_take(a, rows * EMXI_QLD, sizeof(double));
-  w->part = emxi_arena_take(a, EMXI_QLD, sizeof(float));
-  w->score = emxi_arena_take(a, rows * (EMXI_BLOCK + 16), sizeof(float));
-  w->at = emxi_arena_take(a, rows * (EMXI_BLOCK + 16), sizeof(int32_t));
-  w->weight = emxi_arena_take(a, EMXI_BLOCK + 16, sizeof(float));
-  w->index = emxi_arena_take(a, EMXI_BLOCK + 16, sizeof(int32_t));
+  w->part = emxi_arena_take(a, rows * EMXI_QLD, sizeof(float));
+  w->score = emxi_arena_take(a, rows * EMXI_SLD, sizeof(float));
+  w->at = emxi_arena_take(a, rows * EMXI_SLD, sizeof(int32_t));
+  w->weight = emxi_arena_take(a, EMXI_SLD, sizeof(float));
+  w->index = emxi_arena_take(a, EMXI_SLD, sizeof(int32_t));
   w->offset = emxi_arena_take(a, EMXI_BLOCK, sizeof(int64_t));
   w->list_ld = lists ? (d->max_len + 64 + 15) / 16 * 16 : 0;
   w->list = emxi_arena_take(a, rows * w->list_ld, sizeof(float));
@@ -47,34 +47,27 @@ static void carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t row
 
 /* ---- reading keys */
 
-static inline void prefetch(const char *p, size_t bytes) {
-  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-/* The K or V rows of one page and head. */
-static void prefetch_page(const emx_kv *kv, int32_t page, int32_t head, bool values) {
-  const size_t row = (size_t)kv->D * emx_dtype_size(kv->dtype);
-  const int64_t step = values ? kv->v_token : kv->k_token;
-  const char *p = values ? emxi_kv_v(kv, page, head, 0) : emxi_kv_k(kv, page, head, 0);
-  if (step == kv->D) {
-    prefetch(p, row * (size_t)kv->P);
-  } else {
-    for (int32_t t = 0; t < kv->P; t++) prefetch(p + (size_t)(t * step) * emx_dtype_size(kv->dtype), row);
-  }
+/* The keys of the next page that will be read. Pages of one head lie G pages of data apart, where a hardware prefetcher fetches mostly
+ * what other heads need. */
+static void prefetch_next(emxi_item *it) {
+  const emx_kv *kv = it->d->kv;
+  while (it->next < it->pages && it->sparse && !it->w->any[it->next]) it->next++;
+  if (it->next >= it->pages) return;
+  emxi_prefetch_rows(emxi_kv_k(kv, it->table[it->next++], it->g, 0), kv->k_token, kv, kv->P);
 }
 
 /* Scores of the pages of block [start, start + 256) that some row reads. counts[r]: scores of row r, at w->score; their positions are at
- * w->at when `sparse`, else start, start + 1, ... `ahead` is the next block's start, for prefetching. */
-static void score_block(emxi_item *it, int64_t start, int64_t ahead, int64_t *counts) {
+ * w->at when `sparse`, else start, start + 1, ... */
+static void score_block(emxi_item *it, int64_t start, int64_t *counts) {
   const emx_kv *kv = it->d->kv;
   const emxi_work *w = it->w;
-  const int64_t ld = EMXI_BLOCK + 16, first = start / kv->P;
+  const int64_t ld = EMXI_SLD, first = start / kv->P;
   const int slot = emxi_slot(kv->dtype), per_block = EMXI_BLOCK / kv->P;
   for (int r = 0; r < it->rows; r++) counts[r] = 0;
   for (int i = 0; i < per_block; i++) {
-    const int64_t page = first + i, next = ahead / kv->P + i;
-    if (next < it->pages && (!it->sparse || w->any[next])) prefetch_page(kv, it->table[next], it->g, false);
-    if (page >= it->pages) continue;
-    if (it->sparse && !w->any[page]) continue;
+    const int64_t page = first + i;
+    if (page >= it->pages || (it->sparse && !w->any[page])) continue;
+    prefetch_next(it);
     const int64_t n = emxi_page_tokens(it, page), from = page * kv->P;
     const char *keys = emxi_kv_k(kv, it->table[page], it->g, 0);
     bool together = true;
@@ -99,19 +92,24 @@ static void score_block(emxi_item *it, int64_t start, int64_t ahead, int64_t *co
     }
 }
 
-/* Adds w->weight[0..n) times the values at w->offset to the row's output. A weight of zero never meets its value. */
+/* part += w->weight[0..n) times the values at w->offset. A weight of zero never meets its value: the caller has left those out. */
 static void add_values(emxi_item *it, int r, int64_t n) {
   const emx_kv *kv = it->d->kv;
   const emxi_work *w = it->w;
-  double *o = w->o + r * EMXI_QLD;
-  memset(w->part, 0, (size_t)kv->D * sizeof(float));
-  it->k->accumulate[emxi_slot(kv->dtype)](w->part, kv->D, emxi_kv_v(kv, 0, it->g, 0), w->offset, w->weight, n);
-  for (int x = 0; x < kv->D; x++) o[x] += (double)w->part[x];
-  it->row[r].bytes_v += n * emxi_lines((int64_t)kv->D * (int64_t)emx_dtype_size(kv->dtype));
+  const size_t es = emx_dtype_size(kv->dtype), bytes = (size_t)kv->D * es;
+  const char *values = emxi_kv_v(kv, 0, it->g, 0);
+  const int64_t step = EMXI_PREFETCH / (int64_t)bytes;
+  for (int64_t j = 0; j < step && j < n; j++) emxi_prefetch(values + (size_t)w->offset[j] * es, bytes);
+  for (int64_t i = 0; i < n; i += step) { /* one step is read while the next is on its way */
+    for (int64_t j = i + step; j < i + 2 * step && j < n; j++) emxi_prefetch(values + (size_t)w->offset[j] * es, bytes);
+    it->k->accumulate[emxi_slot(kv->dtype)](w->part + r * EMXI_QLD, kv->D, values, w->offset + i, w->weight + i,
+                                            n - i < step ? n - i : step);
+  }
+  it->row[r].bytes_v += n * emxi_lines((int64_t)bytes);
 }
 static inline int64_t value_offset(const emxi_item *it, int64_t position) {
   const emx_kv *kv = it->d->kv;
-  const int64_t page = (uint64_t)position / (uint32_t)kv->P, token = position - page * kv->P;
+  const int64_t page = position >> it->page_shift, token = position & (kv->P - 1);
   return it->table[page] * kv->v_page + token * kv->v_token;
 }
 
@@ -119,45 +117,62 @@ static inline int64_t value_offset(const emxi_item *it, int64_t position) {
 static void keep_block(emxi_item *it, int r, int64_t start, int64_t n) {
   const emxi_work *w = it->w;
   emxi_row *row = &it->row[r];
-  float *s = w->score + r * (EMXI_BLOCK + 16);
+  float *s = w->score + r * EMXI_SLD;
   const float m = it->k->max(s, n);
   if (m > row->m) {
     row->m = m;
-    if (m == INFINITY) {
-      row->bad = true;
-      return;
-    }
-    /* one float further down covers the rounding of the difference */
-    row->below = nextafterf((float)((double)m - 1.0 / (it->d->alpha - 1.0)), -INFINITY);
+    row->bad |= m == INFINITY;
+    row->below = emxi_below(m, it->d->alpha);
   }
+  if (row->bad) return;
   const float thr = row->below < row->floor ? row->below : row->floor;
-  row->n += it->k->keep(s, it->sparse ? w->at + r * (EMXI_BLOCK + 16) : NULL, (int32_t)start, n, thr, w->list + r * w->list_ld + row->n,
-                        w->pos + r * w->list_ld + row->n);
+  row->n += it->k->keep(s, it->sparse ? w->at + r * EMXI_SLD : NULL, (int32_t)start, n, thr, row->list + row->n, row->pos + row->n);
 }
 
-/* alpha = 1: online softmax. The weights of a block are relative to the maximum so far. */
-static void softmax_block(emxi_item *it, int r, int64_t start, int64_t n) {
-  const emxi_work *w = it->w;
-  emxi_row *row = &it->row[r];
-  const float *s = w->score + r * (EMXI_BLOCK + 16);
-  const int32_t *at = w->at + r * (EMXI_BLOCK + 16);
-  const float m = it->k->max(s, n);
+/* ---- softmax */
+
+bool emxi_cpu_softmax_block(const emxi_table *k, int d, const float *s, int64_t n, emxi_partial *c, float *part, float *p) {
+  const float m = k->max(s, n);
   int64_t finite = 0, nans = 0;
   for (int64_t j = 0; j < n; j++) {
     finite += s[j] > -INFINITY;
     nans += s[j] != s[j];
   }
-  row->n += finite;
-  if (nans || m == INFINITY) row->bad = true;
-  if (row->bad || m == -INFINITY) return;
-  if (m > row->m) {
-    const double f = exp((double)row->m - (double)m);
-    double *o = w->o + r * EMXI_QLD;
-    for (int x = 0; x < it->d->kv->D; x++) o[x] *= f;
-    row->z *= f;
-    row->m = m;
+  c->n += finite;
+  c->bad |= nans || m == INFINITY;
+  if (c->bad || m == -INFINITY) return false;
+  if (m > c->m) {
+    const float f = expf(c->m - m);
+    for (int x = 0; x < d; x++) part[x] *= f;
+    c->z *= (double)f;
+    c->m = m;
   }
-  row->z += it->k->exps(s, n, row->m, w->weight);
+  c->z += k->exps(s, n, c->m, p);
+  return true;
+}
+
+void emxi_cpu_softmax_merge(int d, emxi_row *row, const emxi_partial *c, const float *part, double *o) {
+  row->n += c->n;
+  row->bad |= c->bad;
+  if (row->bad || c->m == -INFINITY) return;
+  double g = 1;
+  if (c->m > row->m) {
+    const double f = exp((double)row->m - (double)c->m);
+    for (int x = 0; x < d; x++) o[x] *= f;
+    row->z *= f;
+    row->m = c->m;
+  } else {
+    g = exp((double)c->m - (double)row->m);
+  }
+  row->z += g * c->z;
+  for (int x = 0; x < d; x++) o[x] += g * (double)part[x];
+}
+
+static void softmax_block(emxi_item *it, int r, int64_t start, int64_t n) {
+  const emxi_work *w = it->w;
+  emxi_row *row = &it->row[r];
+  const int32_t *at = w->at + r * EMXI_SLD;
+  if (!emxi_cpu_softmax_block(it->k, it->d->kv->D, w->score + r * EMXI_SLD, n, &row->chunk, w->part + r * EMXI_QLD, w->weight)) return;
   const int64_t c = it->k->keep(w->weight, NULL, 0, n, 0.0f, w->weight, w->index);
   for (int64_t j = 0; j < c; j++) w->offset[j] = value_offset(it, it->sparse ? at[w->index[j]] : start + w->index[j]);
   add_values(it, r, c);
@@ -166,28 +181,30 @@ static void softmax_block(emxi_item *it, int r, int64_t start, int64_t n) {
 static void stream(emxi_item *it) {
   const emx_kv *kv = it->d->kv;
   const emxi_work *w = it->w;
+  const int per_block = EMXI_BLOCK / kv->P;
   int64_t counts[EMXI_ITEM_ROWS], end = 0;
   for (int r = 0; r < it->rows; r++)
     if (it->row[r].visible > end) end = it->row[r].visible;
-  const int per_block = EMXI_BLOCK / kv->P;
-  for (int64_t start = 0, ahead; start < end; start = ahead) {
-    ahead = start + EMXI_BLOCK;
-    if (it->sparse) /* the next block that is not empty */
-      for (bool found = false; ahead < end && !found; ahead += found ? 0 : EMXI_BLOCK)
-        for (int64_t p = ahead / kv->P; p < ahead / kv->P + per_block && p < it->pages; p++) found |= w->any[p];
-    score_block(it, start, ahead, counts);
-    if (it->d->alpha == 1.0)
-      for (int i = 0; i < per_block; i++) {
-        const int64_t page = start / kv->P + i;
-        if (page < it->pages && (!it->sparse || w->any[page])) prefetch_page(kv, it->table[page], it->g, true);
+  for (int64_t bytes = 0; bytes < EMXI_PREFETCH; bytes += kv->P * kv->D * (int64_t)emx_dtype_size(kv->dtype)) prefetch_next(it);
+  for (int64_t start = 0; start < end; start += EMXI_BLOCK) {
+    if (it->d->alpha == 1.0 && start % EMXI_CHUNK == 0)
+      for (int r = 0; r < it->rows; r++) {
+        it->row[r].chunk = (emxi_partial){.m = -INFINITY};
+        memset(w->part + r * EMXI_QLD, 0, (size_t)kv->D * sizeof(float));
       }
-    for (int r = 0; r < it->rows; r++) {
+    bool found = !it->sparse;
+    for (int64_t p = start / kv->P; !found && p < start / kv->P + per_block && p < it->pages; p++) found = w->any[p];
+    if (found) score_block(it, start, counts);
+    for (int r = 0; found && r < it->rows; r++) {
       if (!counts[r] || it->row[r].bad) continue;
       if (it->d->alpha == 1.0)
         softmax_block(it, r, start, counts[r]);
       else
         keep_block(it, r, start, counts[r]);
     }
+    if (it->d->alpha == 1.0 && ((start + EMXI_BLOCK) % EMXI_CHUNK == 0 || start + EMXI_BLOCK >= end))
+      for (int r = 0; r < it->rows; r++)
+        emxi_cpu_softmax_merge(kv->D, &it->row[r], &it->row[r].chunk, w->part + r * EMXI_QLD, w->o + r * EMXI_QLD);
     if (emxi_cancelled(it->ctx)) return;
   }
 }
@@ -197,11 +214,10 @@ static void stream(emxi_item *it) {
 /* o += sum of weights times values over the candidates; returns the sum of the weights and counts those that are not zero. */
 static double gather(emxi_item *it, int r, const emxi_solution *sol, int64_t *support) {
   const emxi_work *w = it->w;
-  const float *list = w->list + r * w->list_ld;
-  const int32_t *pos = w->pos + r * w->list_ld;
-  const size_t bytes = (size_t)it->d->kv->D * emx_dtype_size(it->d->kv->dtype), es = emx_dtype_size(it->d->kv->dtype);
-  const char *values = emxi_kv_v(it->d->kv, 0, it->g, 0);
-  double sum = 0;
+  const float *list = it->row[r].list;
+  const int32_t *pos = it->row[r].pos;
+  float *part_sum = w->part + r * EMXI_QLD;
+  double *o = w->o + r * EMXI_QLD, sum = 0;
   *support = 0;
   for (int64_t i = 0; i < sol->support; i += EMXI_BLOCK) {
     emxi_solution part = *sol;
@@ -209,17 +225,16 @@ static double gather(emxi_item *it, int r, const emxi_solution *sol, int64_t *su
     emxi_weights(it->k, it->d->alpha, &part, list + i, w->weight);
     /* a small power of a small number may be zero in float: such a token is not in the support, and its value is not touched */
     const int64_t c = it->k->keep(w->weight, pos + i, 0, part.support, 0.0f, w->weight, w->index);
-    for (int64_t j = 0; j < c; j++) {
-      w->offset[j] = value_offset(it, w->index[j]);
-      prefetch(values + (size_t)w->offset[j] * es, bytes);
-    }
+    for (int64_t j = 0; j < c; j++) w->offset[j] = value_offset(it, w->index[j]);
     double four[4] = {0};
     int64_t j = 0;
     for (; j + 4 <= c; j += 4)
       for (int x = 0; x < 4; x++) four[x] += (double)w->weight[j + x];
     for (; j < c; j++) four[0] += (double)w->weight[j];
     sum += (four[0] + four[1]) + (four[2] + four[3]);
+    memset(part_sum, 0, (size_t)it->d->kv->D * sizeof(float));
     add_values(it, r, c);
+    for (int x = 0; x < it->d->kv->D; x++) o[x] += (double)part_sum[x];
     *support += c;
   }
   return sum;
@@ -255,17 +270,31 @@ static float round_up(double x) {
   return (double)f >= x ? f : nextafterf(f, INFINITY);
 }
 
-static void finish_row(emxi_item *it, int r) {
+/* What the row has read, in tokens, pages and lines of K. */
+static void count_reads(emxi_item *it, int r) {
+  const emx_kv *kv = it->d->kv;
+  emxi_row *row = &it->row[r];
+  const int64_t key = (int64_t)kv->D * (int64_t)emx_dtype_size(kv->dtype);
+  const int64_t pages = emxi_kv_pages_of(kv, row->visible);
+  for (int64_t p = 0; p < pages; p++) {
+    if (it->sparse && !it->w->chosen[r * it->w->page_ld + p]) continue;
+    const int64_t left = row->visible - p * kv->P, n = left < kv->P ? left : kv->P;
+    row->pages++;
+    row->tokens += n;
+    row->bytes_k += kv->k_token == kv->D ? emxi_lines(n * key) : n * emxi_lines(key);
+  }
+}
+
+void emxi_cpu_finish_row(emxi_item *it, int r) {
   const emxi_decode *d = it->d;
-  const emxi_work *w = it->w;
   emxi_row *row = &it->row[r];
   const double a = d->alpha - 1.0, unit = d->alpha == 1.0 ? 1.0 : a;
   const bool unread = row->max_unread > -INFINITY;
   double tau = NAN, mass = 0, delta = 0;
   int64_t support = 0;
   bool exact = false;
-  float *list = w->list + r * w->list_ld;
-  int32_t *pos = w->pos + r * w->list_ld;
+  float *list = row->list;
+  int32_t *pos = row->pos;
 
   if (d->alpha == 1.0) {
     if (!row->bad) {
@@ -320,6 +349,7 @@ static void finish_row(emxi_item *it, int r) {
     write_row(it, r, 0, true);
   }
   if (!d->reports) return;
+  count_reads(it, r);
   emx_report rep = {.tau = (float)tau, .mass = (float)mass, .support = (int32_t)support, .tokens = (int32_t)row->tokens,
                     .pages = (int32_t)row->pages, .select = (uint8_t)d->select.kind, .bytes_k = row->bytes_k, .bytes_v = row->bytes_v,
                     .bytes_meta = row->bytes_meta};
@@ -330,21 +360,6 @@ static void finish_row(emxi_item *it, int r) {
   rep.flags = (uint8_t)((certified ? EMX_REPORT_CERTIFIED : 0) | (row->bad ? EMX_REPORT_NONFINITE : 0));
   rep.stopped_by = unread && !certified && d->select.kind == EMX_SELECT_TOPK ? EMX_STOP_BUDGET : EMX_STOP_DONE;
   memcpy(d->reports + (((int64_t)it->b * d->H + row->h) * d->S + row->s) * d->report_stride, &rep, sizeof rep);
-}
-
-/* What the row will read, in tokens, pages and lines of K. */
-static void count_reads(emxi_item *it, int r) {
-  const emx_kv *kv = it->d->kv;
-  emxi_row *row = &it->row[r];
-  const int64_t key = (int64_t)kv->D * (int64_t)emx_dtype_size(kv->dtype);
-  const int64_t pages = emxi_kv_pages_of(kv, row->visible);
-  for (int64_t p = 0; p < pages; p++) {
-    if (it->sparse && !it->w->chosen[r * it->w->page_ld + p]) continue;
-    const int64_t left = row->visible - p * kv->P, n = left < kv->P ? left : kv->P;
-    row->pages++;
-    row->tokens += n;
-    row->bytes_k += kv->k_token == kv->D ? emxi_lines(n * key) : n * emxi_lines(key);
-  }
 }
 
 /* emx_select: the lists and bounds of the item's rows. */
@@ -374,46 +389,52 @@ typedef struct job {
   double page_z;
 } job;
 
-static void load_query(emxi_item *it, int r) {
-  const emxi_decode *d = it->d;
-  emxi_row *row = &it->row[r];
-  float *q = it->w->q + r * EMXI_QLD;
-  const char *src = d->q + (size_t)(it->b * d->q_stride[0] + row->h * d->q_stride[1] + row->s * d->q_stride[2]) * emx_dtype_size(d->q_dtype);
-  it->k->load[emxi_slot(d->q_dtype)](src, d->kv->D, q);
+void emxi_cpu_load_query(const emxi_table *k, const emxi_decode *d, int32_t b, emxi_row *row, float *q) {
+  const size_t es = emx_dtype_size(d->q_dtype);
+  k->load[emxi_slot(d->q_dtype)](d->q + (size_t)(b * d->q_stride[0] + row->h * d->q_stride[1] + row->s * d->q_stride[2]) * es, d->kv->D, q);
   double square = 0;
   for (int x = 0; x < d->kv->D; x++) {
     q[x] *= d->scale;
-    square += (double)q[x] * q[x];
+    square += (double)q[x] * (double)q[x];
   }
   row->bad = !(square < INFINITY);
   row->norm = sqrt(square) * (1 + 1e-12);
 }
 
-static void run_item(void *arg, int64_t i, int32_t worker) {
-  const job *j = arg;
-  const emxi_decode *d = j->d;
+void emxi_cpu_open_item(emxi_item *it, emx_ctx *ctx, const emxi_decode *d, emxi_work *w, int32_t b, int32_t g, int32_t first_row,
+                        int32_t rows) {
   const emx_kv *kv = d->kv;
-  const int32_t group = d->H / kv->G, block = (int32_t)(i % j->blocks);
-  emxi_item it = {.d = d, .k = emxi_cpu_of(j->ctx)->k, .w = &j->work[worker], .ctx = j->ctx, .page_z = j->page_z,
-                  .g = (int32_t)(i / j->blocks % kv->G), .b = (int32_t)(i / j->blocks / kv->G), .first_row = block * j->rows};
-  it.bounds = d->reports || d->bound;
-  it.table = emxi_decode_entry(d, it.b, &it.length);
-  it.pages = emxi_kv_pages_of(kv, it.length);
-  const int32_t left = group * d->S - it.first_row;
-  it.rows = left < j->rows ? left : j->rows;
-  for (int r = 0; r < it.rows; r++) {
-    emxi_row *row = &it.row[r];
-    const int32_t n = it.first_row + r;
-    row->h = it.g * group + n % group;
-    row->s = n / group;
-    const int64_t visible = it.length - d->S + row->s + 1;
+  const int32_t group = d->H / kv->G;
+  *it = (emxi_item){.d = d, .k = emxi_cpu_of(ctx)->k, .w = w, .ctx = ctx, .g = g, .b = b, .first_row = first_row, .rows = rows};
+  it->bounds = d->reports || d->bound;
+  it->page_shift = kv->P == 16 ? 4 : kv->P == 32 ? 5 : 6;
+  it->table = emxi_decode_entry(d, b, &it->length);
+  it->pages = emxi_kv_pages_of(kv, it->length);
+  if (group * d->S - first_row < rows) it->rows = group * d->S - first_row;
+  for (int r = 0; r < it->rows; r++) {
+    emxi_row *row = &it->row[r];
+    row->h = g * group + (first_row + r) % group;
+    row->s = (first_row + r) / group;
+    const int64_t visible = it->length - d->S + row->s + 1;
     row->visible = visible > 0 ? visible : 0;
     row->slope = d->slopes ? d->slopes[row->h] : 0;
     row->m = row->below = row->max_unread = -INFINITY;
     row->floor = INFINITY;
-    load_query(&it, r);
+    row->list = w->list + r * w->list_ld;
+    row->pos = w->pos + r * w->list_ld;
+    emxi_cpu_load_query(it->k, d, b, row, w->q + r * EMXI_QLD);
+    memset(w->o + r * EMXI_QLD, 0, EMXI_QLD * sizeof(double));
   }
-  memset(it.w->o, 0, (size_t)it.rows * EMXI_QLD * sizeof(double));
+}
+
+static void run_item(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  const emxi_decode *d = j->d;
+  const int32_t G = d->kv->G;
+  emxi_item it;
+  emxi_cpu_open_item(&it, j->ctx, d, &j->work[worker], (int32_t)(i / j->blocks / G), (int32_t)(i / j->blocks % G),
+                     (int32_t)(i % j->blocks) * j->rows, j->rows);
+  it.page_z = j->page_z;
   if (d->select.kind != EMX_SELECT_ALL) emxi_cpu_select(&it);
   if (d->select_only) {
     write_lists(&it);
@@ -421,24 +442,24 @@ static void run_item(void *arg, int64_t i, int32_t worker) {
   }
   for (int r = 0; r < it.rows; r++) {
     emxi_row *row = &it.row[r];
-    count_reads(&it, r);
     /* a fixed threshold may lie below m - 1/a, and everything above it has weight */
     if (d->select.tau_mode == EMX_TAU_FIXED && row->has_estimate)
       row->floor = nextafterf((float)(row->estimate / (d->alpha - 1.0)), -INFINITY);
   }
   stream(&it);
   if (emxi_cancelled(it.ctx)) return;
-  for (int r = 0; r < it.rows; r++) finish_row(&it, r);
+  for (int r = 0; r < it.rows; r++) emxi_cpu_finish_row(&it, r);
 }
 
 emx_status emxi_cpu_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
   const int64_t total = (int64_t)(d->H / d->kv->G) * d->S;
   const int64_t rows = total < EMXI_ITEM_ROWS ? total : EMXI_ITEM_ROWS;
+  if (d->select.kind == EMX_SELECT_ALL && d->S == 1 && !d->select_only) return emxi_cpu_sweep(ctx, d, arena);
   job j = {.ctx = ctx, .d = d, .rows = (int32_t)rows};
   j.work = emxi_arena_take(arena, ctx->threads, sizeof *j.work);
   for (int32_t t = 0; t < ctx->threads; t++) {
     emxi_work w;
-    carve(d, arena, &w, rows);
+    emxi_cpu_carve(d, arena, &w, rows, true);
     if (arena->base && !arena->overflow) j.work[t] = w;
   }
   if (!arena->base) return EMX_OK;

@@ -9,17 +9,29 @@
 
 #define EMXI_ITEM_ROWS 32
 #define EMXI_BLOCK 256 /* tokens scored at a time: a multiple of every page size, aligned to its own size in the sequence */
+#define EMXI_CHUNK 512 /* softmax sums run in float over these many positions, aligned, and in double across them */
 #define EMXI_QLD 256   /* row pitch of q and o in the work memory */
+#define EMXI_SLD (EMXI_BLOCK + 16) /* row pitch of scores: kernels store whole vectors */
+#define EMXI_PREFETCH 8192 /* bytes ahead of the arithmetic: a sixth of a first-level cache */
+
+/* Online softmax over one chunk: sum of exp(s - m), and the sum of exp(s - m) v next to it in float. */
+typedef struct emxi_partial {
+  float m;
+  bool bad;      /* NaN or +inf among the scores */
+  int64_t n;     /* scores above -inf; alpha > 1: candidates */
+  int64_t used;  /* values added */
+  double z;
+} emxi_partial;
 
 /* One worker's memory. */
 typedef struct emxi_work {
   float *q;        /* [rows, QLD] times scale */
   double *o;       /* [rows, QLD] */
-  float *part;     /* [QLD] sum of one chunk of values */
-  float *score;    /* [rows, BLOCK+16] */
-  int32_t *at;     /* [rows, BLOCK+16] positions of the scores, when pages are missing from the block */
-  float *weight;   /* [BLOCK+16] */
-  int32_t *index;  /* [BLOCK+16] */
+  float *part;     /* [rows, QLD] sum of one chunk of values */
+  float *score;    /* [rows, SLD] */
+  int32_t *at;     /* [rows, SLD] positions of the scores, when pages are missing from the block */
+  float *weight;   /* [SLD] */
+  int32_t *index;  /* [SLD] */
   int64_t *offset; /* [BLOCK] of values */
   float *list;     /* [rows, list_ld] candidate scores, ascending positions */
   int32_t *pos;    /* [rows, list_ld] */
@@ -40,9 +52,12 @@ typedef struct emxi_row {
   int64_t visible;  /* keys that the row sees */
   float slope;
   bool bad;         /* NaN or +inf in q or in a score: the result is NaN */
+  float *list;      /* candidate scores, ascending positions */
+  int32_t *pos;
   float m, floor, below; /* largest score; list keeps what exceeds min(below, floor) */
   int64_t n;        /* candidates; alpha = 1: scores above -inf */
   double z;         /* alpha = 1: sum of exp(s - m) */
+  emxi_partial chunk;
   double norm;      /* ||q|| rounded up */
   /* selection */
   bool has_estimate;
@@ -62,6 +77,8 @@ typedef struct emxi_item {
   int32_t b, g, rows;
   int32_t first_row;     /* of H/G * S, in the order (s, head in group) */
   double page_z;         /* GAUSSIAN: quantile of a page's maximum, in spreads */
+  int32_t page_shift;    /* log2 P */
+  int64_t next;          /* page to prefetch */
   bool sparse;           /* chosen[] says which pages are read; otherwise all */
   bool bounds;           /* upper[], slack[] and max_unread are wanted */
   emxi_row row[EMXI_ITEM_ROWS];
@@ -73,6 +90,20 @@ static inline int64_t emxi_page_tokens(const emxi_item *it, int64_t page) {
   const int64_t left = it->length - page * it->d->kv->P;
   return left < it->d->kv->P ? left : it->d->kv->P;
 }
+static inline void emxi_prefetch(const char *p, size_t bytes) {
+  for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
+}
+/* The first n rows of a page. */
+static inline void emxi_prefetch_rows(const char *p, int64_t token_stride, const emx_kv *kv, int64_t n) {
+  const size_t es = emx_dtype_size(kv->dtype), row = (size_t)kv->D * es;
+  if (token_stride == kv->D) {
+    emxi_prefetch(p, row * (size_t)n);
+  } else {
+    for (int64_t t = 0; t < n; t++) emxi_prefetch(p + (size_t)(t * token_stride) * es, row);
+  }
+}
+/* What cannot be in the support once a score m was seen: one float further down covers the rounding of the difference. */
+static inline float emxi_below(float m, double alpha) { return nextafterf((float)((double)m - 1.0 / (alpha - 1.0)), -INFINITY); }
 
 /* Fills chosen[], any[] and, if wanted, the bounds (select_cpu.c). Leaves sparse false if every row reads every page. */
 void emxi_cpu_select(emxi_item *it);
@@ -81,5 +112,22 @@ void emxi_cpu_select(emxi_item *it);
 double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n, double tau_low);
 /* The same for softmax. */
 double emxi_cpu_dropped_softmax(const emxi_item *it, int r);
+
+/* decode_cpu.c */
+void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t rows, bool lists);
+/* An item of sequence b, KV head g and rows from first_row on, its queries loaded. */
+void emxi_cpu_open_item(emxi_item *it, emx_ctx *ctx, const emxi_decode *d, emxi_work *w, int32_t b, int32_t g, int32_t first_row,
+                        int32_t rows);
+void emxi_cpu_load_query(const emxi_table *k, const emxi_decode *d, int32_t b, emxi_row *row, float *q);
+/* One block of a chunk: p[0..n) = exp(s - m) after the chunk's sums, [part] included, went over to the block's maximum. False: no
+ * weight in this block. */
+bool emxi_cpu_softmax_block(const emxi_table *k, int d, const float *s, int64_t n, emxi_partial *c, float *part, float *p);
+/* A finished chunk joins the row; o [QLD]. */
+void emxi_cpu_softmax_merge(int d, emxi_row *row, const emxi_partial *c, const float *part, double *o);
+/* Threshold, values (alpha > 1), output and report of a row whose scores are in. */
+void emxi_cpu_finish_row(emxi_item *it, int r);
+
+/* sweep_cpu.c: ALL with one query token per sequence. */
+emx_status emxi_cpu_sweep(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena);
 
 #endif
