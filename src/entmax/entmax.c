@@ -36,7 +36,9 @@ static emx_status check_rows(emx_ctx *ctx, const emx_tensor *t, const emx_tensor
   return EMX_OK;
 }
 
-/* Empty rows may have no data at all, and NULL takes no offset. */
+/* Empty rows may have no data at all, and NULL takes no offset: they all start at one place that is never read. */
+static char nothing;
+static void *row_data(const emx_tensor *t) { return t->shape[1] ? t->data : &nothing; }
 static int64_t row_stride(const emx_tensor *t) { return t->shape[1] ? t->stride[0] : 0; }
 
 static emx_status check(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io, const char *who) {
@@ -57,8 +59,8 @@ static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_e
                  .rows = x->shape[0],
                  .n = x->shape[1],
                  .dtype = x->dtype,
-                 .x = x->data,
-                 .p = p->data,
+                 .x = row_data(x),
+                 .p = row_data(p),
                  .ldx = row_stride(x),
                  .ldp = row_stride(p)};
   if (tau) {
@@ -92,9 +94,9 @@ static emx_status backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_
                  .rows = p->shape[0],
                  .n = p->shape[1],
                  .dtype = p->dtype,
-                 .x = dp->data,
-                 .p_in = p->data,
-                 .p = dx->data,
+                 .x = row_data(dp),
+                 .p_in = row_data(p),
+                 .p = row_data(dx),
                  .ldx = row_stride(dp),
                  .ldp_in = row_stride(p),
                  .ldp = row_stride(dx)};
