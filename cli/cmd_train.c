@@ -26,9 +26,32 @@ typedef struct options {
   int64_t save_every;
   bool resume;
 } options;
-enum { KEY_DATA = 1, KEY_VALID, KEY_ALPHA, KEY_LAYERS, KEY_HIDDEN, KEY_HEADS, KEY_KV_HEADS, KEY_HEAD_DIM, KEY_FFN, KEY_ALIBI_HEADS, KEY_LENGTH,
-       KEY_BATCH, KEY_STEPS, KEY_WARMUP, KEY_LR, KEY_MIN_LR, KEY_DECAY, KEY_CLIP, KEY_SEED, KEY_SAVE_EVERY, KEY_RESUME, KEY_LONG_LENGTH,
-       KEY_LONG_EVERY, KEY_DTYPE };
+enum {
+  KEY_DATA = 1,
+  KEY_VALID,
+  KEY_ALPHA,
+  KEY_LAYERS,
+  KEY_HIDDEN,
+  KEY_HEADS,
+  KEY_KV_HEADS,
+  KEY_HEAD_DIM,
+  KEY_FFN,
+  KEY_ALIBI_HEADS,
+  KEY_LENGTH,
+  KEY_BATCH,
+  KEY_STEPS,
+  KEY_WARMUP,
+  KEY_LR,
+  KEY_MIN_LR,
+  KEY_DECAY,
+  KEY_CLIP,
+  KEY_SEED,
+  KEY_SAVE_EVERY,
+  KEY_RESUME,
+  KEY_LONG_LENGTH,
+  KEY_LONG_EVERY,
+  KEY_DTYPE
+};
 static const struct argp_option option_table[] = {
     {"out", 'o', "DIR", 0, "Folder of the model (made if missing)", 1},
     {"data", KEY_DATA, "FILE...", 0, "Text to train on; windows do not cross files", 1},
@@ -184,10 +207,11 @@ static int compare_config(const options *o, emx_ctx *ctx) {
   const struct {
     const char *option;
     double was, now;
-  } fields[] = {{"--alpha", was.entmax_alpha, now->entmax_alpha},       {"--layers", was.num_layers, now->num_layers},
-                {"--hidden", was.hidden_size, now->hidden_size},        {"--heads", was.num_heads, now->num_heads},
-                {"--kv-heads", was.num_kv_heads, now->num_kv_heads},    {"--head-dim", was.head_dim, now->head_dim},
-                {"--ffn", was.intermediate_size, now->intermediate_size}, {"--alibi-heads", was.alibi_num_heads, now->alibi_num_heads}};
+  } fields[] = {
+      {"--alpha", was.entmax_alpha, now->entmax_alpha},         {"--layers", was.num_layers, now->num_layers},
+      {"--hidden", was.hidden_size, now->hidden_size},          {"--heads", was.num_heads, now->num_heads},
+      {"--kv-heads", was.num_kv_heads, now->num_kv_heads},      {"--head-dim", was.head_dim, now->head_dim},
+      {"--ffn", was.intermediate_size, now->intermediate_size}, {"--alibi-heads", was.alibi_num_heads, now->alibi_num_heads}};
   for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
     if (fields[i].was != fields[i].now)
       return cli_fail("%s is %g, the model in %s has %g", fields[i].option, fields[i].now, o->out, fields[i].was);
@@ -247,7 +271,8 @@ static int draw_loss(const options *o) {
   char *path = path_in(o->out, "log.jsonl"), *svg = path_in(o->out, "loss.svg"), *line = NULL;
   size_t room = 0;
   enum { STRETCHES = 400 };
-  double *sum = calloc(STRETCHES, sizeof *sum), *x = calloc(STRETCHES, sizeof *x), *y = calloc(STRETCHES, sizeof *y), *vx = NULL, *vy = NULL;
+  double *sum = calloc(STRETCHES, sizeof *sum), *x = calloc(STRETCHES, sizeof *x), *y = calloc(STRETCHES, sizeof *y), *vx = NULL,
+         *vy = NULL;
   int64_t *count = calloc(STRETCHES, sizeof *count), valids = 0;
   int code = CLI_OK, n = 0;
   FILE *in = path ? fopen(path, "r") : NULL;
@@ -266,7 +291,8 @@ static int draw_loss(const options *o) {
       count[at]++;
     }
     if (valid) {
-      double *gx = realloc(vx, (size_t)(valids + 1) * sizeof *vx), *gy = gx ? realloc(vy, (size_t)(valids + 1) * sizeof *vy) : NULL;
+      double *gx = realloc(vx, (size_t)(valids + 1) * sizeof *vx),
+             *gy = gx ? realloc(vy, (size_t)(valids + 1) * sizeof *vy) : NULL;
       if (gx) vx = gx;
       if (gy) {
         vy = gy;
@@ -283,8 +309,11 @@ static int draw_loss(const options *o) {
     }
   svg_series series[2] = {{.name = "training", .x = x, .y = y, .n = n},
                           {.name = "validation", .x = vx, .y = vy, .n = (int)valids, .dots = valids < 60}};
-  svg_chart chart = {.title = o->config.entmax_alpha == 1 ? "Loss, softmax" : "Loss, entmax", .x_label = "step", .y_label = "bits per byte",
-                     .series = series, .n = valids ? 2 : 1};
+  svg_chart chart = {.title = o->config.entmax_alpha == 1 ? "Loss, softmax" : "Loss, entmax",
+                     .x_label = "step",
+                     .y_label = "bits per byte",
+                     .series = series,
+                     .n = valids ? 2 : 1};
   code = svg_write(svg, &chart);
 done:
   if (in) fclose(in);
@@ -311,7 +340,8 @@ static int save(const options *o, emx_trainer *t, int64_t step, FILE *journal) {
   double valid;
   int code = validate(o, t, &valid);
   if (code) return code;
-  if (isfinite(valid) && (code = log_line(journal, json_pack("{s:I, s:f}", "step", (json_int_t)step, "valid_loss", valid)))) return code;
+  if (isfinite(valid) && (code = log_line(journal, json_pack("{s:I, s:f}", "step", (json_int_t)step, "valid_loss", valid))))
+    return code;
   return cli_status(emx_trainer_save(t, o->out));
 }
 
@@ -330,14 +360,16 @@ static int loop(const options *o, emx_trainer *t, int64_t done, FILE *journal) {
     tokens += s.tokens;
     smooth = isnan(smooth) ? s.loss : smooth + 0.05 * (s.loss - smooth);
     const double now = cli_seconds(), rate = (double)tokens / (now - start);
-    code = log_line(journal, json_pack("{s:I, s:I, s:f, s:f, s:f, s:f}", "step", (json_int_t)done, "tokens", (json_int_t)s.tokens, "loss", s.loss,
-                                   "grad_norm", s.grad_norm, "lr", s.lr, "tok_per_s", rate));
+    code = log_line(journal, json_pack("{s:I, s:I, s:f, s:f, s:f, s:f}", "step", (json_int_t)done, "tokens", (json_int_t)s.tokens,
+                                       "loss", s.loss, "grad_norm", s.grad_norm, "lr", s.lr, "tok_per_s", rate));
     if (code) break;
-    cli_progress_text(&progress, done - first, o->opts.steps - first, "loss %.3f (%.3f bits/byte) %.0f tokens/s", smooth, smooth / log(2), rate);
+    cli_progress_text(&progress, done - first, o->opts.steps - first, "loss %.3f (%.3f bits/byte) %.0f tokens/s", smooth,
+                      smooth / log(2), rate);
     if (!progress.terminal && now - told >= 60) {
       char left[24];
       cli_duration((now - start) * (double)(o->opts.steps - done) / (double)(done - first), left);
-      cli_warn("step %lld of %lld, loss %.3f, %.0f tokens/s, %s left", (long long)done, (long long)o->opts.steps, smooth, rate, left);
+      cli_warn("step %lld of %lld, loss %.3f, %.0f tokens/s, %s left", (long long)done, (long long)o->opts.steps, smooth, rate,
+               left);
       told = now;
     }
     if (done % o->save_every == 0 || done == o->opts.steps) {
@@ -350,8 +382,8 @@ static int loop(const options *o, emx_trainer *t, int64_t done, FILE *journal) {
     /* the first Ctrl-C lets the step end, and it is kept; after a second one the context is cancelled and nothing is written */
     if (code == CLI_OK && done > saved && !save(o, t, done, journal)) saved = done;
     if (saved > 0)
-      cli_warn("interrupted after step %lld; %s holds step %lld. Continue with the same command and --resume", (long long)done, o->out,
-               (long long)saved);
+      cli_warn("interrupted after step %lld; %s holds step %lld. Continue with the same command and --resume", (long long)done,
+               o->out, (long long)saved);
     else
       cli_warn("interrupted after step %lld; nothing has been saved yet", (long long)done);
     return CLI_INTERRUPTED;
@@ -362,15 +394,17 @@ static int loop(const options *o, emx_trainer *t, int64_t done, FILE *journal) {
 
 int cmd_train(int argc, char **argv) {
   static const struct argp_child children[] = {{&cli_common_argp, 0, NULL, 0}, {0}};
-  static const struct argp argp = {
-      .options = option_table,
-      .parser = parse,
-      .children = children,
-      .args_doc = "-o DIR --data FILE...",
-      .doc = "Trains a decoder-only model on the bytes of text files. DIR receives config.json, model.safetensors, trainer.safetensors, "
-             "log.jsonl (one object a step) and loss.svg.\v"
-             "Ctrl-C ends after the step and saves; a second one stops at once and leaves the last save as it was. A continued run is "
-             "bit-identical to one that was never interrupted."};
+  static const struct argp argp = {.options = option_table,
+                                   .parser = parse,
+                                   .children = children,
+                                   .args_doc = "-o DIR --data FILE...",
+                                   .doc =
+                                       "Trains a decoder-only model on the bytes of text files. DIR receives config.json, "
+                                       "model.safetensors, trainer.safetensors, "
+                                       "log.jsonl (one object a step) and loss.svg.\v"
+                                       "Ctrl-C ends after the step and saves; a second one stops at once and leaves the last "
+                                       "save as it was. A continued run is "
+                                       "bit-identical to one that was never interrupted."};
   options o = {.save_every = 500};
   emx_model_config_init(&o.config);
   emx_train_opts_init(&o.opts);
@@ -385,24 +419,29 @@ int cmd_train(int argc, char **argv) {
   if ((code = load_texts(&o.train)) || (code = load_texts(&o.valid)) || (code = open_folder(&o))) goto done;
   for (int64_t i = 0; i < o.valid.n; i++)
     if (o.valid.sizes[i] <= o.opts.length) {
-      code = cli_fail("%s has %lld bytes, validation needs more than --length %lld", o.valid.paths[i], (long long)o.valid.sizes[i],
-                      (long long)o.opts.length);
+      code = cli_fail("%s has %lld bytes, validation needs more than --length %lld", o.valid.paths[i],
+                      (long long)o.valid.sizes[i], (long long)o.opts.length);
       goto done;
     }
   if ((code = cli_context(&o.common, &ctx))) goto done;
-  const uint8_t *const *data = (const uint8_t *const *)o.train.data;
+  emx_train_data data;
+  emx_train_data_init(&data);
+  data.files = (const uint8_t *const *)o.train.data;
+  data.sizes = o.train.sizes;
+  data.n_files = o.train.n;
   if (o.resume) {
     if ((code = resumed_step(&o, &step)) || (code = compare_config(&o, ctx))) goto done;
-    CLI_TRY(emx_trainer_resume(ctx, o.out, &o.opts, data, o.train.sizes, o.train.n, &trainer));
+    CLI_TRY(emx_trainer_resume(ctx, o.out, &o.opts, &data, &trainer));
   } else {
-    CLI_TRY(emx_trainer_create(ctx, &o.config, &o.opts, data, o.train.sizes, o.train.n, &trainer));
+    CLI_TRY(emx_trainer_create(ctx, &o.config, &o.opts, &data, &trainer));
   }
   if ((code = log_open(&o, step, &journal))) goto done;
   cli_on_interrupt(ctx, true);
   int64_t total = 0;
   for (int64_t i = 0; i < o.train.n; i++) total += o.train.sizes[i];
-  cli_warn("%lld parameters, alpha %g, %lld bytes of text in %lld files, step %lld of %lld", (long long)emx_model_config_parameters(&o.config),
-           o.config.entmax_alpha, (long long)total, (long long)o.train.n, (long long)step, (long long)o.opts.steps);
+  cli_warn("%lld parameters, alpha %g, %lld bytes of text in %lld files, step %lld of %lld",
+           (long long)emx_model_config_parameters(&o.config), o.config.entmax_alpha, (long long)total, (long long)o.train.n,
+           (long long)step, (long long)o.opts.steps);
   code = loop(&o, trainer, step, journal);
   log_close(&journal);
   if (!code) {

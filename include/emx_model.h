@@ -167,15 +167,26 @@ typedef struct emx_train_opts {
 EMX_API void emx_train_opts_init_sized(emx_train_opts *opts, size_t size);
 #define emx_train_opts_init(opts) emx_train_opts_init_sized((opts), sizeof *(opts))
 
-/* data: bytes to train on, files[i] of sizes[i] bytes, borrowed. Windows are drawn uniformly and do not cross files.
- * Errors: INVALID (no window fits), NOMEM with the bytes. */
+/* Bytes to train on: files[i] of sizes[i] bytes, borrowed for the life of the trainer. Windows are drawn uniformly and do not cross
+ * files. */
+typedef struct emx_train_data {
+  uint32_t struct_size;
+  uint32_t reserved;
+  int64_t n_files;
+  const uint8_t *const *files;
+  const int64_t *sizes;
+} emx_train_data;
+EMX_API void emx_train_data_init_sized(emx_train_data *data, size_t size);
+#define emx_train_data_init(data) emx_train_data_init_sized((data), sizeof *(data))
+
+/* Errors: INVALID (no window fits), NOMEM with the bytes. */
 EMX_API emx_status emx_trainer_create(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts,
-                                      const uint8_t *const *files, const int64_t *sizes, int64_t n_files, emx_trainer **out);
+                                      const emx_train_data *data, emx_trainer **out);
 /* Continues from a folder that emx_trainer_save wrote; opts and data must be those of the first run (checked). The continued run is
  * bit-identical to an uninterrupted one, for any number of threads, with the same build on the same kind of CPU (the BLAS picks its
  * kernels by CPU). Errors: IO, FORMAT (files that are damaged or contradict each other), INVALID (what differs), NOMEM. */
-EMX_API emx_status emx_trainer_resume(emx_ctx *ctx, const char *folder, const emx_train_opts *opts, const uint8_t *const *files,
-                                      const int64_t *sizes, int64_t n_files, emx_trainer **out);
+EMX_API emx_status emx_trainer_resume(emx_ctx *ctx, const char *folder, const emx_train_opts *opts,
+                                      const emx_train_data *data, emx_trainer **out);
 EMX_API void emx_trainer_destroy(emx_trainer *t);
 
 typedef struct emx_train_stats {

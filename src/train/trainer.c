@@ -6,6 +6,11 @@
 #include <math.h>
 #include <string.h>
 
+void emx_train_data_init_sized(emx_train_data *data, size_t size) {
+  const emx_train_data defaults = {0};
+  emxi_struct_init(data, size, &defaults, sizeof defaults);
+}
+
 void emx_train_opts_init_sized(emx_train_opts *opts, size_t size) {
   const emx_train_opts defaults = {.save_dtype = EMX_BF16,
                                    .steps = 10000,
@@ -67,9 +72,10 @@ void emx_trainer_destroy(emx_trainer *t) {
 
 /* Everything but the memory of the network. */
 static emx_status open_trainer(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts,
-                               const uint8_t *const *files, const int64_t *sizes, int64_t n_files, emx_trainer **out) {
+                               const emx_train_data *data, emx_trainer **out) {
   EMX_TRY(emx_model_config_check(config));
   EMX_TRY(check_opts(opts));
+  EMX_TRY(emxi_struct_check(data, sizeof *data, "trainer", "emx_train_data"));
   if (config->entmax_alpha > 2)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "trainer: entmax_alpha is %g; gradients exist for 1 to 2", config->entmax_alpha);
   emx_trainer *t = emxi_calloc(sizeof *t);
@@ -81,7 +87,7 @@ static emx_status open_trainer(emx_ctx *ctx, const emx_model_config *config, con
   if (config->position_type != EMX_POSITION_NAPE)
     t->config.alibi_num_heads = config->position_type == EMX_POSITION_ALIBI ? config->num_heads : 0;
   if (!t->config.alibi_num_heads) t->config.alibi_slope_type = EMX_SLOPE_LINEAR;
-  emx_status status = emxi_data_create(files, sizes, n_files, config->vocab_size, &t->data);
+  emx_status status = emxi_data_create(data->files, data->sizes, data->n_files, config->vocab_size, &t->data);
   const int64_t lengths[2] = {opts->length, opts->long_length};
   for (int i = 0; i < 2 && !status; i++)
     if (lengths[i] && emxi_data_windows(&t->data, lengths[i]) < 1)
@@ -146,10 +152,10 @@ static void initial_weights(emx_trainer *t) {
 }
 
 emx_status emx_trainer_create(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts,
-                              const uint8_t *const *files, const int64_t *sizes, int64_t n_files, emx_trainer **out) {
+                              const emx_train_data *data, emx_trainer **out) {
   if (!ctx || !out) return emxi_fail(EMX_ERR_INVALID, "emx_trainer_create: %s is NULL", ctx ? "out" : "ctx");
   emx_trainer *t;
-  EMX_TRY(open_trainer(ctx, config, opts, files, sizes, n_files, &t));
+  EMX_TRY(open_trainer(ctx, config, opts, data, &t));
   emx_status status = take_memory(t);
   if (status) {
     emx_trainer_destroy(t);
@@ -161,11 +167,11 @@ emx_status emx_trainer_create(emx_ctx *ctx, const emx_model_config *config, cons
 }
 
 static emx_status resume(emx_ctx *ctx, const char *folder, const emx_checkpoint *ck, const char *path, const emx_train_opts *opts,
-                         const uint8_t *const *files, const int64_t *sizes, int64_t n_files, emx_trainer **out) {
+                         const emx_train_data *data, emx_trainer **out) {
   emx_model_config config;
   emx_trainer *t;
   EMX_TRY(emxi_config_read(folder, &config));
-  EMX_TRY(open_trainer(ctx, &config, opts, files, sizes, n_files, &t));
+  EMX_TRY(open_trainer(ctx, &config, opts, data, &t));
   emx_status status = emxi_state_check(ck, path, t, &t->step);
   if (!status) status = take_memory(t);
   if (!status) status = emxi_state_load(ck, path, t);
@@ -175,14 +181,14 @@ static emx_status resume(emx_ctx *ctx, const char *folder, const emx_checkpoint 
     *out = t;
   return status;
 }
-emx_status emx_trainer_resume(emx_ctx *ctx, const char *folder, const emx_train_opts *opts, const uint8_t *const *files,
-                              const int64_t *sizes, int64_t n_files, emx_trainer **out) {
+emx_status emx_trainer_resume(emx_ctx *ctx, const char *folder, const emx_train_opts *opts, const emx_train_data *data,
+                              emx_trainer **out) {
   if (!ctx || !folder || !out)
     return emxi_fail(EMX_ERR_INVALID, "emx_trainer_resume: %s is NULL", !ctx ? "ctx" : !folder ? "folder" : "out");
   emx_checkpoint *ck;
   char *path;
   EMX_TRY(emxi_state_open(folder, &ck, &path));
-  emx_status status = resume(ctx, folder, ck, path, opts, files, sizes, n_files, out);
+  emx_status status = resume(ctx, folder, ck, path, opts, data, out);
   emx_checkpoint_close(ck);
   emxi_free(path);
   return status;

@@ -85,6 +85,7 @@ enum { FILES = 3 };
 static uint8_t bytes[FILES][200];
 static const uint8_t *files[FILES];
 static const int64_t sizes[FILES] = {200, 37, 150};
+static const emx_train_data corpus = {sizeof corpus, 0, FILES, files, sizes};
 static void fill_files(void) {
   for (int f = 0; f < FILES; f++) {
     files[f] = bytes[f];
@@ -94,7 +95,7 @@ static void fill_files(void) {
 static emx_trainer *create(emx_ctx *ctx, const emx_model_config *c, const emx_train_opts *o) {
   emx_trainer *t;
   fill_files();
-  if (emx_trainer_create(ctx, c, o, files, sizes, FILES, &t)) fail_msg("%s", emx_last_error());
+  if (emx_trainer_create(ctx, c, o, &corpus, &t)) fail_msg("%s", emx_last_error());
   return t;
 }
 static emx_train_stats must_step(emx_trainer *t) {
@@ -414,7 +415,8 @@ static void test_learns(void **state) {
     o.lr = 5e-3;
     o.min_lr = 5e-4;
     emx_trainer *t;
-    assert_int_equal(emx_trainer_create(two, &c, &o, list, list_sizes, 1, &t), EMX_OK);
+    assert_int_equal(emx_trainer_create(two, &c, &o, &(emx_train_data){sizeof(emx_train_data), 0, 1, list, list_sizes}, &t),
+                     EMX_OK);
     double before, after;
     assert_int_equal(emx_trainer_evaluate(t, text, sizeof text, &before), EMX_OK);
     assert_true(before > 5);
@@ -456,7 +458,7 @@ static void test_resume(void **state) {
     for (int i = 0; i < 3; i++) must_step(first);
     assert_int_equal(emx_trainer_save(first, folder), EMX_OK);
     must_step(first);
-    assert_int_equal(emx_trainer_resume(one, folder, &o, files, sizes, FILES, &second), EMX_OK);
+    assert_int_equal(emx_trainer_resume(one, folder, &o, &corpus, &second), EMX_OK);
     for (int i = 3; i < 6; i++) {
       got = must_step(second);
       assert_memory_equal(&got, &want[i], sizeof got);
@@ -487,7 +489,7 @@ static void test_resume(void **state) {
 
 static void expect_resume_error(const char *folder, const emx_train_opts *o, emx_status status, const char *word) {
   emx_trainer *t = NULL;
-  emx_status got = emx_trainer_resume(one, folder, o, files, sizes, FILES, &t);
+  emx_status got = emx_trainer_resume(one, folder, o, &corpus, &t);
   if (got != status || t || !strstr(emx_last_error(), word))
     fail_msg("%s: %s; expected %s with '%s'", emx_status_name(got), emx_last_error(), emx_status_name(status), word);
 }
@@ -526,23 +528,23 @@ static void test_resume_errors(void **state) {
   c.rms_norm_eps = 1e-5;
   assert_int_equal(emxi_config_write(folder, &c, EMX_BF16), EMX_OK);
   emx_trainer *again;
-  assert_int_equal(emx_trainer_resume(one, folder, &o, files, sizes, FILES, &again), EMX_OK);
+  assert_int_equal(emx_trainer_resume(one, folder, &o, &corpus, &again), EMX_OK);
   expect_same(t, again);
   emx_trainer_destroy(again);
 
   emx_trainer *later; /* a save that fails before its last file leaves the state of the save before it */
-  assert_int_equal(emx_trainer_resume(one, folder, &o, files, sizes, FILES, &later), EMX_OK);
+  assert_int_equal(emx_trainer_resume(one, folder, &o, &corpus, &later), EMX_OK);
   must_step(later);
   snprintf(path, sizeof path, "%s/model.safetensors", folder);
   assert_int_equal(unlink(path), 0);
   assert_int_equal(mkdir(path, 0700), 0);
   assert_int_equal(emx_trainer_save(later, folder), EMX_ERR_IO);
-  assert_int_equal(emx_trainer_resume(one, folder, &o, files, sizes, FILES, &again), EMX_OK);
+  assert_int_equal(emx_trainer_resume(one, folder, &o, &corpus, &again), EMX_OK);
   expect_same(t, again);
   emx_trainer_destroy(again);
   assert_int_equal(rmdir(path), 0);
   assert_int_equal(emx_trainer_save(later, folder), EMX_OK);
-  assert_int_equal(emx_trainer_resume(one, folder, &o, files, sizes, FILES, &again), EMX_OK);
+  assert_int_equal(emx_trainer_resume(one, folder, &o, &corpus, &again), EMX_OK);
   expect_same(later, again);
   emx_trainer_destroy(again);
   emx_trainer_destroy(later);
@@ -671,7 +673,7 @@ static void test_invalid(void **state) {
   fill_files();
 #define REFUSED(status, word)                                                                 \
   do {                                                                                        \
-    assert_int_equal(emx_trainer_create(one, &bad, &other, files, sizes, FILES, &t), status); \
+    assert_int_equal(emx_trainer_create(one, &bad, &other, &corpus, &t), status);               \
     assert_null(t);                                                                           \
     if (!strstr(emx_last_error(), word)) fail_msg("'%s' lacks '%s'", emx_last_error(), word); \
   } while (0)
@@ -717,9 +719,10 @@ static void test_invalid(void **state) {
   REFUSED(EMX_ERR_NOMEM, "bytes");
 #undef OPTION
 #undef REFUSED
-  assert_int_equal(emx_trainer_create(one, &c, &o, files, sizes, 0, &t), EMX_ERR_INVALID);
-  assert_int_equal(emx_trainer_create(one, &c, &o, files, sizes, FILES, NULL), EMX_ERR_INVALID);
-  assert_int_equal(emx_trainer_create(NULL, &c, &o, files, sizes, FILES, &t), EMX_ERR_INVALID);
+  assert_int_equal(emx_trainer_create(one, &c, &o, &(emx_train_data){sizeof(emx_train_data), 0, 0, files, sizes}, &t),
+                   EMX_ERR_INVALID);
+  assert_int_equal(emx_trainer_create(one, &c, &o, &corpus, NULL), EMX_ERR_INVALID);
+  assert_int_equal(emx_trainer_create(NULL, &c, &o, &corpus, &t), EMX_ERR_INVALID);
   t = create(one, &c, &o);
   emx_train_stats s = {0};
   assert_int_equal(emx_trainer_step(t, &s), EMX_ERR_INVALID);
@@ -740,7 +743,7 @@ static void test_no_memory(void **state) {
   emx_status status;
   for (;; n++) {
     emxi_alloc_fail_after(n);
-    status = emx_trainer_create(one, &c, &o, files, sizes, FILES, &t);
+    status = emx_trainer_create(one, &c, &o, &corpus, &t);
     if (!status) break;
     assert_int_equal(status, EMX_ERR_NOMEM);
     assert_null(t);
@@ -758,7 +761,7 @@ static void test_no_memory(void **state) {
   assert_in_range(n, 4, 60);
   for (n = 0;; n++) {
     emxi_alloc_fail_after(n);
-    status = emx_trainer_resume(one, folder, &o, files, sizes, FILES, &again);
+    status = emx_trainer_resume(one, folder, &o, &corpus, &again);
     if (!status) break;
     assert_int_equal(status, EMX_ERR_NOMEM);
     assert_null(again);
