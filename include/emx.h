@@ -202,7 +202,8 @@ EMX_API void emx_attn_desc_init_sized(emx_attn_desc *desc, size_t size); /* alph
  *
  *   padded   q, o [B,H,S,D]; k, v [B,G,N,D] (in BNHD: [B,S,H,D], [B,N,G,D]); seqlens_q, seqlens_k [B] i32 optional: rows past a
  *            length are not read, outputs there are zero.
- *   packed   cu_seqlens_q, cu_seqlens_k [B+1] i32 set: q, o [T,H,D]; k, v [T',G,D]; sequence b is rows cu[b]..cu[b+1]-1.
+ *   packed   cu_seqlens_q, cu_seqlens_k [B+1] i32 set: q, o [T,H,D]; k, v [T',G,D]; sequence b is rows cu[b]..cu[b+1]-1;
+ *            rows past cu[B] are left alone.
  *   paged    block_table [B,M] i32 set: k, v are pools [M',P,G,D] (BNHD) or [M',G,P,D] (BHND), any strides; logical page p of
  *            sequence b is block_table[b][p]; seqlens_k [B] is required. Forward only.
  * tau, lse: f32 (f64 for f64 input), support: i32; shape of q without D. alibi_slopes [H] f32: adds -slope * |i+N-S-j| to the score,

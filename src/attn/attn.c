@@ -214,6 +214,11 @@ emx_status emxi_attn_check_lengths(const emxi_attn *a) {
     if (a->seqlens_k && (a->seqlens_k[b] < 0 || a->seqlens_k[b] > a->max_k))
       return emxi_fail(EMX_ERR_INVALID, "attention: seqlens_k[%lld] is %d, expected 0..%lld", (long long)b, a->seqlens_k[b],
                        (long long)a->max_k);
+    const emxi_span sp = emxi_attn_span(a, b);
+    if (a->slopes && (sp.n > ((int64_t)1 << 24) || sp.s > ((int64_t)1 << 24)))
+      return emxi_fail(EMX_ERR_UNSUPPORTED,
+                       "attention: ALiBi positions are exact in float up to 2^24, sequence %lld has %lld keys", (long long)b,
+                       (long long)sp.n);
     if (!a->block_table) continue;
     for (int64_t p = 0; p * a->page_size < a->seqlens_k[b]; p++) {
       int32_t page = a->block_table[b * a->table_stride + p];

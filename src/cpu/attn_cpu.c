@@ -20,9 +20,9 @@
 #include "base/num.h"
 #include "cpu/backend_cpu.h"
 
-#define ROWS_WANTED 96              /* rows of a block: enough to amortise the transposition of a key tile */
+#define ROWS_WANTED 96                 /* rows of a block: enough to amortise the transposition of a key tile */
 #define LIST_BYTES ((int64_t)32 << 20) /* per worker: blocks get smaller when contexts get longer */
-#define DOT_ROWS 8                  /* below this many rows, keys are not transposed */
+#define DOT_ROWS 8                     /* below this many rows, keys are not transposed */
 #define CHUNK 256
 
 /* Rows of a block: `queries` positions of each of the group's heads. Depends on shapes only. */
@@ -69,18 +69,24 @@ typedef struct job {
 #define FN(name) name
 #define KTABLE(cpu) ((cpu)->k)
 #define BELOW(x) nextafterf(x, -INFINITY)
+#define ULP 0x1p-23
+#define SUM_TOLERANCE 1e-5 /* of the sum of p in the backward pass, before tau is solved again */
 #include "attn_body.inc"
 #undef REAL
 #undef TABLE
 #undef FN
 #undef KTABLE
 #undef BELOW
+#undef ULP
+#undef SUM_TOLERANCE
 
 #define REAL double
 #define TABLE emxi_table64
 #define FN(name) name##64
 #define KTABLE(cpu) ((cpu)->k64)
 #define BELOW(x) nextafter(x, -INFINITY)
+#define ULP 0x1p-52
+#define SUM_TOLERANCE 1e-13
 #include "attn_body.inc"
 
 emx_status emxi_cpu_attn_supports(emx_ctx *ctx, const emxi_attn *a) {

@@ -147,7 +147,8 @@ static void check_forward(problem *p, const char *what) {
   const double tol_tau = p->dtype == EMX_F64 ? 1e-11 : 1e-5;
   for (int64_t r = 0; r < s->B * s->H * s->S; r++) {
     double tau = emxi_load(p->tau, w.tau.dtype, r), want = p->oracle_tau[r];
-    if (!(tau == want || fabs(tau - want) <= tol_tau * fmax(1, fabs(want)))) fail_msg("%s row %d: tau %g, oracle %g", what, (int)r, tau, want);
+    if (!(tau == want || fabs(tau - want) <= tol_tau * fmax(1, fabs(want))))
+      fail_msg("%s row %d: tau %g, oracle %g", what, (int)r, tau, want);
     for (int64_t d = 0; d < s->D; d++) {
       double o = emxi_load(p->o, p->dtype, r * s->D + d), e = p->oracle[r * s->D + d];
       if (!(fabs(o - e) <= tol * fmax(1, fabs(e)))) fail_msg("%s row %d dim %d: %g, oracle %g", what, (int)r, (int)d, o, e);
@@ -158,10 +159,13 @@ static void check_forward(problem *p, const char *what) {
 
 static void test_forward_catalogue(void **state) {
   (void)state;
-  static const shape shapes[] = {
-      {1, 1, 1, 1, 1, 16},   {1, 2, 1, 3, 3, 16},    {2, 4, 2, 65, 65, 32},  {1, 6, 3, 33, 150, 32}, {1, 4, 4, 1, 200, 64},
-      {1, 8, 1, 5, 130, 80}, {1, 3, 3, 100, 100, 96}, {1, 2, 2, 7, 64, 256}, {1, 1, 1, 130, 64, 24}, /* S > N: first rows see nothing */
-  };
+  static const shape
+      shapes[] =
+          {
+              {1, 1, 1, 1, 1, 16},     {1, 2, 1, 3, 3, 16},   {2, 4, 2, 65, 65, 32},
+              {1, 6, 3, 33, 150, 32},  {1, 4, 4, 1, 200, 64}, {1, 8, 1, 5, 130, 80},
+              {1, 3, 3, 100, 100, 96}, {1, 2, 2, 7, 64, 256}, {1, 1, 1, 130, 64, 24}, /* S > N: first rows see nothing */
+          };
   static const double alphas[] = {1, 1.25, 1.5, 1.9, 2, 3};
   static const int32_t dtypes[] = {EMX_F32, EMX_F64, EMX_BF16, EMX_F16};
   int c = 0;
@@ -172,7 +176,8 @@ static void test_forward_catalogue(void **state) {
         problem p = make(shapes[i], dtypes[t], alphas[a], c % 3 != 0, c % 2, spreads[c / 3 % 4], (uint64_t)c);
         if (c % 5 == 0) p.scale = 0.4f;
         char what[100];
-        snprintf(what, sizeof what, "shape %zu alpha %g %s causal %d alibi %d", i, alphas[a], emx_dtype_name(dtypes[t]), p.causal, p.alibi);
+        snprintf(what, sizeof what, "shape %zu alpha %g %s causal %d alibi %d", i, alphas[a], emx_dtype_name(dtypes[t]), p.causal,
+                 p.alibi);
         check_forward(&p, what);
         release(&p);
       }
@@ -208,7 +213,8 @@ static void test_layouts_agree(void **state) {
   float *want = copy(p.o, no);
 
   /* BNHD through the layout enum: transpose by hand */
-  float *q2 = zalloc(no), *o2 = zalloc(no), *k2 = zalloc((size_t)(s.B * s.G * s.N) * row), *v2 = zalloc((size_t)(s.B * s.G * s.N) * row);
+  float *q2 = zalloc(no), *o2 = zalloc(no), *k2 = zalloc((size_t)(s.B * s.G * s.N) * row),
+        *v2 = zalloc((size_t)(s.B * s.G * s.N) * row);
   for (int64_t b = 0; b < s.B; b++) {
     for (int64_t h = 0; h < s.H; h++)
       for (int64_t i = 0; i < s.S; i++)
@@ -291,7 +297,8 @@ static void test_layouts_agree(void **state) {
   int32_t lq[2] = {10, 40}, lk[2] = {50, 96};
   emx_tensor tlq = emx_tensor_view(lq, EMX_I32, 1, &two), tlk = emx_tensor_view(lk, EMX_I32, 1, &two);
   views u = w;
-  u.io.q = &w.q, u.io.k = &w.k, u.io.v = &w.v, u.io.o = &w.o, u.io.tau = &w.tau, u.io.support = &w.support, u.io.alibi_slopes = &w.slopes;
+  u.io.q = &w.q, u.io.k = &w.k, u.io.v = &w.v, u.io.o = &w.o, u.io.tau = &w.tau, u.io.support = &w.support,
+  u.io.alibi_slopes = &w.slopes;
   u.io.seqlens_q = &tlq, u.io.seqlens_k = &tlk;
   memset(p.o, 0xff, no);
   run_forward(ctx, &u);
@@ -474,7 +481,8 @@ static void test_backward_types(void **state) {
           norm += ref[x][i] * ref[x][i];
         }
         /* f32 scores are off by 1e-6, which moves sqrt(p) of an element near the threshold by as much */
-        if (!(sqrt(err / norm) < 2e-5)) fail_msg("alpha %g %s tensor %d: relative error %g", alphas[a], emx_dtype_name(dtypes[t]), x, sqrt(err / norm));
+        if (!(sqrt(err / norm) < 2e-5))
+          fail_msg("alpha %g %s tensor %d: relative error %g", alphas[a], emx_dtype_name(dtypes[t]), x, sqrt(err / norm));
         free(g[x].data);
       }
       release(&p);
@@ -482,6 +490,103 @@ static void test_backward_types(void **state) {
     }
     for (int x = 0; x < 3; x++) free(ref[x]);
   }
+}
+
+/* Long rows of equal scores, and scores far from zero: tau reaches the backward pass rounded to a float, the sums must not show it. */
+static void test_flat_and_far_rows(void **state) {
+  (void)state;
+  enum { N = 20011, D = 16 };
+  static const double alphas[] = {1, 1.4, 1.5, 2};
+  static const float levels[] = {0, 100.7f, 65536.f, -3e5f};
+  float *k = zalloc(N * D * 4), *v = zalloc(N * D * 4), *dk = zalloc(N * D * 4), *dv = zalloc(N * D * 4);
+  float q[D] = {1}, o[D], d_o[D], dq[D], tau;
+  for (int i = 0; i < D; i++) d_o[i] = 1;
+  for (int i = 0; i < N * D; i++) v[i] = 1;
+  for (size_t a = 0; a < sizeof alphas / sizeof *alphas; a++)
+    for (size_t l = 0; l < sizeof levels / sizeof *levels; l++) {
+      for (int j = 0; j < N; j++) k[j * D] = levels[l];
+      int64_t sq[4] = {1, 1, 1, D}, sk[4] = {1, 1, N, D};
+      emx_tensor tq = emx_tensor_view(q, EMX_F32, 4, sq), tk = emx_tensor_view(k, EMX_F32, 4, sk),
+                 tv = emx_tensor_view(v, EMX_F32, 4, sk), to = emx_tensor_view(o, EMX_F32, 4, sq),
+                 tt = emx_tensor_view(&tau, EMX_F32, 3, sq), tdo = emx_tensor_view(d_o, EMX_F32, 4, sq),
+                 tdq = emx_tensor_view(dq, EMX_F32, 4, sq), tdk = emx_tensor_view(dk, EMX_F32, 4, sk),
+                 tdv = emx_tensor_view(dv, EMX_F32, 4, sk);
+      views w;
+      emx_attn_desc_init(&w.desc);
+      emx_attn_io_init(&w.io);
+      w.desc.alpha = alphas[a];
+      w.desc.scale = 1;
+      w.io.q = &tq, w.io.k = &tk, w.io.v = &tv, w.io.o = &to;
+      *(alphas[a] == 1 ? &w.io.lse : &w.io.tau) = &tt;
+      run_forward(ctx, &w);
+      for (int d = 0; d < D; d++) assert_true(fabsf(o[d] - 1) < 1e-5f); /* the mean of ones */
+      w.io.o = NULL;
+      w.io.d_o = &tdo, w.io.d_q = &tdq, w.io.d_k = &tdk, w.io.d_v = &tdv;
+      size_t bytes;
+      assert_int_equal(emx_attn_workspace_size(ctx, &w.desc, &w.io, EMX_PASS_BACKWARD, &bytes), EMX_OK);
+      void *ws = malloc(bytes);
+      assert_int_equal(emx_attn_backward(ctx, &w.desc, &w.io, ws, bytes), EMX_OK);
+      free(ws);
+      double sum = 0; /* of p: dv_j = p_j do */
+      for (int j = 0; j < N; j++) sum += dv[j * D];
+      if (!(fabs(sum - 1) < 2e-5)) fail_msg("alpha %g level %g: the weights sum to %g", alphas[a], (double)levels[l], sum);
+      for (int d = 0; d < D; d++) assert_true(fabsf(dq[d]) < 1e-2f * (1 + fabsf(levels[l]))); /* values are equal: no gradient */
+    }
+  free(k), free(v), free(dk), free(dv);
+}
+
+/* A NaN row is NaN in both passes. */
+static void test_nonfinite_backward(void **state) {
+  (void)state;
+  static const double alphas[] = {1, 1.5, 1.7, 2};
+  for (int a = 0; a < 4; a++) {
+    problem p = make((shape){1, 1, 1, 6, 6, 16}, EMX_F32, alphas[a], true, false, 1, 3);
+    ((float *)p.q)[3 * 16] = NAN;
+    views w;
+    view(&p, &w);
+    run_forward(ctx, &w);
+    float g[3][6 * 16];
+    emx_tensor t[3] = {w.q, w.k, w.v}, d_o = w.q;
+    float ones[6 * 16];
+    for (int i = 0; i < 6 * 16; i++) ones[i] = 1;
+    d_o.data = ones;
+    for (int i = 0; i < 3; i++) t[i].data = g[i];
+    emx_attn_io io = w.io;
+    io.d_o = &d_o, io.d_q = &t[0], io.d_k = &t[1], io.d_v = &t[2];
+    size_t bytes;
+    assert_int_equal(emx_attn_workspace_size(ctx, &w.desc, &io, EMX_PASS_BACKWARD, &bytes), EMX_OK);
+    void *ws = malloc(bytes);
+    assert_int_equal(emx_attn_backward(ctx, &w.desc, &io, ws, bytes), EMX_OK);
+    free(ws);
+    for (int i = 0; i < 6; i++) {
+      assert_int_equal(isnan(g[0][i * 16]) != 0, i == 3);
+      assert_int_equal(isnan(g[2][i * 16]) != 0, i <= 3); /* the keys that row 3 sees */
+    }
+    release(&p);
+  }
+}
+
+/* Packed beside a very long neighbour, a sequence keeps its bits. */
+static void test_long_neighbour(void **state) {
+  (void)state;
+  enum { LONG = 60000, D = 16 };
+  float *k = zalloc((100 + LONG) * D * 4), *q = zalloc(101 * D * 4), *o = zalloc(101 * D * 4), *want = zalloc(100 * D * 4);
+  emxi_normals(3, 1, k, (100 + LONG) * D);
+  emxi_normals(3, 2, q, 101 * D);
+  for (int neighbour = 0; neighbour < 2; neighbour++) {
+    int32_t cu_q[3] = {0, 100, 101}, cu_k[3] = {0, 100, 100 + LONG};
+    int64_t n = 2 + neighbour, sq[3] = {100 + neighbour, 1, D}, sk[3] = {100 + neighbour * LONG, 1, D};
+    emx_tensor tq = emx_tensor_view(q, EMX_F32, 3, sq), tk = emx_tensor_view(k, EMX_F32, 3, sk),
+               to = emx_tensor_view(neighbour ? o : want, EMX_F32, 3, sq), tcq = emx_tensor_view(cu_q, EMX_I32, 1, &n),
+               tck = emx_tensor_view(cu_k, EMX_I32, 1, &n);
+    views w;
+    emx_attn_desc_init(&w.desc);
+    emx_attn_io_init(&w.io);
+    w.io.q = &tq, w.io.k = &tk, w.io.v = &tk, w.io.o = &to, w.io.cu_seqlens_q = &tcq, w.io.cu_seqlens_k = &tck;
+    run_forward(ctx, &w);
+  }
+  assert_memory_equal(o, want, 100 * D * 4);
+  free(k), free(q), free(o), free(want);
 }
 
 static void test_bad_input(void **state) {
@@ -550,8 +655,11 @@ static int teardown(void **state) {
 }
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_forward_catalogue), cmocka_unit_test(test_forward_long),   cmocka_unit_test(test_layouts_agree),
-      cmocka_unit_test(test_threads_and_batch_do_not_matter), cmocka_unit_test(test_nonfinite), cmocka_unit_test(test_backward),
-      cmocka_unit_test(test_backward_types),    cmocka_unit_test(test_bad_input)};
+      cmocka_unit_test(test_forward_catalogue),  cmocka_unit_test(test_forward_long),
+      cmocka_unit_test(test_layouts_agree),      cmocka_unit_test(test_threads_and_batch_do_not_matter),
+      cmocka_unit_test(test_nonfinite),          cmocka_unit_test(test_backward),
+      cmocka_unit_test(test_backward_types),     cmocka_unit_test(test_flat_and_far_rows),
+      cmocka_unit_test(test_nonfinite_backward), cmocka_unit_test(test_long_neighbour),
+      cmocka_unit_test(test_bad_input)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }
