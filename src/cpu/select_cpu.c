@@ -46,6 +46,8 @@ static void set_bound(emxi_item *it, int r, int64_t page, double bound, double a
   it->w->upper[r * it->w->page_ld + page] = float_up(bound + best + slack);
 }
 
+#define AHEAD 12 /* pages */
+
 /* Judges every usable page by its box, or by its ball. Pages that are not usable keep +inf. */
 static void bound_pages(emxi_item *it, bool box) {
   const emx_kv *kv = it->d->kv;
@@ -58,6 +60,13 @@ static void bound_pages(emxi_item *it, bool box) {
     if (!w->usable[p]) continue;
     const int32_t page = it->table[p];
     judged++;
+    if (p + AHEAD < it->pages) { /* summaries of one head lie G records apart */
+      const int32_t next = it->table[p + AHEAD];
+      if (box)
+        emxi_prefetch(emxi_kv_minmax(kv, next, it->g), 2 * (size_t)kv->D * es);
+      else
+        emxi_prefetch((const char *)emxi_kv_moments(kv, next, it->g), (2 * (size_t)kv->D + 1) * sizeof(float));
+    }
     if (box) {
       const char *lo = emxi_kv_minmax(kv, page, it->g);
       it->k->kv->box[emxi_slot(kv->dtype)](w->q, EMXI_QLD, it->rows, lo, lo + (size_t)kv->D * es, kv->D, u, a);
@@ -293,7 +302,7 @@ void emxi_cpu_select(emxi_item *it) {
   summarise_bounds(it);
 }
 
-/* H(t) - 1 where H = F over the candidates + P times F over the upper bounds of unread pages that reach above t. */
+/* H = F over the candidates + P times F over the upper bounds of unread pages that reach above t; slope: the sum of y^(b-1). */
 typedef struct root {
   const emxi_item *it;
   const float *list, *far;
@@ -304,7 +313,7 @@ static double total(const root *x, double t, double *slope) {
   double f, g, f2, g2;
   emxi_power_sums(x->it->k, alpha, x->list, x->n, 0, t, &f, &g);
   emxi_power_sums(x->it->k, alpha, x->far, x->n_far, 0, t, &f2, &g2);
-  *slope = (g + x->it->d->kv->P * g2) / (alpha - 1.0);
+  *slope = g + x->it->d->kv->P * g2;
   return f + x->it->d->kv->P * f2;
 }
 
@@ -318,11 +327,11 @@ double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n
     const float u = w->upper[r * w->page_ld + p];
     if (!w->chosen[r * w->page_ld + p] && a * (double)u > tau_low) w->pick[x.n_far++] = u;
   }
-  /* H(tau_low) >= 1 up to rounding and H = 0 at the right end. Newton from the left stays left where H is convex (alpha <= 2). */
+  /* H(tau_low) >= 1 up to rounding and H = 0 at the right end. Newton on H^(1/b), a norm, stays left of the root (alpha <= 2). */
   double lo = tau_low, hi = a * fmax((double)row->m, row->max_unread), slope;
   const double tol = 1e-10 * (1.0 + fabs(lo));
   for (int i = 0; i < 50 && it->d->alpha <= 2.0; i++) {
-    const double f = total(&x, lo, &slope), step = (f - 1.0) / slope;
+    const double f = total(&x, lo, &slope), step = (f - pow(f, 1.0 - a)) / slope;
     if (!(step > tol) || !(lo + step < hi)) break;
     lo += step;
   }
