@@ -379,7 +379,7 @@ typedef struct emx_report {
   float tau;          /* threshold used, (alpha-1) * score units; alpha = 1: NaN */
   float delta_bound;  /* (rounded up) sound upper bound of the entmax (alpha = 1: softmax) mass of all tokens that were not read; 0 if certified */
   float mass;         /* sum of the weights used: 1 up to rounding, except in EMX_TAU_FIXED and _CORRECTED */
-  float max_unread;   /* (rounded up) upper bound of (alpha-1) * score over all unread tokens; -inf if all were read */
+  float max_unread;   /* (rounded up) upper bound of (alpha-1) * score (alpha = 1: of the score) over all unread tokens; -inf if all were read */
   int32_t support;    /* tokens with a nonzero weight */
   int32_t tokens;     /* tokens whose key was read */
   int32_t pages;      /* pages read */

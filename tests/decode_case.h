@@ -36,10 +36,10 @@ typedef struct decode_case {
   emx_kv_batch batch;
 } decode_case;
 
-#define CASE_OK(call)                                                                                       \
-  do {                                                                                                      \
-    emx_status case_status_ = (call);                                                                       \
-    if (case_status_) fail_msg("%s: %s (%s)", #call, emx_status_name(case_status_), emx_last_error());      \
+#define CASE_OK(call)                                                                                  \
+  do {                                                                                                 \
+    emx_status case_status_ = (call);                                                                  \
+    if (case_status_) fail_msg("%s: %s (%s)", #call, emx_status_name(case_status_), emx_last_error()); \
   } while (0)
 
 static inline void *case_take(size_t n) {
@@ -126,7 +126,8 @@ static inline void case_open(decode_case *c, emx_ctx *ctx) {
       emxi_normals(c->seed, (uint64_t)(500 + b * 50 + g), v, c->len[b] * D);
       for (int64_t i = 0; i < c->len[b] * D; i++) k[i] = case_round(k[i], c->dtype), v[i] = case_round(v[i], c->dtype);
     }
-  for (int h = 0; c->alibi && h < c->H; h++) c->slopes[h] = h % 3 == 1 ? 0 : ldexpf(h % 3 ? -1 : 1, -1 - h % 6); /* mixed signs and zeros */
+  for (int h = 0; c->alibi && h < c->H; h++)
+    c->slopes[h] = h % 3 == 1 ? 0 : ldexpf(h % 3 ? -1 : 1, -1 - h % 6); /* mixed signs and zeros */
 
   emx_kv_opts o;
   emx_kv_opts_init(&o);
@@ -269,8 +270,8 @@ static inline int64_t case_scores(const decode_case *c, int b, int h, int s, con
   return n > 0 ? n : 0;
 }
 /* o, tau and support of a row over the pages in read[]. p [max_len] and s [max_len] are scratch that the caller may look at. */
-static inline double case_reference(const decode_case *c, int b, int h, int s, const uint8_t *read, double *score, double *p, double *o,
-                                    int64_t *support) {
+static inline double case_reference(const decode_case *c, int b, int h, int s, const uint8_t *read, double *score, double *p,
+                                    double *o, int64_t *support) {
   const int g = h / (c->H / c->G);
   const int64_t n = case_scores(c, b, h, s, read, score);
   const double tau = emxi_oracle_entmax(score, n, c->alpha, p, support);

@@ -71,8 +71,7 @@ static void score_block(emxi_item *it, int64_t start, int64_t *counts) {
     const int64_t n = emxi_page_tokens(it, page), from = page * kv->P;
     const char *keys = emxi_kv_k(kv, it->table[page], it->g, 0);
     bool together = true;
-    for (int r = 0; it->sparse && r < it->rows; r++)
-      together &= w->chosen[r * w->page_ld + page] && counts[r] == counts[0];
+    for (int r = 0; it->sparse && r < it->rows; r++) together &= w->chosen[r * w->page_ld + page] && counts[r] == counts[0];
     if (together) it->k->dot[slot](w->q, EMXI_QLD, it->rows, keys, kv->k_token, n, kv->D, w->score + counts[0], ld);
     for (int r = 0; r < it->rows; r++) {
       emxi_row *row = &it->row[r];
@@ -126,7 +125,8 @@ static void keep_block(emxi_item *it, int r, int64_t start, int64_t n) {
   }
   if (row->bad) return;
   const float thr = row->below < row->floor ? row->below : row->floor;
-  row->n += it->k->keep(s, it->sparse ? w->at + r * EMXI_SLD : NULL, (int32_t)start, n, thr, row->list + row->n, row->pos + row->n);
+  row->n +=
+      it->k->keep(s, it->sparse ? w->at + r * EMXI_SLD : NULL, (int32_t)start, n, thr, row->list + row->n, row->pos + row->n);
 }
 
 /* ---- softmax */
@@ -172,7 +172,8 @@ static void softmax_block(emxi_item *it, int r, int64_t start, int64_t n) {
   const emxi_work *w = it->w;
   emxi_row *row = &it->row[r];
   const int32_t *at = w->at + r * EMXI_SLD;
-  if (!emxi_cpu_softmax_block(it->k, it->d->kv->D, w->score + r * EMXI_SLD, n, &row->chunk, w->part + r * EMXI_QLD, w->weight)) return;
+  if (!emxi_cpu_softmax_block(it->k, it->d->kv->D, w->score + r * EMXI_SLD, n, &row->chunk, w->part + r * EMXI_QLD, w->weight))
+    return;
   const int64_t c = it->k->keep(w->weight, NULL, 0, n, 0.0f, w->weight, w->index);
   for (int64_t j = 0; j < c; j++) w->offset[j] = value_offset(it, it->sparse ? at[w->index[j]] : start + w->index[j]);
   add_values(it, r, c);
@@ -261,7 +262,8 @@ static void write_row(const emxi_item *it, int r, double scale, bool nan) {
   const emxi_decode *d = it->d;
   const emxi_row *row = &it->row[r];
   const double *o = it->w->o + r * EMXI_QLD;
-  char *out = d->o + (size_t)(it->b * d->o_stride[0] + row->h * d->o_stride[1] + row->s * d->o_stride[2]) * emx_dtype_size(d->o_dtype);
+  char *out =
+      d->o + (size_t)(it->b * d->o_stride[0] + row->h * d->o_stride[1] + row->s * d->o_stride[2]) * emx_dtype_size(d->o_dtype);
   for (int x = 0; x < d->kv->D; x++) emxi_store(out, d->o_dtype, x, nan ? (double)NAN : o[x] * scale);
 }
 
@@ -317,7 +319,8 @@ void emxi_cpu_finish_row(emxi_item *it, int r) {
       tau = row->n ? sol.t + a * sol.m : row->estimate;
       mass = gather(it, r, &sol, &support);
     }
-    if (!row->bad && (!estimated || (it->bounds && unread))) { /* an estimated threshold still needs the exact one for its bound */
+    if (!row->bad &&
+        (!estimated || (it->bounds && unread))) { /* an estimated threshold still needs the exact one for its bound */
       sol = emxi_solve(it->k, d->alpha, list, pos, row->n);
       if (sol.nonfinite)
         row->bad = true;
@@ -350,8 +353,14 @@ void emxi_cpu_finish_row(emxi_item *it, int r) {
   }
   if (!d->reports) return;
   count_reads(it, r);
-  emx_report rep = {.tau = (float)tau, .mass = (float)mass, .support = (int32_t)support, .tokens = (int32_t)row->tokens,
-                    .pages = (int32_t)row->pages, .select = (uint8_t)d->select.kind, .bytes_k = row->bytes_k, .bytes_v = row->bytes_v,
+  emx_report rep = {.tau = (float)tau,
+                    .mass = (float)mass,
+                    .support = (int32_t)support,
+                    .tokens = (int32_t)row->tokens,
+                    .pages = (int32_t)row->pages,
+                    .select = (uint8_t)d->select.kind,
+                    .bytes_k = row->bytes_k,
+                    .bytes_v = row->bytes_v,
                     .bytes_meta = row->bytes_meta};
   rep.delta_bound = round_up(fmin(delta, 1.0));
   rep.max_unread = unread ? round_up(unit * row->max_unread) : -INFINITY;
@@ -391,7 +400,8 @@ typedef struct job {
 
 void emxi_cpu_load_query(const emxi_table *k, const emxi_decode *d, int32_t b, emxi_row *row, float *q) {
   const size_t es = emx_dtype_size(d->q_dtype);
-  k->load[emxi_slot(d->q_dtype)](d->q + (size_t)(b * d->q_stride[0] + row->h * d->q_stride[1] + row->s * d->q_stride[2]) * es, d->kv->D, q);
+  k->load[emxi_slot(d->q_dtype)](d->q + (size_t)(b * d->q_stride[0] + row->h * d->q_stride[1] + row->s * d->q_stride[2]) * es,
+                                 d->kv->D, q);
   double square = 0;
   for (int x = 0; x < d->kv->D; x++) {
     q[x] *= d->scale;

@@ -12,14 +12,14 @@
 #define EMXI_CHUNK 512 /* softmax sums run in float over these many positions, aligned, and in double across them */
 #define EMXI_QLD 256   /* row pitch of q and o in the work memory */
 #define EMXI_SLD (EMXI_BLOCK + 16) /* row pitch of scores: kernels store whole vectors */
-#define EMXI_PREFETCH 8192 /* bytes ahead of the arithmetic: a sixth of a first-level cache */
+#define EMXI_PREFETCH 8192         /* bytes ahead of the arithmetic: a sixth of a first-level cache */
 
 /* Online softmax over one chunk: sum of exp(s - m), and the sum of exp(s - m) v next to it in float. */
 typedef struct emxi_partial {
   float m;
-  bool bad;      /* NaN or +inf among the scores */
-  int64_t n;     /* scores above -inf; alpha > 1: candidates */
-  int64_t used;  /* values added */
+  bool bad;     /* NaN or +inf among the scores */
+  int64_t n;    /* scores above -inf; alpha > 1: candidates */
+  int64_t used; /* values added */
   double z;
 } emxi_partial;
 
@@ -38,31 +38,31 @@ typedef struct emxi_work {
   int64_t list_ld;
   /* Sparse selectors: per row and page. */
   int64_t page_ld;
-  uint8_t *chosen; /* [rows, page_ld] page is read */
-  uint8_t *any;    /* [page_ld] some row reads it */
-  uint8_t *usable; /* [page_ld] complete, summarised, finite: may be judged by its summary */
-  float *upper;    /* [rows, page_ld] no score of the page, true or computed, is larger; +inf where nothing is known */
-  float *slack;    /* [rows, page_ld] >= the rounding error of a score of the page */
-  float *mu, *sigma; /* [rows, page_ld] GAUSSIAN */
+  uint8_t *chosen;      /* [rows, page_ld] page is read */
+  uint8_t *any;         /* [page_ld] some row reads it */
+  uint8_t *usable;      /* [page_ld] complete, summarised, finite: may be judged by its summary */
+  float *upper;         /* [rows, page_ld] no score of the page, true or computed, is larger; +inf where nothing is known */
+  float *slack;         /* [rows, page_ld] >= the rounding error of a score of the page */
+  float *mu, *sigma;    /* [rows, page_ld] GAUSSIAN */
   float *pick, *spread; /* [page_ld] scratch */
 } emxi_work;
 
 typedef struct emxi_row {
   int32_t h, s;
-  int64_t visible;  /* keys that the row sees */
+  int64_t visible; /* keys that the row sees */
   float slope;
-  bool bad;         /* NaN or +inf in q or in a score: the result is NaN */
-  float *list;      /* candidate scores, ascending positions */
+  bool bad;    /* NaN or +inf in q or in a score: the result is NaN */
+  float *list; /* candidate scores, ascending positions */
   int32_t *pos;
   float m, floor, below; /* largest score; list keeps what exceeds min(below, floor) */
-  int64_t n;        /* candidates; alpha = 1: scores above -inf */
-  double z;         /* alpha = 1: sum of exp(s - m) */
+  int64_t n;             /* candidates; alpha = 1: scores above -inf */
+  double z;              /* alpha = 1: sum of exp(s - m) */
   emxi_partial chunk;
-  double norm;      /* ||q|| rounded up */
+  double norm; /* ||q|| rounded up */
   /* selection */
   bool has_estimate;
-  double estimate;  /* GAUSSIAN: threshold in units of (alpha-1) score */
-  double slack;     /* largest error of a score that was read */
+  double estimate;   /* GAUSSIAN: threshold in units of (alpha-1) score */
+  double slack;      /* largest error of a score that was read */
   double max_unread; /* in score units; -inf if all was read */
   int64_t pages, tokens, bytes_k, bytes_v, bytes_meta;
 } emxi_row;
@@ -75,12 +75,12 @@ typedef struct emxi_item {
   const int32_t *table;
   int64_t length, pages; /* of the sequence */
   int32_t b, g, rows;
-  int32_t first_row;     /* of H/G * S, in the order (s, head in group) */
-  double page_z;         /* GAUSSIAN: quantile of a page's maximum, in spreads */
-  int32_t page_shift;    /* log2 P */
-  int64_t next;          /* page to prefetch */
-  bool sparse;           /* chosen[] says which pages are read; otherwise all */
-  bool bounds;           /* upper[], slack[] and max_unread are wanted */
+  int32_t first_row;  /* of H/G * S, in the order (s, head in group) */
+  double page_z;      /* GAUSSIAN: quantile of a page's maximum, in spreads */
+  int32_t page_shift; /* log2 P */
+  int64_t next;       /* page to prefetch */
+  bool sparse;        /* chosen[] says which pages are read; otherwise all */
+  bool bounds;        /* upper[], slack[] and max_unread are wanted */
   emxi_row row[EMXI_ITEM_ROWS];
 } emxi_item;
 

@@ -15,7 +15,8 @@ typedef struct emxi_kv_kernels {
   /* By slot of lo and hi: u[h] = sum_d max(q lo, q hi), a[h] = sum_d |q| max(|lo|, |hi|), for nq rows of q. */
   void (*box[EMXI_SLOTS])(const float *q, int64_t ldq, int nq, const void *lo, const void *hi, int d, float *u, float *a);
   /* mu[h] = sum_d q mean, var[h] = sum_d q^2 m2, a[h] = sum_d |q| |mean|. */
-  void (*moments)(const float *q, int64_t ldq, int nq, const float *mean, const float *m2, int d, float *mu, float *var, float *a);
+  void (*moments)(const float *q, int64_t ldq, int nq, const float *mean, const float *m2, int d, float *mu, float *var,
+                  float *a);
   /* s[j] += slope * (first + j); |first + j| < 2^24. */
   void (*bias)(float *s, int64_t n, float slope, float first);
 } emxi_kv_kernels;

@@ -31,7 +31,8 @@ static float float_up(double x) {
 
 /* Largest and largest absolute bias of the row over a page. */
 static void page_bias(const emxi_item *it, const emxi_row *row, int64_t page, double *best, double *size) {
-  const double first = (double)(page * it->d->kv->P - (row->visible - 1)), last = first + (double)emxi_page_tokens(it, page) - 1.0;
+  const double first = (double)(page * it->d->kv->P - (row->visible - 1)),
+               last = first + (double)emxi_page_tokens(it, page) - 1.0;
   const double x = (double)row->slope * first, y = (double)row->slope * last;
   *best = fmax(x, y);
   *size = fmax(fabs(x), fabs(y));

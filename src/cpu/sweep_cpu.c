@@ -30,16 +30,16 @@ typedef struct sweep {
   emx_ctx *ctx;
   const emxi_decode *d;
   const emxi_table *k;
-  bench *bench;    /* [threads] */
-  emxi_work *work; /* [threads], step 2 */
-  int64_t slots;   /* chunks in flight */
+  bench *bench;                 /* [threads] */
+  emxi_work *work;              /* [threads], step 2 */
+  int64_t slots;                /* chunks in flight */
   int32_t *slot_b, *slot_chunk; /* [slots] */
   int64_t *first_slot;          /* [B] */
   emxi_partial *partial;        /* [slots, H] */
   float *part;                  /* [slots, H, QLD], alpha = 1 */
   float *list;                  /* [slots, H, SEGMENT], alpha > 1; of one sequence: row by row, chunk by chunk */
   int32_t *pos;
-  int32_t first_b; /* sequences in flight start here */
+  int32_t first_b;      /* sequences in flight start here */
   int32_t rows, blocks; /* step 2: rows of an item, items of a KV head */
 } sweep;
 
@@ -52,7 +52,8 @@ static int64_t segment(const sweep *s, int32_t b, int64_t chunks, int32_t h, int
 /* ---- step 1 */
 
 /* Scores of the n positions from `start`, row h at w->score + h*SLD. `more`: pages after this block that the task will read as well. */
-static void score_pages(const sweep *s, const bench *w, const int32_t *table, int64_t length, int64_t start, int64_t n, bool more) {
+static void score_pages(const sweep *s, const bench *w, const int32_t *table, int64_t length, int64_t start, int64_t n,
+                        bool more) {
   const emx_kv *kv = s->d->kv;
   const int32_t group = s->d->H / kv->G;
   const bool values = s->d->alpha == 1.0;
@@ -129,8 +130,10 @@ static void read_chunk(void *arg, int64_t slot, int32_t worker) {
       const float *score = w->score + h * EMXI_SLD;
       if (part) {
         w->count[h] = w->count[H + h] = 0;
-        if (c->bad || !emxi_cpu_softmax_block(s->k, d->kv->D, score, n, c, part + h * EMXI_QLD, w->weight + h * EMXI_SLD)) continue;
-        w->count[h] = (int32_t)s->k->keep(w->weight + h * EMXI_SLD, NULL, 0, n, 0.0f, w->weight + h * EMXI_SLD, w->index + h * EMXI_SLD);
+        if (c->bad || !emxi_cpu_softmax_block(s->k, d->kv->D, score, n, c, part + h * EMXI_QLD, w->weight + h * EMXI_SLD))
+          continue;
+        w->count[h] =
+            (int32_t)s->k->keep(w->weight + h * EMXI_SLD, NULL, 0, n, 0.0f, w->weight + h * EMXI_SLD, w->index + h * EMXI_SLD);
         c->used += w->count[h];
         continue;
       }
@@ -169,7 +172,8 @@ static void finish_item(void *arg, int64_t i, int32_t worker) {
       row->list = s->list + segment(s, it.b, chunks, row->h, 0);
       row->pos = s->pos + segment(s, it.b, chunks, row->h, 0);
       for (int64_t k = 0; k < chunks; k++) /* to the left: never over what has not been read */
-        row->n += s->k->keep(row->list + k * SEGMENT, row->pos + k * SEGMENT, 0, c[k * H].n, below, row->list + row->n, row->pos + row->n);
+        row->n += s->k->keep(row->list + k * SEGMENT, row->pos + k * SEGMENT, 0, c[k * H].n, below, row->list + row->n,
+                             row->pos + row->n);
     }
     emxi_cpu_finish_row(&it, r);
   }

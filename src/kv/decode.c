@@ -2,13 +2,14 @@
  * emx_decode: append, run, and take the append back if the run did not finish. */
 #include "kv/kv.h"
 
-static emx_status workspace_size(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io, int64_t max_len,
-                                 size_t *bytes) {
+static emx_status workspace_size(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io,
+                                 int64_t max_len, size_t *bytes) {
   static const char who[] = "emx_decode_workspace_size";
   emxi_decode d;
   size_t need = 0;
   if (max_len < 0 || max_len > EMXI_KV_MAX_LEN)
-    return emxi_fail(EMX_ERR_INVALID, "%s: max_len is %lld, expected 0..%lld", who, (long long)max_len, (long long)EMXI_KV_MAX_LEN);
+    return emxi_fail(EMX_ERR_INVALID, "%s: max_len is %lld, expected 0..%lld", who, (long long)max_len,
+                     (long long)EMXI_KV_MAX_LEN);
   EMX_TRY(emxi_decode_shape(ctx, kv, select, io, who, &d));
   d.max_len = max_len;
   EMX_TRY(emxi_decode_workspace(ctx, &d, &need));
@@ -25,8 +26,8 @@ emx_status emx_decode_workspace_size(emx_ctx *ctx, const emx_kv *kv, const emx_s
   EMXI_LOCKED(ctx, workspace_size(ctx, kv, select, io, max_len, bytes));
 }
 
-static emx_status decode(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select, const emx_decode_io *io,
-                         void *workspace, size_t workspace_bytes) {
+static emx_status decode(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select,
+                         const emx_decode_io *io, void *workspace, size_t workspace_bytes) {
   static const char who[] = "emx_decode";
   emxi_decode d;
   emxi_arena arena;
@@ -35,8 +36,7 @@ static emx_status decode(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, co
   if (!io->k_new != !io->v_new) return emxi_fail(EMX_ERR_INVALID, "%s: k_new and v_new go together", who);
   if (io->k_new) {
     EMX_TRY(emxi_kv_check_new(ctx, kv, d.B, io->k_new, io->v_new, io->layout, who, &added));
-    if (added != d.S)
-      return emxi_fail(EMX_ERR_SHAPE, "%s: k_new holds %d tokens per sequence, q %d", who, added, d.S);
+    if (added != d.S) return emxi_fail(EMX_ERR_SHAPE, "%s: k_new holds %d tokens per sequence, q %d", who, added, d.S);
   }
   EMX_TRY(emxi_decode_bind(&d, batch, added, who));
   EMX_TRY(emxi_decode_arena(ctx, &d, workspace, workspace_bytes, who, &arena));

@@ -34,30 +34,43 @@ static void integer_moments(double t, double out[4]) {
   for (int k = 1; k < 4; k++) out[k] = out[0] * (scaled[k] / scaled[0]);
 }
 
-void emxi_gauss_moments(double b, double t, double *value, double *below) {
-  for (int k = 1; k <= 3; k++)
-    if (fabs(b - k) < 1e-12) {
-      double m[4];
-      integer_moments(t, m);
-      *value = m[k];
-      *below = m[k - 1];
-      return;
-    }
-  /* With y = t + z = e^u the integrand y^(b+1) phi(y - t) is log-concave around its peak y0, analytic, and dies out on both sides. */
+/* Any b > 0: the logarithm of E[(t+Z)_+^b], which for large b is far out of range itself, and E[(t+Z)_+^(b-1)] over it. */
+static double any_moment(double b, double t, double *ratio) {
+  /* With y = t + z = e^u the integrand y^(b+1) phi(y - t) is log-concave around its peak, analytic, and dies out on both sides. */
   const double y0 = 0.5 * (t + sqrt(t * t + 4.0 * (b + 1.0)));
   const double peak = y0 > 0 ? y0 : (b + 1.0) / fmax(-t, 1.0), width = 1.0 / sqrt(peak * (2.0 * peak - t));
-  const double step = 0.35 * width, u0 = log(peak);
-  double sum = 0, sum_below = 0;
+  const double step = 0.35 * width, u0 = log(peak), top = (b + 1.0) * u0 - 0.5 * (peak - t) * (peak - t);
+  double sum = 0, below = 0;
   for (int side = -1; side <= 1; side += 2)
     for (int i = side < 0 ? 1 : 0; i < 4000; i++) {
-      double u = u0 + side * i * step, y = exp(u), z = y - t, w = b * u - 0.5 * z * z;
-      double f = exp(w + u), g = exp(w);
+      const double u = u0 + side * i * step, y = exp(u), z = y - t;
+      const double f = exp((b + 1.0) * u - 0.5 * z * z - top), g = f / y;
       sum += f;
-      sum_below += g;
-      if (g <= 1e-12 * sum_below && f <= 1e-12 * sum) break;
+      below += g;
+      if (g <= 1e-12 * below && f <= 1e-12 * sum) break;
     }
-  *value = sum * step * INV_SQRT_2PI;
-  *below = sum_below * step * INV_SQRT_2PI;
+  *ratio = below / sum;
+  return top + log(sum * step * INV_SQRT_2PI);
+}
+
+static int small_integer(double b) {
+  for (int k = 1; k <= 3; k++)
+    if (fabs(b - k) < 1e-12) return k;
+  return 0;
+}
+
+void emxi_gauss_moments(double b, double t, double *value, double *below) {
+  const int k = small_integer(b);
+  if (k) {
+    double m[4];
+    integer_moments(t, m);
+    *value = m[k];
+    *below = m[k - 1];
+    return;
+  }
+  double ratio;
+  *value = exp(any_moment(b, t, &ratio));
+  *below = *value * ratio;
 }
 
 typedef struct mixture {
@@ -68,6 +81,7 @@ typedef struct mixture {
 
 /* f(tau) and -f'(tau). */
 static double mass(const mixture *m, double tau, double *slope) {
+  const int k = small_integer(m->b);
   double f = 0, g = 0;
   for (int64_t i = 0; i < m->count; i++) {
     const double mean = m->a * (double)m->mu[i] - tau, spread = m->a * (double)m->sigma[i];
@@ -77,11 +91,18 @@ static double mass(const mixture *m, double tau, double *slope) {
       g += m->b * pow(mean, m->b - 1.0);
       continue;
     }
-    double value, below;
-    emxi_gauss_moments(m->b, mean / spread, &value, &below);
-    const double scale = pow(spread, m->b - 1.0);
-    f += scale * spread * value;
-    g += m->b * scale * below;
+    if (k) {
+      double value, below;
+      emxi_gauss_moments(m->b, mean / spread, &value, &below);
+      const double scale = pow(spread, m->b - 1.0);
+      f += scale * spread * value;
+      g += m->b * scale * below;
+    } else {
+      double ratio;
+      const double term = exp(m->b * log(spread) + any_moment(m->b, mean / spread, &ratio));
+      f += term;
+      g += m->b * term * ratio / spread;
+    }
   }
   *slope = m->n * g;
   return m->n * f;

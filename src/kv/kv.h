@@ -44,9 +44,9 @@ struct emx_kv {
   int32_t *refs;       /* [M] sequences that hold the page */
   int32_t *free_list;  /* [M] stack */
   int64_t n_free;
-  uint32_t *stamp, stamp_now; /* [M] duplicate check */
-  emxi_kv_seq *seqs;          /* [max_seqs] */
-  int32_t *tables;            /* [max_seqs, max_pages] */
+  uint32_t *stamp, stamp_now;  /* [M] duplicate check */
+  emxi_kv_seq *seqs;           /* [max_seqs] */
+  int32_t *tables;             /* [max_seqs, max_pages] */
   struct emxi_kv_copy *copies; /* [max_seqs] */
   int32_t n_seqs;
 
@@ -109,8 +109,8 @@ emx_status emxi_kv_check_batch(const emx_kv *kv, const emx_kv_batch *batch, cons
 emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_tensor *k_new, const emx_tensor *v_new,
                           const int32_t *n, int32_t layout, const char *who);
 /* Shape and dtype of new tokens; *t their number. */
-emx_status emxi_kv_check_new(const emx_ctx *ctx, const emx_kv *kv, int32_t batch, const emx_tensor *k_new, const emx_tensor *v_new,
-                             int32_t layout, const char *who, int32_t *t);
+emx_status emxi_kv_check_new(const emx_ctx *ctx, const emx_kv *kv, int32_t batch, const emx_tensor *k_new,
+                             const emx_tensor *v_new, int32_t layout, const char *who, int32_t *t);
 /* emx_seq_truncate without checks. */
 void emxi_kv_truncate(emx_kv *kv, int32_t seq, int64_t length);
 
@@ -148,15 +148,16 @@ static inline const int32_t *emxi_decode_entry(const emxi_decode *d, int32_t b, 
 }
 
 /* Selector, query and scalars: what sizes the workspace. Leaves max_len to the caller. */
-emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io, const char *who,
-                             emxi_decode *out);
+emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io,
+                             const char *who, emxi_decode *out);
 /* The above, and every tensor of the call. */
-emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io, bool select_only,
-                               const char *who, emxi_decode *out);
+emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io,
+                               bool select_only, const char *who, emxi_decode *out);
 /* The batch against the resolved shapes, max_len, the contents of the caller's page lists. `after`: tokens that an append will add
  * to each sequence first. */
 emx_status emxi_decode_bind(emxi_decode *d, const emx_kv_batch *batch, int32_t after, const char *who);
 emx_status emxi_decode_workspace(emx_ctx *ctx, const emxi_decode *d, size_t *bytes);
-emx_status emxi_decode_arena(emx_ctx *ctx, const emxi_decode *d, void *workspace, size_t bytes, const char *who, emxi_arena *arena);
+emx_status emxi_decode_arena(emx_ctx *ctx, const emxi_decode *d, void *workspace, size_t bytes, const char *who,
+                             emxi_arena *arena);
 
 #endif

@@ -68,7 +68,8 @@ static void check_contents(const world *w) {
   }
   int64_t free_pages = 0;
   for (int p = 0; p < PAGES; p++) free_pages += !held[p];
-  FUZZ_CHECK(info.free_pages == free_pages && info.seqs == seqs, "%d free pages, model %d", (int)info.free_pages, (int)free_pages);
+  FUZZ_CHECK(info.free_pages == free_pages && info.seqs == seqs, "%d free pages, model %d", (int)info.free_pages,
+             (int)free_pages);
 }
 
 static void append(world *w, fuzz_input *in) {
@@ -88,7 +89,8 @@ static void append(world *w, fuzz_input *in) {
     for (int g = 0; g < w->G; g++)
       for (int t = 0; t < n[i]; t++)
         for (int d = 0; d < w->D; d++) {
-          const int64_t at = w->layout == EMX_LAYOUT_BHND ? ((i * w->G + g) * most + t) * w->D + d : ((i * most + t) * w->G + g) * w->D + d;
+          const int64_t at =
+              w->layout == EMX_LAYOUT_BHND ? ((i * w->G + g) * most + t) * w->D + d : ((i * most + t) * w->G + g) * w->D + d;
           k[at] = element((uint16_t)(first[i] + t), 0, g, d);
           v[at] = element((uint16_t)(first[i] + t), 1, g, d);
         }

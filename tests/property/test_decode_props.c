@@ -35,8 +35,16 @@ typedef struct truth {
 } truth;
 static void truth_open(truth *t, const decode_case *c) {
   const size_t n = sizeof(double) * (size_t)(c->max_len + 1);
-  *t = (truth){case_take(n), case_take(n), case_take(n), case_take(n), case_take((size_t)c->max_len / 16 + 2),
-               case_take(sizeof(float) * (size_t)(c->B * c->H * c->D)), 0, 0, 0, 0};
+  *t = (truth){case_take(n),
+               case_take(n),
+               case_take(n),
+               case_take(n),
+               case_take((size_t)c->max_len / 16 + 2),
+               case_take(sizeof(float) * (size_t)(c->B * c->H * c->D)),
+               0,
+               0,
+               0,
+               0};
 }
 static void truth_close(truth *t) { free(t->s), free(t->p), free(t->s2), free(t->p2), free(t->read), free(t->dense); }
 
@@ -90,7 +98,8 @@ static void check_claims(decode_case *c, const emx_select_desc *select, truth *t
       t->bound_sum += r->delta_bound;
       /* soundness: no tolerance but the oracle's own double rounding */
       if (!((double)r->delta_bound >= dropped * (1 - 1e-9) - 1e-13))
-        fail_msg("kind %d alpha %g data %d: delta_bound %.9g below the truth %.9g", select->kind, c->alpha, c->data, r->delta_bound, dropped);
+        fail_msg("kind %d alpha %g data %d: delta_bound %.9g below the truth %.9g", select->kind, c->alpha, c->data,
+                 r->delta_bound, dropped);
       if (!((double)r->max_unread >= unit * top_unread))
         fail_msg("kind %d alpha %g data %d: max_unread %.9g below the truth %.9g", select->kind, c->alpha, c->data, r->max_unread,
                  unit * top_unread);
@@ -101,7 +110,8 @@ static void check_claims(decode_case *c, const emx_select_desc *select, truth *t
         if (c->alpha == 1) assert_true(tokens == n);
         for (int d = 0; d < c->D; d++) { /* certified means: the same bits as ALL */
           const float got = (float)case_out(c, b, h, 0, d);
-          if (memcmp(&got, &t->dense[row * c->D + d], 4)) fail_msg("certified, but %.9g is not %.9g", got, t->dense[row * c->D + d]);
+          if (memcmp(&got, &t->dense[row * c->D + d], 4))
+            fail_msg("certified, but %.9g is not %.9g", got, t->dense[row * c->D + d]);
         }
       }
       if (select->tau_mode != EMX_TAU_EXACT) continue;
@@ -111,7 +121,8 @@ static void check_claims(decode_case *c, const emx_select_desc *select, truth *t
       for (int d = 0; d < c->D; d++) {
         const double got = case_out(c, b, h, 0, d);
         if (!(fabs(got - o2[d]) <= 2e-5 * size))
-          fail_msg("kind %d alpha %g data %d d %d: %g, on the selected tokens %g", select->kind, c->alpha, c->data, d, got, o2[d]);
+          fail_msg("kind %d alpha %g data %d d %d: %g, on the selected tokens %g", select->kind, c->alpha, c->data, d, got,
+                   o2[d]);
         error += (got - o[d]) * (got - o[d]);
       }
       if (c->alpha > 1 && tokens) {
@@ -119,7 +130,9 @@ static void check_claims(decode_case *c, const emx_select_desc *select, truth *t
         assert_true(tau2 <= tau + 1e-9 * size); /* T1 */
       }
       /* T4; 2e-5 as above */
-      if (tokens) assert_true(sqrt(error) <= (double)r->delta_bound * diameter_of_values(c, b, h / (c->H / c->G)) + 1e-4 * size * sqrt(c->D));
+      if (tokens)
+        assert_true(sqrt(error) <=
+                    (double)r->delta_bound * diameter_of_values(c, b, h / (c->H / c->G)) + 1e-4 * size * sqrt(c->D));
     }
 }
 static void dense_first(decode_case *c, truth *t) {
@@ -135,9 +148,18 @@ static const double alphas[] = {1.5, 1, 2, 1.25, 4. / 3, 1.75, 2.5, 1.05, 4, 1.5
 static const int32_t dims[] = {16, 32, 64, 80, 96, 128, 256}, dtypes[] = {EMX_F32, EMX_F16, EMX_BF16}, sizes[] = {16, 32, 64};
 
 static decode_case variant(int i) {
-  return (decode_case){.B = 2, .G = 1 + i % 2, .H = (1 + i % 2) * (1 + i / 3 % 4), .D = dims[i % 7], .P = sizes[i / 2 % 3],
-                       .dtype = dtypes[i % 3], .layout = i / 5 % 2, .len = {i % 4 ? 700 : 512, 97 + i}, .alpha = alphas[i % 10],
-                       .alibi = i % 3 == 2, .data = i % DATA_KINDS, .seed = (uint64_t)(1000 + i)};
+  return (decode_case){.B = 2,
+                       .G = 1 + i % 2,
+                       .H = (1 + i % 2) * (1 + i / 3 % 4),
+                       .D = dims[i % 7],
+                       .P = sizes[i / 2 % 3],
+                       .dtype = dtypes[i % 3],
+                       .layout = i / 5 % 2,
+                       .len = {i % 4 ? 700 : 512, 97 + i},
+                       .alpha = alphas[i % 10],
+                       .alibi = i % 3 == 2,
+                       .data = i % DATA_KINDS,
+                       .seed = (uint64_t)(1000 + i)};
 }
 
 static void test_claims(void **state) {
@@ -168,7 +190,8 @@ static void test_claims(void **state) {
           c.n_pages[row] = 0;
           for (int64_t p = 0; p < pages; p++) {
             emxi_philox(9, (uint64_t)(i * 100 + k * 10 + h), (uint64_t)(p + b * 1000), w);
-            if (k == 0 ? w[0] % 2 : k == 1 ? w[0] % 4 || p == pages - 1 : 0) c.pages[row * c.tp.shape[3] + c.n_pages[row]++] = (int32_t)p;
+            if (k == 0 ? w[0] % 2 : k == 1 ? w[0] % 4 || p == pages - 1 : 0)
+              c.pages[row * c.tp.shape[3] + c.n_pages[row]++] = (int32_t)p;
           }
         }
       s = case_desc(EMX_SELECT_PAGES, 0);
@@ -187,8 +210,18 @@ static void test_claims_by_summary(void **state) {
   (void)state;
   static const int32_t kinds[] = {EMX_SUMMARY_MOMENTS, EMX_SUMMARY_MINMAX, -1};
   for (int i = 0; i < 9; i++) {
-    decode_case c = {.B = 1, .G = 1, .H = 2, .D = 64, .dtype = EMX_BF16, .len = {900}, .summaries = kinds[i / 3], .seed = (uint64_t)i,
-                     .data = i % 3 == 0 ? DATA_AR : i % 3 == 1 ? DATA_TOPIC : DATA_NEEDLE, .scale = .5f};
+    decode_case c = {.B = 1,
+                     .G = 1,
+                     .H = 2,
+                     .D = 64,
+                     .dtype = EMX_BF16,
+                     .len = {900},
+                     .summaries = kinds[i / 3],
+                     .seed = (uint64_t)i,
+                     .data = i % 3 == 0   ? DATA_AR
+                             : i % 3 == 1 ? DATA_TOPIC
+                                          : DATA_NEEDLE,
+                     .scale = .5f};
     truth t;
     case_open(&c, ctx);
     dense_first(&c, &t);
@@ -218,8 +251,17 @@ static void test_claims_by_summary(void **state) {
 static void test_topk_choice(void **state) {
   (void)state;
   for (int i = 0; i < 12; i++) {
-    decode_case c = {.B = 1, .G = 2, .H = 4, .D = 80, .P = sizes[i % 3], .dtype = dtypes[i % 3], .len = {1000 + i}, .alpha = alphas[i % 10],
-                     .alibi = i % 2, .data = i % DATA_KINDS, .seed = (uint64_t)i};
+    decode_case c = {.B = 1,
+                     .G = 2,
+                     .H = 4,
+                     .D = 80,
+                     .P = sizes[i % 3],
+                     .dtype = dtypes[i % 3],
+                     .len = {1000 + i},
+                     .alpha = alphas[i % 10],
+                     .alibi = i % 2,
+                     .data = i % DATA_KINDS,
+                     .seed = (uint64_t)i};
     case_open(&c, ctx);
     const int64_t n = c.len[0], pages = (n + c.P - 1) / c.P, want = 3 + i;
     emx_select_desc s = case_desc(EMX_SELECT_TOPK, want * c.P + c.P / 2);
@@ -274,8 +316,17 @@ static double moment(double m, double s, double b) {
 static void test_gaussian_rule(void **state) {
   (void)state;
   for (int i = 0; i < 16; i++) {
-    decode_case c = {.B = 1, .G = 1, .H = 3, .D = 32, .P = sizes[i % 3], .dtype = dtypes[i % 3], .len = {600 + i * 3}, .alpha = alphas[i % 8],
-                     .alibi = i % 2, .data = i % 5, .seed = (uint64_t)i};
+    decode_case c = {.B = 1,
+                     .G = 1,
+                     .H = 3,
+                     .D = 32,
+                     .P = sizes[i % 3],
+                     .dtype = dtypes[i % 3],
+                     .len = {600 + i * 3},
+                     .alpha = alphas[i % 8],
+                     .alibi = i % 2,
+                     .data = i % 5,
+                     .seed = (uint64_t)i};
     if (c.alpha == 1) c.alpha = 1.5;
     case_open(&c, ctx);
     emx_select_desc s = case_desc(EMX_SELECT_GAUSSIAN, 0);
@@ -288,8 +339,10 @@ static void test_gaussian_rule(void **state) {
     double zlo = -10, zhi = 10; /* quantile of the maximum of P normals */
     for (int k = 0; k < 100; k++) {
       const double mid = .5 * (zlo + zhi);
-      if (pow(.5 * erfc(-mid / sqrt(2)), c.P) < (double)s.max_quantile) zlo = mid;
-      else zhi = mid;
+      if (pow(.5 * erfc(-mid / sqrt(2)), c.P) < (double)s.max_quantile)
+        zlo = mid;
+      else
+        zhi = mid;
     }
     for (int h = 0; h < 3; h++) {
       double mu[64], sigma[64], mean = 0, var = 0, upper = 0, vm = 0;
@@ -377,7 +430,8 @@ static void test_gaussian_without_spread(void **state) {
 static void test_tau_modes(void **state) {
   (void)state;
   for (int i = 0; i < 8; i++) {
-    decode_case c = {.B = 1, .G = 1, .H = 2, .D = 64, .len = {1500}, .alpha = alphas[i], .alibi = i % 2, .data = i % 3, .seed = (uint64_t)i};
+    decode_case c = {
+        .B = 1, .G = 1, .H = 2, .D = 64, .len = {1500}, .alpha = alphas[i], .alibi = i % 2, .data = i % 3, .seed = (uint64_t)i};
     if (c.alpha == 1) c.alpha = 1.5;
     truth t;
     case_open(&c, ctx);
@@ -393,7 +447,8 @@ static void test_tau_modes(void **state) {
       for (int h = 0; h < 2; h++) {
         error = fabs((double)(c.reports[h].tau - exact[h]));
         if (!(error <= (steps ? 1e-6 : 1) && (steps == 0 || fabs((double)c.reports[h].mass - 1) < 1e-4)))
-          fail_msg("case %d head %d steps %d: tau %.9g, exact %.9g, mass %.9g", i, h, steps, c.reports[h].tau, exact[h], c.reports[h].mass);
+          fail_msg("case %d head %d steps %d: tau %.9g, exact %.9g, mass %.9g", i, h, steps, c.reports[h].tau, exact[h],
+                   c.reports[h].mass);
         assert_false(c.reports[h].flags & EMX_REPORT_CERTIFIED);
       }
     }
@@ -531,7 +586,8 @@ static void test_certificate_covers_rounding(void **state) {
 static void test_siblings(void **state) {
   (void)state;
   for (int i = 0; i < 6; i++) {
-    decode_case c = {.B = 2, .G = 1, .H = 4, .D = 64, .dtype = EMX_BF16, .len = {800, 300}, .alpha = i % 2 ? 1.5 : 1, .seed = (uint64_t)i};
+    decode_case c = {
+        .B = 2, .G = 1, .H = 4, .D = 64, .dtype = EMX_BF16, .len = {800, 300}, .alpha = i % 2 ? 1.5 : 1, .seed = (uint64_t)i};
     if (i >= 4) c.alpha = 4. / 3;
     case_open(&c, ctx);
     emx_select_desc s = case_desc(i == 4 ? EMX_SELECT_GAUSSIAN : EMX_SELECT_TOPK, 250);
@@ -649,9 +705,11 @@ static void test_kernels(void **state) {
       assert_true(kernels[1]->fold(x, d, 1, lo[1], hi[1], mean[1], m2[1]));
       for (int type = 0; type < 3; type++) {
         const int32_t dtype = dtypes[type];
-        const void *pl = dtype == EMX_F32 ? (void *)lo[0] : (void *)half[0], *ph = dtype == EMX_F32 ? (void *)hi[0] : (void *)half[1];
+        const void *pl = dtype == EMX_F32 ? (void *)lo[0] : (void *)half[0],
+                   *ph = dtype == EMX_F32 ? (void *)hi[0] : (void *)half[1];
         if (dtype != EMX_F32)
-          for (int i = 0; i < d; i++) emxi_store(half[0], dtype, i, (double)lo[0][i]), emxi_store(half[1], dtype, i, (double)hi[0][i]);
+          for (int i = 0; i < d; i++)
+            emxi_store(half[0], dtype, i, (double)lo[0][i]), emxi_store(half[1], dtype, i, (double)hi[0][i]);
         double u = 0, a = 0, mu = 0, var = 0, am = 0, dist = 0;
         for (int i = 0; i < d; i++) {
           const double l = emxi_load(pl, dtype, i), h = emxi_load(ph, dtype, i), w = (double)q[i];
@@ -680,12 +738,18 @@ static void test_kernels(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_kernels),       cmocka_unit_test(test_claims),
-      cmocka_unit_test(test_claims_by_summary), cmocka_unit_test(test_topk_choice),
-      cmocka_unit_test(test_gaussian_rule), cmocka_unit_test(test_gaussian_without_spread),
-      cmocka_unit_test(test_tau_modes),     cmocka_unit_test(test_entmax_drops_less),
-      cmocka_unit_test(test_always_read),   cmocka_unit_test(test_siblings),
-      cmocka_unit_test(test_tau_is_monotone), cmocka_unit_test(test_tables_agree),
+      cmocka_unit_test(test_kernels),
+      cmocka_unit_test(test_claims),
+      cmocka_unit_test(test_claims_by_summary),
+      cmocka_unit_test(test_topk_choice),
+      cmocka_unit_test(test_gaussian_rule),
+      cmocka_unit_test(test_gaussian_without_spread),
+      cmocka_unit_test(test_tau_modes),
+      cmocka_unit_test(test_entmax_drops_less),
+      cmocka_unit_test(test_always_read),
+      cmocka_unit_test(test_siblings),
+      cmocka_unit_test(test_tau_is_monotone),
+      cmocka_unit_test(test_tables_agree),
       cmocka_unit_test(test_certificate_covers_rounding),
   };
   return cmocka_run_group_tests(tests, setup, teardown);

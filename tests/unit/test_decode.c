@@ -25,7 +25,8 @@ static void fails(emx_status got, emx_status want, const char *word) {
 /* Every row of an ALL decode against the dense oracle. Scores carry float rounding, about 1e-6 of their size, and so does tau; a
  * weight is 1/(alpha-1)-Lipschitz in them at worst where the support is large. */
 static void check_all(decode_case *c) {
-  double *s = case_take(sizeof(double) * (size_t)(c->max_len + 1)), *p = case_take(sizeof(double) * (size_t)(c->max_len + 1)), o[256];
+  double *s = case_take(sizeof(double) * (size_t)(c->max_len + 1)), *p = case_take(sizeof(double) * (size_t)(c->max_len + 1)),
+         o[256];
   for (int b = 0; b < c->B; b++)
     for (int h = 0; h < c->H; h++)
       for (int t = 0; t < c->S; t++) {
@@ -53,7 +54,8 @@ static void check_all(decode_case *c) {
         if (c->alpha > 1) assert_true(r->support <= maybe && (c->alpha < 1.5 || r->support >= sure));
         if (c->alpha == 1) assert_int_equal(r->support, n);
         assert_true(r->flags == EMX_REPORT_CERTIFIED && r->delta_bound == 0 && r->max_unread == -INFINITY);
-        assert_true(r->tokens == n && r->pages == (n + c->P - 1) / c->P && r->path == EMX_PATH_ALL && r->select == EMX_SELECT_ALL);
+        assert_true(r->tokens == n && r->pages == (n + c->P - 1) / c->P && r->path == EMX_PATH_ALL &&
+                    r->select == EMX_SELECT_ALL);
         assert_true(r->stopped_by == EMX_STOP_DONE && r->bytes_meta == 0 && (!n || fabs(r->mass - 1) < 1e-5));
         const int64_t line = (c->D * (int64_t)emx_dtype_size(c->dtype) + 63) / 64 * 64;
         if (c->alpha > 1) assert_int_equal(r->bytes_v, r->support * line);
@@ -68,9 +70,21 @@ static void test_all(void **state) {
   static const double alphas[] = {1, 1.05, 1.25, 4. / 3, 1.5, 1.75, 2, 2.5, 4};
   static const int32_t dims[] = {16, 32, 64, 80, 96, 128, 256}, dtypes[] = {EMX_F32, EMX_F16, EMX_BF16}, sizes[] = {16, 32, 64};
   for (int i = 0; i < 36; i++) {
-    decode_case c = {.B = 2, .G = 1 + i % 2, .H = (1 + i % 2) * (1 + i % 5), .D = dims[i % 7], .P = sizes[i % 3], .dtype = dtypes[i / 2 % 3],
-                     .layout = i % 2, .len = {1 + i * 17, 300}, .alpha = alphas[i % 9], .alibi = i % 4 == 3, .in_decode = i % 3 == 0,
-                     .data = i % DATA_HUGE, .seed = (uint64_t)i, .q_dtype = dtypes[i % 3], .o_dtype = i % 2 ? EMX_F32 : dtypes[i % 3]};
+    decode_case c = {.B = 2,
+                     .G = 1 + i % 2,
+                     .H = (1 + i % 2) * (1 + i % 5),
+                     .D = dims[i % 7],
+                     .P = sizes[i % 3],
+                     .dtype = dtypes[i / 2 % 3],
+                     .layout = i % 2,
+                     .len = {1 + i * 17, 300},
+                     .alpha = alphas[i % 9],
+                     .alibi = i % 4 == 3,
+                     .in_decode = i % 3 == 0,
+                     .data = i % DATA_HUGE,
+                     .seed = (uint64_t)i,
+                     .q_dtype = dtypes[i % 3],
+                     .o_dtype = i % 2 ? EMX_F32 : dtypes[i % 3]};
     emx_select_desc all = case_desc(EMX_SELECT_ALL, 0);
     case_open(&c, ctx);
     CASE_OK(case_decode(&c, &all));
@@ -104,8 +118,17 @@ static void test_lengths(void **state) {
 static void test_query_tokens(void **state) {
   (void)state;
   for (int i = 0; i < 4; i++) {
-    decode_case c = {.B = 2, .G = 1 + i / 2, .H = 4, .S = 3 + 7 * i, .D = 48, .layout = i % 2, .len = {i == 1 ? 4 : 290, 3 + 7 * i + 30},
-                     .alpha = i % 2 ? 1 : 1.5, .alibi = i == 2, .in_decode = i > 1, .seed = (uint64_t)i};
+    decode_case c = {.B = 2,
+                     .G = 1 + i / 2,
+                     .H = 4,
+                     .S = 3 + 7 * i,
+                     .D = 48,
+                     .layout = i % 2,
+                     .len = {i == 1 ? 4 : 290, 3 + 7 * i + 30},
+                     .alpha = i % 2 ? 1 : 1.5,
+                     .alibi = i == 2,
+                     .in_decode = i > 1,
+                     .seed = (uint64_t)i};
     emx_select_desc all = case_desc(EMX_SELECT_ALL, 0);
     case_open(&c, ctx);
     CASE_OK(case_decode(&c, &all));
@@ -136,15 +159,22 @@ static void test_known(void **state) {
         float *key = (float *)k.data + pages[j / 16] * k.stride[0] + j % 16 * k.stride[2];
         memset(key, 0, sizeof(float) * 16);
         switch (kind) {
-          case 0: key[0] = j == 7 || j == 44 ? 10 : 0; break;           /* two equal maxima, the rest far below */
-          case 1: key[0] = j == 20 ? 5 : 0; break;                       /* one dominant */
-          case 2: key[0] = -3e6f; break;                                 /* all equal, far below zero */
-          default: key[0] = j == 3 || j == 4 ? 60000 : -60000; break;    /* the ends of f16 */
+          case 0: key[0] = j == 7 || j == 44 ? 10 : 0; break;         /* two equal maxima, the rest far below */
+          case 1: key[0] = j == 20 ? 5 : 0; break;                    /* one dominant */
+          case 2: key[0] = -3e6f; break;                              /* all equal, far below zero */
+          default: key[0] = j == 3 || j == 4 ? 60000 : -60000; break; /* the ends of f16 */
         }
       }
       CASE_OK(case_decode(&c, &all));
       const emx_report *r = &c.reports[0];
-      const double al = alphas[a], m = kind == 0 ? 10 : kind == 1 ? 5 : kind == 2 ? -3e6 : 60000, count = kind == 1 ? 1 : kind == 2 ? 50 : 2;
+      const double al = alphas[a],
+                   m = kind == 0   ? 10
+                       : kind == 1 ? 5
+                       : kind == 2 ? -3e6
+                                   : 60000,
+                   count = kind == 1   ? 1
+                           : kind == 2 ? 50
+                                       : 2;
       assert_int_equal(r->support, count);
       assert_true(fabs(r->tau - ((al - 1) * m - pow(count, 1 - al))) <= 1e-6 * fmax(1, fabs(m)));
       for (int d = 0; d < 16; d++) {
@@ -180,9 +210,18 @@ static void test_odd_data(void **state) {
       float *q = c.q_data; /* [H,D] */
       bool nan_group0 = false, nan_row1 = false;
       switch (kind) {
-        case 0: q[32 + 5] = NAN; nan_row1 = true; break;
-        case 1: q[32 + 5] = INFINITY; nan_row1 = true; break;
-        case 2: pool_row(&c, false, 0, 0, 77)[3] = NAN; nan_group0 = true; break;
+        case 0:
+          q[32 + 5] = NAN;
+          nan_row1 = true;
+          break;
+        case 1:
+          q[32 + 5] = INFINITY;
+          nan_row1 = true;
+          break;
+        case 2:
+          pool_row(&c, false, 0, 0, 77)[3] = NAN;
+          nan_group0 = true;
+          break;
         case 3: /* score +inf for row 0, -inf for row 1 */
           q[4] = 1, q[32 + 4] = -1;
           pool_row(&c, false, 0, 0, 77)[4] = INFINITY;
@@ -192,7 +231,8 @@ static void test_odd_data(void **state) {
           nan_group0 = true;
           break;
         case 5: /* a value without weight: the key is pushed far down for both rows */
-          for (int d = 0; d < 32; d++) pool_row(&c, false, 0, 0, 100)[d] = -1e4f * (q[d] + q[32 + d]), pool_row(&c, true, 0, 0, 100)[d] = NAN;
+          for (int d = 0; d < 32; d++)
+            pool_row(&c, false, 0, 0, 100)[d] = -1e4f * (q[d] + q[32 + d]), pool_row(&c, true, 0, 0, 100)[d] = NAN;
           break;
         default: /* all masked */
           q[0] = q[32] = 1;
@@ -248,8 +288,16 @@ static void test_same_bits(void **state) {
       co.threads = 1 + v % 2 * 2;
       emx_ctx *own;
       CASE_OK(emx_ctx_create(&co, &own));
-      decode_case c = {.B = v == 5 ? 3 : 1, .G = 1, .H = 4, .D = D, .P = 16 << v % 3, .layout = v % 2, .dtype = EMX_BF16,
-                       .len = {N, 20, 300}, .alpha = alphas[a], .seed = 11};
+      decode_case c = {.B = v == 5 ? 3 : 1,
+                       .G = 1,
+                       .H = 4,
+                       .D = D,
+                       .P = 16 << v % 3,
+                       .layout = v % 2,
+                       .dtype = EMX_BF16,
+                       .len = {N, 20, 300},
+                       .alpha = alphas[a],
+                       .seed = 11};
       emx_select_desc all = case_desc(EMX_SELECT_ALL, 0);
       case_open(&c, own);
       if (v == 0) memcpy(want, c.q, sizeof want);
@@ -269,6 +317,46 @@ static void test_same_bits(void **state) {
   }
 }
 
+/* More chunks than are worked on at a time, sequences of very different lengths: each row as if it were alone. */
+static void test_many_chunks(void **state) {
+  (void)state;
+  for (int a = 0; a < 2; a++) {
+    decode_case c = {.B = 4,
+                     .G = 2,
+                     .H = 4,
+                     .D = 16,
+                     .dtype = EMX_F16,
+                     .len = {12000, 0, 13001, 9000},
+                     .alpha = a ? 1.5 : 1,
+                     .seed = 21,
+                     .alibi = true,
+                     .in_decode = false};
+    emx_select_desc all = case_desc(EMX_SELECT_ALL, 0);
+    case_open(&c, ctx);
+    CASE_OK(case_decode(&c, &all));
+    check_all(&c);
+    float together[16 * 16];
+    for (int r = 0; r < 16; r++)
+      for (int d = 0; d < 16; d++) together[r * 16 + d] = (float)case_out(&c, r / 4, r % 4, 0, d);
+    for (int b = 0; b < 4; b++) {
+      int64_t shape[4] = {1, 4, 1, 16};
+      float o[4 * 16];
+      emx_tensor q = emx_tensor_view((float *)c.q_data + b * 64, EMX_F32, 4, shape), to = emx_tensor_view(o, EMX_F32, 4, shape);
+      emx_decode_io io = c.io;
+      io.q = &q;
+      io.o = &to;
+      io.pages = NULL;
+      io.reports = NULL;
+      emx_kv_batch one = c.batch;
+      one.batch = 1;
+      one.seqs = &c.seqs[b];
+      CASE_OK(emx_decode(ctx, c.kv, &one, &all, &io, (char *)c.workspace + 1, c.workspace_bytes));
+      assert_memory_equal(o, together + b * 64, sizeof o);
+    }
+    case_close(&c);
+  }
+}
+
 static void test_callers_tables(void **state) {
   (void)state;
   decode_case c = {.B = 2, .G = 2, .H = 4, .D = 32, .len = {100, 37}, .seed = 5, .in_decode = true};
@@ -282,7 +370,8 @@ static void test_callers_tables(void **state) {
     for (int i = 0; i < 8; i++) table[b][i] = i < n ? pages[i] : -1;
   }
   c.batch.seqs = NULL;
-  const emx_tensor tt = emx_tensor_view(table, EMX_I32, 2, (int64_t[]){2, 8}), tl = emx_tensor_view(lens, EMX_I32, 1, (int64_t[]){2});
+  const emx_tensor tt = emx_tensor_view(table, EMX_I32, 2, (int64_t[]){2, 8}),
+                   tl = emx_tensor_view(lens, EMX_I32, 1, (int64_t[]){2});
   c.batch.block_table = &tt;
   c.batch.seq_lens = &tl;
   CASE_OK(case_decode(&c, &all));
@@ -413,10 +502,17 @@ static void test_cancel_midway(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_all),       cmocka_unit_test(test_lengths),        cmocka_unit_test(test_query_tokens),
-      cmocka_unit_test(test_known),     cmocka_unit_test(test_odd_data),       cmocka_unit_test(test_same_bits),
-      cmocka_unit_test(test_vanishing_weight), cmocka_unit_test(test_callers_tables),
-      cmocka_unit_test(test_refusals), cmocka_unit_test(test_cancel_midway),
+      cmocka_unit_test(test_all),
+      cmocka_unit_test(test_lengths),
+      cmocka_unit_test(test_query_tokens),
+      cmocka_unit_test(test_known),
+      cmocka_unit_test(test_odd_data),
+      cmocka_unit_test(test_same_bits),
+      cmocka_unit_test(test_vanishing_weight),
+      cmocka_unit_test(test_many_chunks),
+      cmocka_unit_test(test_callers_tables),
+      cmocka_unit_test(test_refusals),
+      cmocka_unit_test(test_cancel_midway),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }

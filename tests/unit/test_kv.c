@@ -20,9 +20,9 @@ static int teardown(void **state) {
   emx_ctx_destroy(ctx);
   return 0;
 }
-#define OK(call)                                                    \
-  do {                                                              \
-    emx_status ok_ = (call);                                        \
+#define OK(call)                                                                     \
+  do {                                                                               \
+    emx_status ok_ = (call);                                                         \
     if (ok_) fail_msg("%s: %s (%s)", #call, emx_status_name(ok_), emx_last_error()); \
   } while (0)
 static void fails(emx_status got, emx_status want, const char *word) {
@@ -129,7 +129,8 @@ static void summary_is_right(emx_kv *kv, int32_t page, int32_t n) {
       for (int32_t t = 0; t < n; t++) {
         double d2 = 0;
         for (int d = 0; d < D; d++) {
-          double e = emxi_load(k.data, k.dtype, page * k.stride[0] + g * k.stride[head] + t * k.stride[token] + d) - (double)s.mean[d];
+          double e =
+              emxi_load(k.data, k.dtype, page * k.stride[0] + g * k.stride[head] + t * k.stride[token] + d) - (double)s.mean[d];
           d2 += e * e;
         }
         far = fmax(far, sqrt(d2));
@@ -226,7 +227,8 @@ static void test_ragged_strided(void **state) {
           v[at] = emxi_f32_to_bf16(element(ids[b][t], g, d) + 1);
         }
     }
-  emx_tensor kt = {.data = k, .dtype = EMX_BF16, .ndim = 4, .shape = {3, G, T, D}, .stride = {T * G * (D + 3), D + 3, G * (D + 3), 1}};
+  emx_tensor kt = {
+      .data = k, .dtype = EMX_BF16, .ndim = 4, .shape = {3, G, T, D}, .stride = {T * G * (D + 3), D + 3, G * (D + 3), 1}};
   emx_tensor vt = kt;
   vt.data = v;
   int32_t n[3] = {T, 0, 5};
@@ -493,7 +495,7 @@ static void test_nonfinite_mark(void **state) {
     OK(emx_seq_create(kv, &seq));
     float k[2 * 16] = {0}, v[2 * 16] = {0};
     k[16 + 3] = kind == 0 ? NAN : kind == 1 ? -INFINITY : 70000; /* which rounds to infinity in f16 */
-    v[0] = NAN;                                                 /* V does not count */
+    v[0] = NAN;                                                  /* V does not count */
     int64_t shape[4] = {1, 2, 1, 16};
     emx_tensor kt = emx_tensor_view(k, EMX_F32, 4, shape), vt = emx_tensor_view(v, EMX_F32, 4, shape);
     emx_kv_batch b = batch_of(&seq, 1);
@@ -590,11 +592,15 @@ static void test_refusals(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_round_trip),        cmocka_unit_test(test_ragged_strided),
-      cmocka_unit_test(test_fork_and_truncate), cmocka_unit_test(test_siblings_in_one_batch),
-      cmocka_unit_test(test_append_is_atomic),  cmocka_unit_test(test_cancel_midway),
+      cmocka_unit_test(test_round_trip),
+      cmocka_unit_test(test_ragged_strided),
+      cmocka_unit_test(test_fork_and_truncate),
+      cmocka_unit_test(test_siblings_in_one_batch),
+      cmocka_unit_test(test_append_is_atomic),
+      cmocka_unit_test(test_cancel_midway),
       cmocka_unit_test(test_callers_pool_and_tables),
-      cmocka_unit_test(test_nonfinite_mark),    cmocka_unit_test(test_refusals),
+      cmocka_unit_test(test_nonfinite_mark),
+      cmocka_unit_test(test_refusals),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }
