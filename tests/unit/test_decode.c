@@ -39,7 +39,7 @@ static void check_all(decode_case *c) {
         const double unit = c->o_dtype == EMX_BF16 ? 0x1p-8 : c->o_dtype == EMX_F16 ? 0x1p-11 : 0;
         for (int d = 0; d < c->D; d++) {
           const double got = case_out(c, b, h, t, d);
-          if (!(fabs(got - o[d]) <= 2e-5 * m + unit * fabs(o[d])))
+          if (!(fabs(got - o[d]) <= case_tolerance(c, m) + unit * fabs(o[d])))
             fail_msg("b %d h %d s %d d %d: %g, oracle %g (alpha %g data %d)", b, h, t, d, got, o[d], c->alpha, c->data);
         }
         if (c->alpha > 1 && n) assert_true(fabs(r->tau - tau) <= 1e-5 * m);
