@@ -28,7 +28,8 @@ typedef struct options {
 } options;
 enum { KEY_DATA = 1, KEY_N, KEY_HQ, KEY_HKV, KEY_D, KEY_DTYPE, KEY_PAGE, KEY_BATCH, KEY_ROUNDS, KEY_SEED, KEY_ALIBI };
 static const struct argp_option option_table[] = {
-    {"data", KEY_DATA, "W", 0, "iid (default), ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD, or FILE.safetensors with q [T,H,D], k, v [N,G,D]", 1},
+    {"data", KEY_DATA, "W", 0,
+     "iid (default), ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD, or FILE.safetensors with q [T,H,D], k, v [N,G,D]", 1},
     {"n", KEY_N, "N", 0, "Cached tokens (default 131072)", 1},
     {"hq", KEY_HQ, "H", 0, "Query heads (default 8)", 1},
     {"hkv", KEY_HKV, "G", 0, "KV heads (default 8)", 1},
@@ -72,12 +73,12 @@ typedef struct method {
   char name[16];
   emx_select_desc select;
   double alpha;
-  double *ms;           /* [rounds] */
-  emx_report *reports;  /* [B,H], of the last round run */
-  double bytes;         /* sum over the timed rounds */
-  bool certified;       /* every row of every timed round */
-  double bound;         /* largest delta_bound of the timed rounds */
-  uint8_t path;         /* of the last row */
+  double *ms;                   /* [rounds] */
+  emx_report *reports;          /* [B,H], of the last round run */
+  double bytes;                 /* sum over the timed rounds */
+  bool certified;               /* every row of every timed round */
+  double bound;                 /* largest delta_bound of the timed rounds */
+  uint8_t path;                 /* of the last row */
   double err_sq, ref_sq, delta; /* of the checked rows */
 } method;
 
@@ -91,8 +92,8 @@ typedef struct bench {
   int B, H, G, D;
   int32_t seqs[MAX_BATCH];
   int64_t lengths[MAX_BATCH], max_len;
-  emx_tensor k, v;  /* pool views [M,G,P,D] */
-  float *q, *out;   /* [B,H,D] */
+  emx_tensor k, v; /* pool views [M,G,P,D] */
+  float *q, *out;  /* [B,H,D] */
   emx_tensor tq, to, ts;
   void *work;
   size_t work_bytes;
@@ -153,7 +154,8 @@ static emx_status load_file(bench *b, const emx_checkpoint *ck) {
   b->G = (int)k.shape[1];
   b->D = (int)k.shape[2];
   b->lengths[0] = b->max_len = k.shape[0];
-  if (q.shape[0] < 1 || k.shape[0] < 1 || q.shape[2] != k.shape[2] || memcmp(k.shape, v.shape, 3 * sizeof *k.shape) || b->G < 1 || b->H % b->G)
+  if (q.shape[0] < 1 || k.shape[0] < 1 || q.shape[2] != k.shape[2] || memcmp(k.shape, v.shape, 3 * sizeof *k.shape) || b->G < 1 ||
+      b->H % b->G)
     return emxi_fail(EMX_ERR_SHAPE, "--data: expected q [T,H,D], k and v [N,G,D] with H a multiple of G and T, N at least 1");
   b->scale = 0;
   b->file_q = emxi_alloc((size_t)b->H * (size_t)b->D * sizeof *b->file_q);
@@ -421,30 +423,31 @@ static int report(bench *b) {
   const double read_gbps = 1e-9 * (double)(pool_bytes(&b->k) + pool_bytes(&b->v)) / cli_median(b->read_s, o->rounds);
   int code = CLI_OK;
   if (!o->common.json) {
-    printf("%s, n %lld, %d/%d heads of %d, %s, page %d, batch %d; read rate %.1f GB/s\n", o->data, (long long)b->max_len, b->H, b->G, b->D,
-           emx_dtype_name(o->dtype), o->page, b->B, read_gbps);
-    printf("%-10s %-6s %9s %9s %8s %10s %11s %7s %9s %9s %11s %s\n", "select", "path", "ms", "min", "mad", "vs_softmax", "bytes", "GB/s",
-           "rel_err", "delta", "delta_bound", "certified");
+    printf("%s, n %lld, %d/%d heads of %d, %s, page %d, batch %d; read rate %.1f GB/s\n", o->data, (long long)b->max_len, b->H,
+           b->G, b->D, emx_dtype_name(o->dtype), o->page, b->B, read_gbps);
+    printf("%-10s %-6s %9s %9s %8s %10s %11s %7s %9s %9s %11s %s\n", "select", "path", "ms", "min", "mad", "vs_softmax", "bytes",
+           "GB/s", "rel_err", "delta", "delta_bound", "certified");
   }
   for (int i = 0; i < b->n_methods && !code; i++) {
     method *m = &b->methods[i];
     const bench_times t = bench_summary(m->ms, o->rounds);
-    const double ratio = bench_ratio(b->methods[0].ms, m->ms, o->rounds), bytes = m->bytes / o->rounds, gbps = 1e-6 * bytes / t.median;
+    const double ratio = bench_ratio(b->methods[0].ms, m->ms, o->rounds), bytes = m->bytes / o->rounds,
+                 gbps = 1e-6 * bytes / t.median;
     const double rel_err = sqrt(m->err_sq / m->ref_sq);
     if (o->common.json) {
       json_t *j = json_pack("{s:s, s:s, s:I, s:i, s:i, s:i, s:s, s:i, s:i, s:f, s:s, s:s}", "device", "cpu", "data", o->data, "n",
-                            (json_int_t)b->max_len, "hq", b->H, "hkv", b->G, "d", b->D, "dtype", emx_dtype_name(o->dtype), "page", o->page,
-                            "batch", b->B, "alpha", m->alpha, "select", m->name, "path", cli_path_name(m->path));
-      json_t *numbers = json_pack("{s:f, s:f, s:f, s:o, s:I, s:f, s:f, s:o, s:o, s:f, s:b}", "ms", t.median, "ms_min", t.min, "ms_mad", t.mad,
-                                  "vs_softmax", cli_json_real(ratio), "bytes", (json_int_t)(bytes + 0.5), "gbps", gbps, "read_gbps",
-                                  read_gbps, "rel_err", cli_json_real(rel_err), "delta", cli_json_real(m->delta), "delta_bound", m->bound,
-                                  "certified", (int)m->certified);
+                            (json_int_t)b->max_len, "hq", b->H, "hkv", b->G, "d", b->D, "dtype", emx_dtype_name(o->dtype), "page",
+                            o->page, "batch", b->B, "alpha", m->alpha, "select", m->name, "path", cli_path_name(m->path));
+      json_t *numbers = json_pack("{s:f, s:f, s:f, s:o, s:I, s:f, s:f, s:o, s:o, s:f, s:b}", "ms", t.median, "ms_min", t.min,
+                                  "ms_mad", t.mad, "vs_softmax", cli_json_real(ratio), "bytes", (json_int_t)(bytes + 0.5), "gbps",
+                                  gbps, "read_gbps", read_gbps, "rel_err", cli_json_real(rel_err), "delta",
+                                  cli_json_real(m->delta), "delta_bound", m->bound, "certified", (int)m->certified);
       if (j && numbers) json_object_update(j, numbers);
       json_decref(numbers);
       code = cli_json_line(j);
     } else {
-      printf("%-10s %-6s %9.3f %9.3f %8.3f %10.2f %11.0f %7.1f %9.1e %9.1e %11.1e %s\n", m->name, cli_path_name(m->path), t.median, t.min,
-             t.mad, ratio, bytes, gbps, rel_err, m->delta, m->bound, m->certified ? "yes" : "no");
+      printf("%-10s %-6s %9.3f %9.3f %8.3f %10.2f %11.0f %7.1f %9.1e %9.1e %11.1e %s\n", m->name, cli_path_name(m->path),
+             t.median, t.min, t.mad, ratio, bytes, gbps, rel_err, m->delta, m->bound, m->certified ? "yes" : "no");
     }
   }
   return code ? code : cli_flush();
@@ -456,12 +459,25 @@ int bench_decode(int argc, char **argv) {
       .options = option_table,
       .parser = parse,
       .children = children,
-      .doc = "Times one decode step per method: softmax over every token first (the baseline), then the selectors of --select.\v"
-             "In every round each method runs once on the same fresh query, and the cache is streamed once through all workers (the read "
-             "rate). ms: median over the rounds, with minimum and median absolute deviation; vs_softmax: median of softmax ms / this ms "
-             "within a round; rel_err: L2 error of the first query against float64 attention of the same alpha; delta: true mass of the "
-             "tokens not read, delta_bound: what the library vouches for."};
-  options o = {.data = "iid", .n = 131072, .hq = 8, .hkv = 8, .d = 64, .page = 16, .batch = 1, .rounds = 9, .dtype = EMX_BF16, .alpha = 1.5,
+      .doc =
+          "Times one decode step per method: softmax over every token first (the baseline), then the selectors of --select.\v"
+          "In every round each method runs once on the same fresh query, and the cache is streamed once through all workers (the "
+          "read "
+          "rate). ms: median over the rounds, with minimum and median absolute deviation; vs_softmax: median of softmax ms / "
+          "this ms "
+          "within a round; rel_err: L2 error of the first query against float64 attention of the same alpha; delta: true mass of "
+          "the "
+          "tokens not read, delta_bound: what the library vouches for."};
+  options o = {.data = "iid",
+               .n = 131072,
+               .hq = 8,
+               .hkv = 8,
+               .d = 64,
+               .page = 16,
+               .batch = 1,
+               .rounds = 9,
+               .dtype = EMX_BF16,
+               .alpha = 1.5,
                .seed = 1};
   cli_select_init(&o.select);
   cli_parse(&argp, argc, argv, &o);

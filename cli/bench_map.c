@@ -16,15 +16,14 @@ typedef struct options {
   uint64_t seed;
 } options;
 enum { KEY_ROWS = 1, KEY_STD, KEY_DTYPE, KEY_ROUNDS, KEY_SEED, KEY_N };
-static const struct argp_option option_table[] = {
-    {"n", KEY_N, "N", 0, "Scores a row (default 65536)", 1},
-    {"rows", KEY_ROWS, "R", 0, "Rows (default 64)", 1},
-    {"std", KEY_STD, "S", 0, "Standard deviation of the scores (default 1)", 1},
-    {"alpha", 'a', "A", 0, "1 to 4 (default 1.5)", 1},
-    {"dtype", KEY_DTYPE, "T", 0, "f32 (default), f16, bf16 or f64", 1},
-    {"rounds", KEY_ROUNDS, "N", 0, "Timed rounds (default 9)", 1},
-    {"seed", KEY_SEED, "S", 0, "Seed of the scores (default 1)", 1},
-    {0}};
+static const struct argp_option option_table[] = {{"n", KEY_N, "N", 0, "Scores a row (default 65536)", 1},
+                                                  {"rows", KEY_ROWS, "R", 0, "Rows (default 64)", 1},
+                                                  {"std", KEY_STD, "S", 0, "Standard deviation of the scores (default 1)", 1},
+                                                  {"alpha", 'a', "A", 0, "1 to 4 (default 1.5)", 1},
+                                                  {"dtype", KEY_DTYPE, "T", 0, "f32 (default), f16, bf16 or f64", 1},
+                                                  {"rounds", KEY_ROUNDS, "N", 0, "Timed rounds (default 9)", 1},
+                                                  {"seed", KEY_SEED, "S", 0, "Seed of the scores (default 1)", 1},
+                                                  {0}};
 static error_t parse(int key, char *arg, struct argp_state *state) {
   options *o = state->input;
   switch (key) {
@@ -56,9 +55,10 @@ int bench_map(int argc, char **argv) {
       .options = option_table,
       .parser = parse,
       .children = children,
-      .doc = "Times rows of normal scores through softmax and alpha-entmax, in turn in every round.\v"
-             "Median, minimum and median absolute deviation over the rounds; vs_softmax is the median of the ratios within a round; "
-             "max_err is the largest error of a weight of the first row against float64."};
+      .doc =
+          "Times rows of normal scores through softmax and alpha-entmax, in turn in every round.\v"
+          "Median, minimum and median absolute deviation over the rounds; vs_softmax is the median of the ratios within a round; "
+          "max_err is the largest error of a weight of the first row against float64."};
   options o = {.n = 65536, .rows = 64, .alpha = 1.5, .std = 1, .dtype = EMX_F32, .rounds = 9, .seed = 1};
   cli_parse(&argp, argc, argv, &o);
 
@@ -105,14 +105,16 @@ int bench_map(int argc, char **argv) {
     bench_times t = bench_summary(ms[m], o.rounds);
     const double ratio = bench_ratio(ms[0], ms[m], o.rounds), gbps = 2e-6 * (double)bytes / t.median;
     if (o.common.json) {
-      code = cli_json_line(json_pack("{s:s, s:I, s:I, s:s, s:f, s:f, s:f, s:f, s:f, s:o, s:I, s:f, s:I, s:f}", "device", "cpu", "n",
-                                     (json_int_t)o.n, "rows", (json_int_t)o.rows, "dtype", emx_dtype_name(o.dtype), "std", o.std, "alpha",
-                                     alphas[m], "ms", t.median, "ms_min", t.min, "ms_mad", t.mad, "vs_softmax", cli_json_real(ratio),
-                                     "bytes", (json_int_t)(2 * bytes), "gbps", gbps, "support", (json_int_t)support[m], "max_err", err[m]));
+      code = cli_json_line(json_pack("{s:s, s:I, s:I, s:s, s:f, s:f, s:f, s:f, s:f, s:o, s:I, s:f, s:I, s:f}", "device", "cpu",
+                                     "n", (json_int_t)o.n, "rows", (json_int_t)o.rows, "dtype", emx_dtype_name(o.dtype), "std",
+                                     o.std, "alpha", alphas[m], "ms", t.median, "ms_min", t.min, "ms_mad", t.mad, "vs_softmax",
+                                     cli_json_real(ratio), "bytes", (json_int_t)(2 * bytes), "gbps", gbps, "support",
+                                     (json_int_t)support[m], "max_err", err[m]));
     } else {
       char name[32];
       snprintf(name, sizeof name, m ? "%g" : "softmax", alphas[m]);
-      printf("%-8s %9.3f %9.3f %9.3f %11.2f %9.1f %9lld %9.1e\n", name, t.median, t.min, t.mad, ratio, gbps, (long long)support[m], err[m]);
+      printf("%-8s %9.3f %9.3f %9.3f %11.2f %9.1f %9lld %9.1e\n", name, t.median, t.min, t.mad, ratio, gbps,
+             (long long)support[m], err[m]);
     }
   }
   if (!code) code = cli_flush();

@@ -32,13 +32,13 @@ int cli_status(emx_status status);
 /* No memory for `what`: CLI_ERROR. */
 int cli_nomem(size_t bytes, const char *what);
 
-#define CLI_TRY(status_call)                        \
-  do {                                              \
-    emx_status cli_try_ = (status_call);            \
-    if (cli_try_) {                                 \
-      code = cli_status(cli_try_);                  \
-      goto done;                                    \
-    }                                               \
+#define CLI_TRY(status_call)             \
+  do {                                   \
+    emx_status cli_try_ = (status_call); \
+    if (cli_try_) {                      \
+      code = cli_status(cli_try_);       \
+      goto done;                         \
+    }                                    \
   } while (0)
 
 /* -- options */
@@ -93,7 +93,8 @@ void cli_progress_init(cli_progress *p, const char *label);
 /* An emx_progress_fn with p as user. */
 void cli_progress_show(void *p, int64_t done, int64_t total);
 /* Shows done of total and a tail such as "loss 1.93"; at most ten times a second. */
-__attribute__((format(printf, 4, 5))) void cli_progress_text(cli_progress *p, int64_t done, int64_t total, const char *format, ...);
+__attribute__((format(printf, 4, 5))) void cli_progress_text(cli_progress *p, int64_t done, int64_t total, const char *format,
+                                                             ...);
 /* Clears the bar. */
 void cli_progress_end(cli_progress *p);
 /* "1:02:03" */

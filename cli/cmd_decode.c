@@ -60,15 +60,16 @@ static int print_report(const options *o, int64_t query, int64_t head, const emx
   const char *select = cli_select_name(r->select), *path = cli_path_name(r->path), *stop = cli_stop_name(r->stopped_by);
   const bool certified = r->flags & EMX_REPORT_CERTIFIED;
   if (!o->common.json) {
-    printf("%5lld %4lld %-9s %-6s %9d %7d %8d %11.5g %11.3g %-9s %-7s %11lld %11lld %11lld%s\n", (long long)query, (long long)head, select,
-           path, r->tokens, r->pages, r->support, (double)r->tau, (double)r->delta_bound, certified ? "yes" : "no", stop, (long long)r->bytes_k,
-           (long long)r->bytes_v, (long long)r->bytes_meta, r->flags & EMX_REPORT_NONFINITE ? "  not finite" : "");
+    printf("%5lld %4lld %-9s %-6s %9d %7d %8d %11.5g %11.3g %-9s %-7s %11lld %11lld %11lld%s\n", (long long)query,
+           (long long)head, select, path, r->tokens, r->pages, r->support, (double)r->tau, (double)r->delta_bound,
+           certified ? "yes" : "no", stop, (long long)r->bytes_k, (long long)r->bytes_v, (long long)r->bytes_meta,
+           r->flags & EMX_REPORT_NONFINITE ? "  not finite" : "");
     return CLI_OK;
   }
-  json_t *j = json_pack("{s:I, s:I, s:s, s:s, s:i, s:i, s:i, s:o, s:o, s:b, s:b, s:s}", "query", (json_int_t)query, "head", (json_int_t)head,
-                        "select", select, "path", path, "tokens", r->tokens, "pages", r->pages, "support", r->support, "tau",
-                        cli_json_real(r->tau), "delta_bound", cli_json_real(r->delta_bound), "certified", (int)certified, "nonfinite",
-                        (r->flags & EMX_REPORT_NONFINITE) != 0, "stopped_by", stop);
+  json_t *j = json_pack("{s:I, s:I, s:s, s:s, s:i, s:i, s:i, s:o, s:o, s:b, s:b, s:s}", "query", (json_int_t)query, "head",
+                        (json_int_t)head, "select", select, "path", path, "tokens", r->tokens, "pages", r->pages, "support",
+                        r->support, "tau", cli_json_real(r->tau), "delta_bound", cli_json_real(r->delta_bound), "certified",
+                        (int)certified, "nonfinite", (r->flags & EMX_REPORT_NONFINITE) != 0, "stopped_by", stop);
   if (j) {
     json_object_set_new(j, "bytes_k", json_integer(r->bytes_k));
     json_object_set_new(j, "bytes_v", json_integer(r->bytes_v));
@@ -89,14 +90,16 @@ static emx_tensor rows_of(const emx_tensor *x, int64_t from, int64_t n, float *o
 
 int cmd_decode(int argc, char **argv) {
   static const struct argp_child children[] = {{&cli_select_argp, 0, NULL, 0}, {&cli_common_argp, 0, NULL, 0}, {0}};
-  static const struct argp argp = {
-      .options = option_table,
-      .parser = parse,
-      .children = children,
-      .doc = "Decodes T query tokens, the last of them at position N-1, against a paged cache of N keys and values: token t sees keys 0 to "
-             "N-T+t. Prints what every query head did.\v"
-             "delta_bound is a sound upper bound of the attention mass of the tokens that were not read; certified means it is zero. Bytes "
-             "are counted in 64-byte lines."};
+  static const struct argp argp = {.options = option_table,
+                                   .parser = parse,
+                                   .children = children,
+                                   .doc =
+                                       "Decodes T query tokens, the last of them at position N-1, against a paged cache of N "
+                                       "keys and values: token t sees keys 0 to "
+                                       "N-T+t. Prints what every query head did.\v"
+                                       "delta_bound is a sound upper bound of the attention mass of the tokens that were not "
+                                       "read; certified means it is zero. Bytes "
+                                       "are counted in 64-byte lines."};
   options o = {.alpha = 1.5, .page = 16};
   cli_select_init(&o.select);
   cli_parse(&argp, argc, argv, &o);
@@ -116,10 +119,14 @@ int cmd_decode(int argc, char **argv) {
   CLI_TRY(find(&o, ck, "k", &tk));
   CLI_TRY(find(&o, ck, "v", &tv));
   const int64_t T = tq.shape[0], H = tq.shape[1], D = tq.shape[2], N = tk.shape[0], G = tk.shape[1];
-  if (memcmp(tk.shape, tv.shape, 3 * sizeof *tk.shape) || tk.shape[2] != D || G < 1 || H % G || T < 1 || T > N || tk.dtype != tv.dtype) {
-    code = cli_fail("%s: q is [%lld,%lld,%lld], k [%lld,%lld,%lld], v [%lld,%lld,%lld]; expected q [T,H,D], k and v [N,G,D] of one dtype, H a "
-                    "multiple of G, 1 <= T <= N", o.file, (long long)T, (long long)H, (long long)D, (long long)N, (long long)G,
-                    (long long)tk.shape[2], (long long)tv.shape[0], (long long)tv.shape[1], (long long)tv.shape[2]);
+  if (memcmp(tk.shape, tv.shape, 3 * sizeof *tk.shape) || tk.shape[2] != D || G < 1 || H % G || T < 1 || T > N ||
+      tk.dtype != tv.dtype) {
+    code = cli_fail(
+        "%s: q is [%lld,%lld,%lld], k [%lld,%lld,%lld], v [%lld,%lld,%lld]; expected q [T,H,D], k and v [N,G,D] of one dtype, H "
+        "a "
+        "multiple of G, 1 <= T <= N",
+        o.file, (long long)T, (long long)H, (long long)D, (long long)N, (long long)G, (long long)tk.shape[2],
+        (long long)tv.shape[0], (long long)tv.shape[1], (long long)tv.shape[2]);
     goto done;
   }
   emx_kv_opts opts;
@@ -186,8 +193,8 @@ int cmd_decode(int argc, char **argv) {
     goto done;
   }
   if (!o.common.json)
-    printf("%5s %4s %-9s %-6s %9s %7s %8s %11s %11s %-9s %-7s %11s %11s %11s\n", "query", "head", "select", "path", "tokens", "pages", "support",
-           "tau", "delta_bound", "certified", "stopped", "bytes_k", "bytes_v", "bytes_meta");
+    printf("%5s %4s %-9s %-6s %9s %7s %8s %11s %11s %-9s %-7s %11s %11s %11s\n", "query", "head", "select", "path", "tokens",
+           "pages", "support", "tau", "delta_bound", "certified", "stopped", "bytes_k", "bytes_v", "bytes_meta");
   for (int64_t t = 0; t < T; t++) {
     for (int64_t i = 0; i < H * D; i++) q[i] = (float)cli_element(&tq, t * H * D + i);
     k_new = rows_of(&tk, N - T + t, 1, chunk);

@@ -22,7 +22,8 @@ static const struct argp_option option_table[] = {
     {"softmax", KEY_SOFTMAX, "DIR", 0, "Its softmax twin, for the picture", 1},
     {"file", 'f', "FILE", 0, "The text; its first -c bytes are read (default 65536)", 1},
     {"predict", 'n', "N", 0, "Tokens every selector generates (default 128)", 1},
-    {"positions", KEY_POSITIONS, "N", 0, "Tokens after the context over which the errors of the picture are averaged (default 32)", 1},
+    {"positions", KEY_POSITIONS, "N", 0,
+     "Tokens after the context over which the errors of the picture are averaged (default 32)", 1},
     {"svg", KEY_SVG, "FILE", 0, "Where the picture goes (default demo.svg)", 1},
     {0}};
 static error_t parse(int key, char *arg, struct argp_state *state) {
@@ -130,8 +131,8 @@ static int generate_all(const options *o, const reader *r) {
   char *dense = malloc((size_t)o->n), *text = malloc((size_t)o->n);
   int code = dense && text ? CLI_OK : cli_nomem((size_t)o->n * 2, "text");
   if (!code && !o->common.json)
-    printf("%-10s %10s %14s %10s %9s %12s %10s  %s\n", "selector", "tokens/s", "attention ms", "K/V read", "support", "delta_bound", "certified",
-           "same text as all");
+    printf("%-10s %10s %14s %10s %9s %12s %10s  %s\n", "selector", "tokens/s", "attention ms", "K/V read", "support",
+           "delta_bound", "certified", "same text as all");
   for (int i = 0; i < o->select.n && !code; i++) {
     session_summary sum;
     const emx_select_desc *select = &o->select.desc[i];
@@ -149,8 +150,9 @@ static int generate_all(const options *o, const reader *r) {
       }
       code = cli_json_line(j);
     } else {
-      printf("%-10s %10.1f %14.3f %9.2f%% %9.1f %12.2g %9.1f%%  %s\n", name, sum.tok_per_s, sum.attn_ms_per_tok, 100 * sum.bytes_share,
-             sum.support_mean, sum.delta_bound_max, 100 * sum.certified_share, i ? same ? "yes" : "no" : "-");
+      printf("%-10s %10.1f %14.3f %9.2f%% %9.1f %12.2g %9.1f%%  %s\n", name, sum.tok_per_s, sum.attn_ms_per_tok,
+             100 * sum.bytes_share, sum.support_mean, sum.delta_bound_max, 100 * sum.certified_share,
+             i ? same ? "yes" : "no" : "-");
       code = cli_flush();
     }
   }
@@ -172,7 +174,8 @@ typedef struct points {
 } points;
 
 /* What ALL expects after each of the next tokens of the text: [positions, vocab]. */
-static int expect(const options *o, const reader *r, const emx_select_desc *select, const char *next, float *out, session_summary *sum) {
+static int expect(const options *o, const reader *r, const emx_select_desc *select, const char *next, float *out,
+                  session_summary *sum) {
   emx_session *s = NULL;
   int code = fork_with(r, select, &s);
   for (int64_t i = 0; i < o->positions && !code; i++)
@@ -213,8 +216,8 @@ static int sweep(const options *o, const reader *r, const char *next, points *to
     into->share[into->n] = 100 * sum.bytes_share;
     into->error[into->n++] = fmax(kl, 1e-9); /* the logarithmic axis needs an end */
     if (o->common.json)
-      code = cli_json_line(json_pack("{s:s, s:s, s:I, s:f, s:f}", "model", r->label, "select", cli_select_name(select.kind), "budget",
-                                     (json_int_t)(i < n ? budgets[i] : 0), "bytes_share", sum.bytes_share, "kl", kl));
+      code = cli_json_line(json_pack("{s:s, s:s, s:I, s:f, s:f}", "model", r->label, "select", cli_select_name(select.kind),
+                                     "budget", (json_int_t)(i < n ? budgets[i] : 0), "bytes_share", sum.bytes_share, "kl", kl));
     cli_progress_text(&progress, i + 1, n + 1, NULL);
   }
   cli_progress_end(&progress);
@@ -229,13 +232,19 @@ static int draw(const options *o, const points p[3], const reader r[2]) {
   int n = 0;
   for (int i = 0; i < 3; i++) {
     snprintf(names[i], sizeof names[i], "%s, %s", r[i == 1].label, i == 2 ? "gaussian" : "top-k budgets");
-    if (p[i].n) series[n++] = (svg_series){.name = names[i], .x = p[i].share, .y = p[i].error, .n = p[i].n, .dots = true, .dashed = i == 1};
+    if (p[i].n)
+      series[n++] = (svg_series){.name = names[i], .x = p[i].share, .y = p[i].error, .n = p[i].n, .dots = true, .dashed = i == 1};
   }
   char title[160];
-  snprintf(title, sizeof title, "Reading less of the cache: error after %lld bytes of text (mean of %lld tokens)", (long long)o->session.ctx,
-           (long long)o->positions);
-  svg_chart chart = {.title = title, .x_label = "share of K and V bytes read (%), summaries included",
-                     .y_label = "KL of the next token against all (nats)", .log_x = true, .log_y = true, .series = series, .n = n};
+  snprintf(title, sizeof title, "Reading less of the cache: error after %lld bytes of text (mean of %lld tokens)",
+           (long long)o->session.ctx, (long long)o->positions);
+  svg_chart chart = {.title = title,
+                     .x_label = "share of K and V bytes read (%), summaries included",
+                     .y_label = "KL of the next token against all (nats)",
+                     .log_x = true,
+                     .log_y = true,
+                     .series = series,
+                     .n = n};
   return svg_write(o->svg, &chart);
 }
 
@@ -246,8 +255,10 @@ int cmd_demo(int argc, char **argv) {
       .options = option_table,
       .parser = parse,
       .children = children,
-      .doc = "Reads the first -c bytes of a text into one cache, continues it greedily with every selector from forks of that cache, and "
-             "draws the error of reading only part of the cache, entmax beside softmax. `make demo` supplies models and text."};
+      .doc =
+          "Reads the first -c bytes of a text into one cache, continues it greedily with every selector from forks of that "
+          "cache, and "
+          "draws the error of reading only part of the cache, entmax beside softmax. `make demo` supplies models and text."};
   options o = {.n = 128, .positions = 32, .svg = "demo.svg"};
   cli_select_init(&o.select);
   o.select.n = 3;

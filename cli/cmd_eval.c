@@ -54,8 +54,8 @@ typedef struct curve {
 } curve;
 
 /* Windows of `width` bytes, each from an empty cache; a window's first byte has nothing before it and is not scored. */
-static int score(emx_model *model, const options *o, const emx_model_config *config, const char *text, size_t size, int64_t width, curve *c,
-                 double *bits, int64_t *bytes) {
+static int score(emx_model *model, const options *o, const emx_model_config *config, const char *text, size_t size, int64_t width,
+                 curve *c, double *bits, int64_t *bytes) {
   float *nll = malloc((size_t)width * sizeof *nll);
   emx_session *s = NULL;
   if (!nll) return cli_nomem((size_t)width * sizeof *nll, "losses");
@@ -93,7 +93,10 @@ static int draw_curve(const options *o, const curve *c, double alpha) {
         y[n++] = c->bits[i] / (double)c->count[i];
       }
     svg_series series = {.name = alpha == 1 ? "softmax" : "entmax", .x = x, .y = y, .n = n, .dots = n < 60};
-    svg_chart chart = {.title = "Bits per byte against position", .x_label = "position (bytes)", .y_label = "bits per byte", .series = &series,
+    svg_chart chart = {.title = "Bits per byte against position",
+                       .x_label = "position (bytes)",
+                       .y_label = "bits per byte",
+                       .series = &series,
                        .n = 1};
     code = svg_write(o->svg, &chart);
   } else {
@@ -151,9 +154,12 @@ done:
   return code;
 }
 
-static int compare_selectors(emx_model *model, const options *o, const emx_model_config *config, const char *text, size_t size, json_t **list) {
+static int compare_selectors(emx_model *model, const options *o, const emx_model_config *config, const char *text, size_t size,
+                             json_t **list) {
   int64_t context = o->session.ctx && (size_t)o->session.ctx < size ? o->session.ctx : (int64_t)size;
-  if (context <= o->n) return cli_fail("--select decodes the last %lld bytes of the context, which has only %lld", (long long)o->n, (long long)context);
+  if (context <= o->n)
+    return cli_fail("--select decodes the last %lld bytes of the context, which has only %lld", (long long)o->n,
+                    (long long)context);
   emx_session *base = NULL;
   /* two forks at a time, each with its own tail */
   cli_session room = o->session;
@@ -176,9 +182,11 @@ static int compare_selectors(emx_model *model, const options *o, const emx_model
         json_array_append_new(*list, j);
       }
     } else {
-      printf("%-10s kl %.3g nats (largest %.3g), top1 %.4f, %.2f %% of K and V read, support %.1f, delta_bound %.2g over %lld tokens at %lld\n", name,
-             c.kl / (double)c.n, c.kl_max, c.top1 / (double)c.n, 100 * c.stats.bytes_share, c.stats.support_mean, c.stats.delta_bound_max,
-             (long long)c.n, (long long)context);
+      printf(
+          "%-10s kl %.3g nats (largest %.3g), top1 %.4f, %.2f %% of K and V read, support %.1f, delta_bound %.2g over %lld "
+          "tokens at %lld\n",
+          name, c.kl / (double)c.n, c.kl_max, c.top1 / (double)c.n, 100 * c.stats.bytes_share, c.stats.support_mean,
+          c.stats.delta_bound_max, (long long)c.n, (long long)context);
     }
   }
   emx_session_destroy(base);
@@ -192,9 +200,11 @@ int cmd_eval(int argc, char **argv) {
       .options = option_table,
       .parser = parse,
       .children = children,
-      .doc = "Measures bits per byte of a text in windows of -c bytes (default: the length of training), with dense attention.\v"
-             "With --select it also prefills the first -c bytes but the last N, and decodes those N one by one with each selector beside "
-             "ALL: kl (mean KL divergence of the next-token distributions, nats) and top1 (share of equal first choices)."};
+      .doc =
+          "Measures bits per byte of a text in windows of -c bytes (default: the length of training), with dense attention.\v"
+          "With --select it also prefills the first -c bytes but the last N, and decodes those N one by one with each selector "
+          "beside "
+          "ALL: kl (mean KL divergence of the next-token distributions, nats) and top1 (share of equal first choices)."};
   options o = {.n = 256};
   cli_select_init(&o.select);
   o.select.n = 0; /* nothing is compared unless --select says so */
@@ -232,17 +242,19 @@ int cmd_eval(int argc, char **argv) {
   double bits = 0;
   int64_t bytes = 0;
   if ((code = score(model, &o, &config, text, size, width, &c, &bits, &bytes))) goto done;
-  if (!o.common.json) printf("%.4f bits per byte over %lld bytes, windows of %lld\n", bits / (double)bytes, (long long)bytes, (long long)width);
+  if (!o.common.json)
+    printf("%.4f bits per byte over %lld bytes, windows of %lld\n", bits / (double)bytes, (long long)bytes, (long long)width);
   if (o.select.n && (code = compare_selectors(model, &o, &config, text, size, &list))) goto done;
   if (o.common.json) {
-    json_t *out = json_pack("{s:o, s:I, s:I}", "bits_per_byte", cli_json_real(bits / (double)bytes), "bytes", (json_int_t)bytes, "ctx",
-                            (json_int_t)width);
+    json_t *out = json_pack("{s:o, s:I, s:I}", "bits_per_byte", cli_json_real(bits / (double)bytes), "bytes", (json_int_t)bytes,
+                            "ctx", (json_int_t)width);
     if (out && o.bucket) {
       json_t *points = json_array();
       for (int64_t i = 0; i < c.buckets; i++)
         if (c.count[i])
-          json_array_append_new(points, json_pack("{s:I, s:o, s:I}", "position", (json_int_t)(i * c.width), "bits_per_byte",
-                                                  cli_json_real(c.bits[i] / (double)c.count[i]), "bytes", (json_int_t)c.count[i]));
+          json_array_append_new(points,
+                                json_pack("{s:I, s:o, s:I}", "position", (json_int_t)(i * c.width), "bits_per_byte",
+                                          cli_json_real(c.bits[i] / (double)c.count[i]), "bytes", (json_int_t)c.count[i]));
       json_object_set_new(out, "curve", points);
     }
     if (out && list && json_array_size(list) == 1) /* one selector: its keys beside bits_per_byte */

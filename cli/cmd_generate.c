@@ -67,7 +67,9 @@ static int print_stats(const options *o, const emx_session *s, const char *text,
     }
     return cli_json_line(j);
   }
-  fprintf(stderr, "%lld tokens, %.1f tokens/s, attention %.3f ms a token, %.2f %% of K and V read, support %.1f, delta_bound %.2g, %.0f %% certified\n",
+  fprintf(stderr,
+          "%lld tokens, %.1f tokens/s, attention %.3f ms a token, %.2f %% of K and V read, support %.1f, delta_bound %.2g, %.0f "
+          "%% certified\n",
           (long long)tokens, sum.tok_per_s, sum.attn_ms_per_tok, 100 * sum.bytes_share, sum.support_mean, sum.delta_bound_max,
           100 * sum.certified_share);
   return CLI_OK;
@@ -76,11 +78,13 @@ static int print_stats(const options *o, const emx_session *s, const char *text,
 int cmd_generate(int argc, char **argv) {
   static const struct argp_child children[] = {
       {&cli_session_argp, 0, NULL, 0}, {&cli_select_argp, 0, NULL, 0}, {&cli_common_argp, 0, NULL, 0}, {0}};
-  static const struct argp argp = {.options = option_table,
-                                   .parser = parse,
-                                   .children = children,
-                                   .doc = "Continues a prompt. The text goes to standard output as it is made, statistics to standard error; "
-                                          "with --json only one object at the end."};
+  static const struct argp argp = {
+      .options = option_table,
+      .parser = parse,
+      .children = children,
+      .doc =
+          "Continues a prompt. The text goes to standard output as it is made, statistics to standard error; "
+          "with --json only one object at the end."};
   options o = {.n = 128};
   cli_select_init(&o.select);
   cli_session_init(&o.session);

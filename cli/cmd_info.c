@@ -10,10 +10,9 @@ typedef struct options {
   cli_common common;
   const char *model, *file;
 } options;
-static const struct argp_option option_table[] = {
-    {"model", 'm', "DIR", 0, "A model folder: its shape, alpha and positions", 1},
-    {"file", 'f', "FILE", 0, "A safetensors file: its tensors", 1},
-    {0}};
+static const struct argp_option option_table[] = {{"model", 'm', "DIR", 0, "A model folder: its shape, alpha and positions", 1},
+                                                  {"file", 'f', "FILE", 0, "A safetensors file: its tensors", 1},
+                                                  {0}};
 static error_t parse(int key, char *arg, struct argp_state *state) {
   options *o = state->input;
   switch (key) {
@@ -32,11 +31,11 @@ static int show_library(const options *o, emx_ctx *ctx) {
   long long memory = (long long)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
   if (o->common.json)
     return cli_json_line(json_pack("{s:s, s:i, s:s, s:s, s:s, s:i, s:I}", "version", emx_version(), "abi", (int)emx_abi_version(),
-                                   "device", info.device == EMX_DEVICE_CPU ? "cpu" : "cuda", "device_name", info.device_name, "isa",
-                                   info.isa, "threads", (int)info.threads, "memory", (json_int_t)memory));
+                                   "device", info.device == EMX_DEVICE_CPU ? "cpu" : "cuda", "device_name", info.device_name,
+                                   "isa", info.isa, "threads", (int)info.threads, "memory", (json_int_t)memory));
   printf("libentmax %s (ABI %d)\n", emx_version(), (int)emx_abi_version());
-  printf("device    cpu: %s\nkernels   %s (EMX_ISA)\nthreads   %d (EMX_THREADS)\nmemory    %lld bytes\n", info.device_name, info.isa,
-         (int)info.threads, memory);
+  printf("device    cpu: %s\nkernels   %s (EMX_ISA)\nthreads   %d (EMX_THREADS)\nmemory    %lld bytes\n", info.device_name,
+         info.isa, (int)info.threads, memory);
   return cli_flush();
 }
 
@@ -50,21 +49,24 @@ static int show_model(const options *o, emx_ctx *ctx) {
   code = cli_status(emx_model_get_config(model, &c));
   if (code) goto done;
   const json_int_t parameters = emx_model_config_parameters(&c);
-  const char *position = positions[c.position_type & 3], *slope = slopes[c.alibi_slope_type & 1], *scale = scales[c.attn_scale_type % 3];
+  const char *position = positions[c.position_type & 3], *slope = slopes[c.alibi_slope_type & 1],
+             *scale = scales[c.attn_scale_type % 3];
   if (o->common.json) {
     code = cli_json_line(json_pack(
-        "{s:s, s:I, s:f, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:s, s:i, s:s, s:s, s:b, s:i}", "model", o->model, "parameters", parameters,
-        "entmax_alpha", c.entmax_alpha, "vocab_size", c.vocab_size, "hidden_size", c.hidden_size, "intermediate_size",
-        c.intermediate_size, "num_layers", c.num_layers, "num_heads", c.num_heads, "num_kv_heads", c.num_kv_heads, "head_dim", c.head_dim,
-        "position_type", position, "alibi_num_heads", c.alibi_num_heads, "alibi_slope_type", slope, "attn_scale_type", scale,
-        "tie_word_embeddings", c.tie_word_embeddings, "max_position", c.max_position));
+        "{s:s, s:I, s:f, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:s, s:i, s:s, s:s, s:b, s:i}", "model", o->model, "parameters",
+        parameters, "entmax_alpha", c.entmax_alpha, "vocab_size", c.vocab_size, "hidden_size", c.hidden_size, "intermediate_size",
+        c.intermediate_size, "num_layers", c.num_layers, "num_heads", c.num_heads, "num_kv_heads", c.num_kv_heads, "head_dim",
+        c.head_dim, "position_type", position, "alibi_num_heads", c.alibi_num_heads, "alibi_slope_type", slope, "attn_scale_type",
+        scale, "tie_word_embeddings", c.tie_word_embeddings, "max_position", c.max_position));
     goto done;
   }
   printf("model        %s\nparameters   %lld\nattention    alpha %g%s, %d heads of %d over %d KV heads, scale %s\n", o->model,
-         (long long)parameters, c.entmax_alpha, c.entmax_alpha == 1 ? " (softmax)" : "", c.num_heads, c.head_dim, c.num_kv_heads, scale);
-  printf("positions    %s, %d ALiBi heads (%s slopes), trained at length %d\n", position, c.alibi_num_heads, slope, c.max_position);
-  printf("layers       %d of width %d, gated width %d\nvocabulary   %d, head %s\n", c.num_layers, c.hidden_size, c.intermediate_size,
-         c.vocab_size, c.tie_word_embeddings ? "tied" : "untied");
+         (long long)parameters, c.entmax_alpha, c.entmax_alpha == 1 ? " (softmax)" : "", c.num_heads, c.head_dim, c.num_kv_heads,
+         scale);
+  printf("positions    %s, %d ALiBi heads (%s slopes), trained at length %d\n", position, c.alibi_num_heads, slope,
+         c.max_position);
+  printf("layers       %d of width %d, gated width %d\nvocabulary   %d, head %s\n", c.num_layers, c.hidden_size,
+         c.intermediate_size, c.vocab_size, c.tie_word_embeddings ? "tied" : "untied");
   code = cli_flush();
 done:
   emx_model_close(model);
@@ -95,10 +97,11 @@ static int show_file(const options *o) {
 
 int cmd_info(int argc, char **argv) {
   static const struct argp_child children[] = {{&cli_common_argp, 0, NULL, 0}, {0}};
-  static const struct argp argp = {.options = option_table,
-                                   .parser = parse,
-                                   .children = children,
-                                   .doc = "Describes the library and this machine, a model folder (-m), or a safetensors file (-f)."};
+  static const struct argp argp = {
+      .options = option_table,
+      .parser = parse,
+      .children = children,
+      .doc = "Describes the library and this machine, a model folder (-m), or a safetensors file (-f)."};
   options o = {0};
   cli_parse(&argp, argc, argv, &o);
   if (o.file) return show_file(&o);

@@ -11,9 +11,7 @@ typedef struct options {
   cli_common common;
   double alpha;
 } options;
-static const struct argp_option option_table[] = {
-    {"alpha", 'a', "A", 0, "1 (softmax) to 4 (default 1.5)", 1},
-    {0}};
+static const struct argp_option option_table[] = {{"alpha", 'a', "A", 0, "1 (softmax) to 4 (default 1.5)", 1}, {0}};
 static error_t parse(int key, char *arg, struct argp_state *state) {
   options *o = state->input;
   switch (key) {
@@ -32,7 +30,8 @@ static int read_row(const char *line, long number, double **row, int64_t *n, int
     if (!*p) return CLI_OK;
     char *end;
     double v = strtod(p, &end);
-    if (end == p || !strchr(" \t,\r\n", *end)) return cli_fail("line %ld: '%.*s' is no number", number, (int)strcspn(p, " \t,\r\n"), p);
+    if (end == p || !strchr(" \t,\r\n", *end))
+      return cli_fail("line %ld: '%.*s' is no number", number, (int)strcspn(p, " \t,\r\n"), p);
     if (*n == *room) {
       int64_t more = *room ? 2 * *room : 1024;
       double *grown = realloc(*row, (size_t)more * sizeof **row);
@@ -51,10 +50,12 @@ int cmd_map(int argc, char **argv) {
       .options = option_table,
       .parser = parse,
       .children = children,
-      .doc = "Reads rows of numbers from standard input (one a line; blanks or commas between; -inf masks) and prints the "
-             "alpha-entmax weights of each, computed in float64.\v"
-             "With --json a line is {\"tau\": threshold in units of (alpha-1) x score, null at alpha = 1, \"support\": nonzero weights, "
-             "\"p\": weights}."};
+      .doc =
+          "Reads rows of numbers from standard input (one a line; blanks or commas between; -inf masks) and prints the "
+          "alpha-entmax weights of each, computed in float64.\v"
+          "With --json a line is {\"tau\": threshold in units of (alpha-1) x score, null at alpha = 1, \"support\": nonzero "
+          "weights, "
+          "\"p\": weights}."};
   options o = {.alpha = 1.5};
   cli_parse(&argp, argc, argv, &o);
 
@@ -98,7 +99,8 @@ int cmd_map(int argc, char **argv) {
       json_object_set_new(out, "tau", cli_json_real(tau));
       json_object_set_new(out, "support", json_integer(support));
       json_object_set_new(out, "p", weights);
-      if (json_dumpf(out, stdout, JSON_COMPACT | JSON_REAL_PRECISION(17)) || putchar('\n') == EOF) code = cli_fail("cannot write to standard output");
+      if (json_dumpf(out, stdout, JSON_COMPACT | JSON_REAL_PRECISION(17)) || putchar('\n') == EOF)
+        code = cli_fail("cannot write to standard output");
       json_decref(out);
       if (code) goto done;
     } else {

@@ -63,7 +63,8 @@ uint64_t cli_seed(const struct argp_state *state, const char *option, const char
   char *end;
   errno = 0;
   unsigned long long v = strtoull(text, &end, 10);
-  if (errno || end == text || *end || *text == '-') argp_error(state, "%s is '%s', expected an integer from 0 to 2^64-1", option, text);
+  if (errno || end == text || *end || *text == '-')
+    argp_error(state, "%s is '%s', expected an integer from 0 to 2^64-1", option, text);
   return v;
 }
 int32_t cli_dtype(const struct argp_state *state, const char *option, const char *text, const char *allowed) {
@@ -112,7 +113,8 @@ int cli_context(const cli_common *common, emx_ctx **ctx) {
 static const struct {
   const char *name;
   int32_t kind;
-} selectors[] = {{"all", EMX_SELECT_ALL}, {"topk", EMX_SELECT_TOPK}, {"gaussian", EMX_SELECT_GAUSSIAN}, {"certified", EMX_SELECT_CERTIFIED}};
+} selectors[] = {
+    {"all", EMX_SELECT_ALL}, {"topk", EMX_SELECT_TOPK}, {"gaussian", EMX_SELECT_GAUSSIAN}, {"certified", EMX_SELECT_CERTIFIED}};
 const char *cli_select_name(int32_t kind) {
   for (size_t i = 0; i < sizeof selectors / sizeof *selectors; i++)
     if (selectors[i].kind == kind) return selectors[i].name;
@@ -201,7 +203,8 @@ static size_t utf8_length(const unsigned char *s, size_t n) {
   if (!want || n < want) return 0;
   for (size_t i = 1; i < want; i++)
     if ((s[i] & 0xC0) != 0x80) return 0;
-  if ((s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF0 && s[1] < 0x90) || (s[0] == 0xF4 && s[1] > 0x8F))
+  if ((s[0] == 0xE0 && s[1] < 0xA0) || (s[0] == 0xED && s[1] > 0x9F) || (s[0] == 0xF0 && s[1] < 0x90) ||
+      (s[0] == 0xF4 && s[1] > 0x8F))
     return 0;
   return want;
 }

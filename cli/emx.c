@@ -20,10 +20,12 @@ static const struct command {
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
 static void usage(FILE *to) {
-  fprintf(to, "Usage: emx COMMAND [OPTION...]\n\nAttention with weights that are exactly zero (alpha-entmax), on a paged cache.\n\n");
+  fprintf(to,
+          "Usage: emx COMMAND [OPTION...]\n\nAttention with weights that are exactly zero (alpha-entmax), on a paged cache.\n\n");
   for (int i = 0; i < COMMANDS; i++) fprintf(to, "  %-10s %s\n", commands[i].name, commands[i].summary);
-  fprintf(to, "\n`emx COMMAND --help` lists a command's options. Data goes to standard output, progress to standard error.\n"
-              "Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.\n");
+  fprintf(to,
+          "\n`emx COMMAND --help` lists a command's options. Data goes to standard output, progress to standard error.\n"
+          "Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.\n");
 }
 
 int main(int argc, char **argv) {

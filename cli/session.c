@@ -41,7 +41,8 @@ int session_prefill(emx_session *s, const emx_model_config *config, const char *
     tokens[i] = (unsigned char)text[i];
     if (tokens[i] >= config->vocab_size) {
       free(tokens);
-      return cli_fail("byte %d at offset %zu is not in the model's vocabulary of %d", (int)(unsigned char)text[i], i, config->vocab_size);
+      return cli_fail("byte %d at offset %zu is not in the model's vocabulary of %d", (int)(unsigned char)text[i], i,
+                      config->vocab_size);
     }
   }
   cli_progress progress;
@@ -67,9 +68,9 @@ int session_summarize(const emx_session *s, session_summary *out) {
 }
 json_t *session_json(const session_summary *s, const char *select) {
   return json_pack("{s:o, s:o, s:s, s:o, s:o, s:o, s:o}", "tok_per_s", cli_json_real(s->tok_per_s), "attn_ms_per_tok",
-                   cli_json_real(s->attn_ms_per_tok), "select", select, "bytes_share", cli_json_real(s->bytes_share), "support_mean",
-                   cli_json_real(s->support_mean), "delta_bound_max", cli_json_real(s->delta_bound_max), "certified_share",
-                   cli_json_real(s->certified_share));
+                   cli_json_real(s->attn_ms_per_tok), "select", select, "bytes_share", cli_json_real(s->bytes_share),
+                   "support_mean", cli_json_real(s->support_mean), "delta_bound_max", cli_json_real(s->delta_bound_max),
+                   "certified_share", cli_json_real(s->certified_share));
 }
 
 static double log_sum(const float *x, int n, float m) {

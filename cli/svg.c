@@ -47,15 +47,20 @@ static int ticks(const axis *a, double *out) {
   if (a->log) {
     const double decades = log10(a->hi / a->lo);
     static const double steps[] = {1, 2, 5};
-    for (int e = (int)floor(log10(a->lo)); e <= (int)ceil(log10(a->hi)) && n < 16; e += decades > 14 ? 3 : 1)
+    for (int e = (int)floor(log10(a->lo)); e <= (int)ceil(log10(a->hi)) && n<16; e += decades> 14 ? 3 : 1)
       for (int s = 0; s < (decades < 2.5 ? 3 : 1) && n < 16; s++) {
         double v = steps[s] * pow(10, e);
         if (v >= a->lo && v <= a->hi) out[n++] = v;
       }
     return n;
   }
-  double raw = (a->hi - a->lo) / 6, unit = pow(10, floor(log10(raw))), step = raw / unit < 1.5 ? unit : raw / unit < 3.5 ? 2 * unit : raw / unit < 7.5 ? 5 * unit : 10 * unit;
-  for (double v = ceil(a->lo / step) * step; v <= a->hi + 1e-9 * step && n < 16; v += step) out[n++] = fabs(v) < 1e-9 * step ? 0 : v;
+  double raw = (a->hi - a->lo) / 6, unit = pow(10, floor(log10(raw))),
+         step = raw / unit < 1.5   ? unit
+                : raw / unit < 3.5 ? 2 * unit
+                : raw / unit < 7.5 ? 5 * unit
+                                   : 10 * unit;
+  for (double v = ceil(a->lo / step) * step; v <= a->hi + 1e-9 * step && n < 16; v += step)
+    out[n++] = fabs(v) < 1e-9 * step ? 0 : v;
   return n;
 }
 
@@ -107,7 +112,8 @@ static void draw(FILE *f, const svg_chart *c) {
   fputs("</g>\n", f);
   for (int i = 0; i < c->n; i++) {
     const svg_series *s = &c->series[i];
-    const char *colour = colours[i % (int)(sizeof colours / sizeof *colours)], *dash = s->dashed ? " stroke-dasharray=\"6 4\"" : "";
+    const char *colour = colours[i % (int)(sizeof colours / sizeof *colours)],
+               *dash = s->dashed ? " stroke-dasharray=\"6 4\"" : "";
     bool pen = false;
     fprintf(f, "<path fill=\"none\" stroke=\"%s\" stroke-width=\"1.8\"%s d=\"", colour, dash);
     for (int j = 0; j < s->n; j++) {
@@ -125,6 +131,7 @@ static void draw(FILE *f, const svg_chart *c) {
                 TOP + h * (1 - place(&y, s->y[j])), colour);
     double ly = TOP + 14 + 20 * i;
     fprintf(f, "<path d=\"M%.1f %.1fh24\" stroke=\"%s\" stroke-width=\"1.8\"%s/>\n", LEFT + w + 12, ly - 4, colour, dash);
+    if (s->dots) fprintf(f, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"3.2\" fill=\"%s\"/>\n", LEFT + w + 24, ly - 4, colour);
     text(f, LEFT + w + 42, ly, "start", "", s->name);
   }
   fputs("</svg>\n", f);

@@ -10,9 +10,9 @@ enum { ROWS = 4, LENGTH = 600 };
 static float read_score(fuzz_input *in, int mode) {
   uint16_t w = fuzz_u16(in);
   switch (mode) {
-    case 0: return (float)(int16_t)w / 4096;   /* ordinary */
-    case 1: return (float)(w & 7) / 4;         /* ties */
-    case 2: {                                  /* any bits: NaN, infinities, denormals */
+    case 0: return (float)(int16_t)w / 4096; /* ordinary */
+    case 1: return (float)(w & 7) / 4;       /* ties */
+    case 2: {                                /* any bits: NaN, infinities, denormals */
       uint32_t bits = (uint32_t)w << 16 | fuzz_u16(in);
       float f;
       memcpy(&f, &bits, 4);
@@ -77,7 +77,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
       }
       double slack = 1e-6 + edge + unit * want[i] + (dtype == EMX_F16 ? 0x1p-25 : 0);
       FUZZ_CHECK(got >= 0 && got <= 1, "element %d is %g", (int)i, got);
-      FUZZ_CHECK(fabs(got - want[i]) <= slack, "alpha %g n %d element %d is %.17g, oracle %.17g", alpha, (int)n, (int)i, got, want[i]);
+      FUZZ_CHECK(fabs(got - want[i]) <= slack, "alpha %g n %d element %d is %.17g, oracle %.17g", alpha, (int)n, (int)i, got,
+                 want[i]);
       sum += got;
       sum_slack += slack - 1e-6;
     }

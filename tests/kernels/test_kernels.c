@@ -44,8 +44,8 @@ static void guard_check(guard g, const void *p, size_t bytes, const char *what) 
     if ((c < (const char *)p || c >= (const char *)p + bytes) && *c != 0x5a) fail_msg("%s wrote outside its output", what);
 }
 
-#define EACH_TABLE(k)                                                    \
-  for (int i_##k = 0; emxi_table_available(i_##k); i_##k++)              \
+#define EACH_TABLE(k)                                       \
+  for (int i_##k = 0; emxi_table_available(i_##k); i_##k++) \
     for (const emxi_table *k = emxi_table_available(i_##k); k; k = NULL)
 static const int sizes[] = {0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 100, 127, 129, 257, 1000};
 #define N_SIZES ((int)(sizeof sizes / sizeof *sizes))
@@ -94,7 +94,8 @@ static void test_max(void **state) {
 
 static void test_keep(void **state) {
   (void)state;
-  guard in = guard_make(MOST * 4), ids = guard_make(MOST * 4), out = guard_make((MOST + 16) * 4), oid = guard_make((MOST + 16) * 4);
+  guard in = guard_make(MOST * 4), ids = guard_make(MOST * 4), out = guard_make((MOST + 16) * 4),
+        oid = guard_make((MOST + 16) * 4);
   static const float thresholds[] = {-INFINITY, -1, 0.25f, 2.5f, INFINITY};
   EACH_TABLE(k)
   for (int i = 0; i < N_SIZES; i++)
@@ -182,14 +183,16 @@ static void test_exps(void **state) {
   for (int i = 0; i < N_SIZES; i++)
     for (int variant = 0; variant < 4; variant++) {
       const int n = sizes[i];
-      float *p = guard_at(out, (size_t)n * 4, variant & 1), *s = variant & 2 ? p : guard_at(in, (size_t)n * 4, variant & 1), x[MOST];
+      float *p = guard_at(out, (size_t)n * 4, variant & 1), *s = variant & 2 ? p : guard_at(in, (size_t)n * 4, variant & 1),
+            x[MOST];
       fill_scores(s, n, (uint64_t)n + 4, false);
       for (int j = 0; j < n; j++) x[j] = s[j] = j % 5 == 2 ? s[j] * 20 - 60 : s[j] - 5;
       double total = k->exps(s, n, 1.5f, p), want = 0;
       for (int j = 0; j < n; j++) {
         double e = exp((double)x[j] - 1.5);
         /* contract: 1e-6 relative, and the subtraction s - m rounds to half a unit of up to 128; below e^-87 zero */
-        if (fabs(p[j] - e) > (1e-6 + 4e-6 * (x[j] < -30)) * e + 1e-37) fail_msg("%s exp(%g - 1.5): %g, want %g", k->name, x[j], p[j], e);
+        if (fabs(p[j] - e) > (1e-6 + 4e-6 * (x[j] < -30)) * e + 1e-37)
+          fail_msg("%s exp(%g - 1.5): %g, want %g", k->name, x[j], p[j], e);
         want += p[j];
       }
       if (fabs(total - want) > 1e-12 * want) fail_msg("%s exps sum of %d: %.17g, want %.17g", k->name, n, total, want);
@@ -236,7 +239,8 @@ static void test_dot(void **state) {
         const int64_t ldq = d + (variant & 2 ? 3 : 0), stride = d + (variant & 2 ? PITCH : 0), lds = n + 2;
         const size_t es = emx_dtype_size(dtypes[slot]);
         const size_t nq_bytes = ((size_t)(nq - 1) * (size_t)ldq + (size_t)d) * 4;
-        const size_t nk = (size_t)(n - 1) * (size_t)stride + (size_t)d, ns_bytes = ((size_t)(nq - 1) * (size_t)lds + (size_t)n) * 4;
+        const size_t nk = (size_t)(n - 1) * (size_t)stride + (size_t)d,
+                     ns_bytes = ((size_t)(nq - 1) * (size_t)lds + (size_t)n) * 4;
         float *q = guard_at(gq, nq_bytes, variant & 1), *s = guard_at(gs, ns_bytes, variant & 1);
         char *keys = guard_at(gk, nk * es, variant & 1);
         fill_elements(q, EMX_F32, (int64_t)(nq_bytes / 4), 6);
@@ -340,7 +344,8 @@ static void test_pack_and_tile(void **state) {
         const size_t nq = (size_t)(rows - 1) * (size_t)ldq + (size_t)d, ns = (size_t)(rows - 1) * (size_t)lds + EMXI_TILE;
         const size_t nt = (size_t)d * EMXI_TILE;
         char *keys = guard_at(gk, nk * es, variant & 1);
-        float *kt = guard_at(gt, nt * 4, variant & 1), *q = guard_at(gq, nq * 4, variant & 1), *s = guard_at(gs, ns * 4, variant & 1);
+        float *kt = guard_at(gt, nt * 4, variant & 1), *q = guard_at(gq, nq * 4, variant & 1),
+              *s = guard_at(gs, ns * 4, variant & 1);
         fill_elements(keys, dtypes[slot], (int64_t)nk, 14);
         fill_elements(q, EMX_F32, (int64_t)nq, 15);
         for (int x = 0; x < d * EMXI_TILE; x++) kt[x] = 7;
@@ -460,11 +465,12 @@ static void test_scatter(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_max),        cmocka_unit_test(test_keep), cmocka_unit_test(test_sums),
-                                     cmocka_unit_test(test_weights),    cmocka_unit_test(test_exps), cmocka_unit_test(test_load),
-                                     cmocka_unit_test(test_dot),        cmocka_unit_test(test_axpy), cmocka_unit_test(test_accumulate),
-                                     cmocka_unit_test(test_pack_and_tile), cmocka_unit_test(test_scan), cmocka_unit_test(test_dot_list),
-                                     cmocka_unit_test(test_scatter)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_max),           cmocka_unit_test(test_keep), cmocka_unit_test(test_sums),
+      cmocka_unit_test(test_weights),       cmocka_unit_test(test_exps), cmocka_unit_test(test_load),
+      cmocka_unit_test(test_dot),           cmocka_unit_test(test_axpy), cmocka_unit_test(test_accumulate),
+      cmocka_unit_test(test_pack_and_tile), cmocka_unit_test(test_scan), cmocka_unit_test(test_dot_list),
+      cmocka_unit_test(test_scatter)};
   for (int i = 0; emxi_table_available(i); i++) printf("kernel table: %s\n", emxi_table_available(i)->name);
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

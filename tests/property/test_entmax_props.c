@@ -99,7 +99,8 @@ static void check_row(double alpha, int64_t n, const char *what) {
       positive += got > 0;
     }
     if (wanted && fabs(sum - 1) > slack_sum) fail_msg("%s alpha %g n %d: sum %.9g", what, alpha, (int)n, sum);
-    if (r.support < positive) fail_msg("%s alpha %g n %d: support %d, %d positive", what, alpha, (int)n, r.support, (int)positive);
+    if (r.support < positive)
+      fail_msg("%s alpha %g n %d: support %d, %d positive", what, alpha, (int)n, r.support, (int)positive);
     if ((r.support == 0) != (wanted == 0)) fail_msg("%s alpha %g n %d: support %d", what, alpha, (int)n, r.support);
     if (alpha == 1)
       assert_true(isnan(r.tau));
@@ -109,7 +110,9 @@ static void check_row(double alpha, int64_t n, const char *what) {
       fail_msg("%s alpha %g n %d: tau %.9g, oracle %.9g", what, alpha, (int)n, r.tau, tau);
   }
 }
-#define EACH_ALPHA(a) for (int i_##a = 0; i_##a < N_ALPHAS; i_##a++) for (double a = alphas[i_##a]; a > 0; a = 0)
+#define EACH_ALPHA(a)                            \
+  for (int i_##a = 0; i_##a < N_ALPHAS; i_##a++) \
+    for (double a = alphas[i_##a]; a > 0; a = 0)
 
 /* ---- the catalogue */
 
@@ -195,7 +198,8 @@ static void test_score_at_threshold(void **state) {
 
 static void test_scales(void **state) {
   (void)state;
-  static const double scale[] = {1e-38, 1e-12, 1e-7, 1e-3, 1, 30, 1e4, 1e8, 3e37}, offset[] = {0, 0, 0, 100, -1e4, 1e6, -3e6, 1e8, 0};
+  static const double scale[] = {1e-38, 1e-12, 1e-7, 1e-3, 1, 30, 1e4, 1e8, 3e37},
+                      offset[] = {0, 0, 0, 100, -1e4, 1e6, -3e6, 1e8, 0};
   EACH_ALPHA(a)
   for (size_t s = 0; s < sizeof scale / sizeof *scale; s++)
     for (int n = 2; n < 400; n = n * 3 + 1) {
@@ -362,13 +366,15 @@ static void test_dtypes_and_strides(void **state) {
         double got = emxi_load(cells, dtypes[t], r * PITCH + i), y = (a - 1) * s[i] - tau_want;
         if (fabs(got - want[i]) > slack_at(a, y) + unit * want[i]) fail_msg("alpha %g %s", a, emx_dtype_name(dtypes[t]));
       }
-      for (int i = N; i < PITCH; i++) assert_true(emxi_load(cells, dtypes[t], r * PITCH + i) == emxi_load(copy, dtypes[t], r * PITCH + i));
+      for (int i = N; i < PITCH; i++)
+        assert_true(emxi_load(cells, dtypes[t], r * PITCH + i) == emxi_load(copy, dtypes[t], r * PITCH + i));
     }
   }
   /* nothing to do is not an error */
   emx_entmax_desc desc;
   emx_entmax_desc_init(&desc);
-  emx_tensor none = emx_tensor_view(NULL, EMX_F32, 2, (int64_t[]){0, 5}), thin = emx_tensor_view(NULL, EMX_F32, 2, (int64_t[]){3, 0});
+  emx_tensor none = emx_tensor_view(NULL, EMX_F32, 2, (int64_t[]){0, 5}),
+             thin = emx_tensor_view(NULL, EMX_F32, 2, (int64_t[]){3, 0});
   assert_int_equal(entmax_forward(contexts[0], &desc, &none, &none, NULL, NULL), EMX_OK);
   int32_t support[3] = {7, 7, 7};
   emx_tensor ts = emx_tensor_view(support, EMX_I32, 1, (int64_t[]){3});
@@ -447,7 +453,8 @@ static void test_gradient(void **state) {
         x[i] = x0;
         double slope = 0;
         for (int j = 0; j < N; j++) slope += dp[j] * (up[j] - down[j]) / (2 * h);
-        if (fabs(slope - dx[i]) > 2e-7) fail_msg("alpha %g seed %d: gradient %d is %.9g, differences %.9g", a, seed, i, dx[i], slope);
+        if (fabs(slope - dx[i]) > 2e-7)
+          fail_msg("alpha %g seed %d: gradient %d is %.9g, differences %.9g", a, seed, i, dx[i], slope);
         total += dx[i];
       }
       assert_true(fabs(total) < 1e-12); /* shifts do nothing: the gradient sums to zero */

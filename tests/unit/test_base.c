@@ -28,7 +28,8 @@ static void test_status_names(void **state) {
   assert_string_equal(emx_status_name(EMX_ERR_CANCELLED), "EMX_ERR_CANCELLED");
   assert_string_equal(emx_status_name(EMX_ERR_INTERNAL), "EMX_ERR_INTERNAL");
   static const int32_t unknown[] = {1, INT_MAX, EMX_ERR_INTERNAL - 1, INT_MIN};
-  for (size_t i = 0; i < sizeof unknown / sizeof *unknown; i++) assert_string_equal(emx_status_name(unknown[i]), "unknown status");
+  for (size_t i = 0; i < sizeof unknown / sizeof *unknown; i++)
+    assert_string_equal(emx_status_name(unknown[i]), "unknown status");
   assert_int_equal(emxi_fail(EMX_ERR_IO, "first %d", 1), EMX_ERR_IO);
   assert_int_equal(emxi_fail(EMX_ERR_IO, "again: %s", emx_last_error()), EMX_ERR_IO); /* may quote the sentence before it */
   assert_string_equal(emx_last_error(), "again: first 1");
@@ -139,8 +140,8 @@ static void test_tensor_view(void **state) {
     int32_t dtype;
     size_t size;
     const char *name;
-  } dtypes[] = {{EMX_F32, 4, "f32"}, {EMX_F16, 2, "f16"},   {EMX_BF16, 2, "bf16"}, {EMX_F64, 8, "f64"},
-                {EMX_I32, 4, "i32"}, {99, 0, "unknown"}, {0, 0, "unknown"}};
+  } dtypes[] = {{EMX_F32, 4, "f32"}, {EMX_F16, 2, "f16"}, {EMX_BF16, 2, "bf16"}, {EMX_F64, 8, "f64"},
+                {EMX_I32, 4, "i32"}, {99, 0, "unknown"},  {0, 0, "unknown"}};
   for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++) {
     assert_true(emx_dtype_size(dtypes[i].dtype) == dtypes[i].size);
     assert_string_equal(emx_dtype_name(dtypes[i].dtype), dtypes[i].name);
@@ -161,12 +162,12 @@ static void test_bad_tensors(void **state) {
   memset(p, 42, sizeof p);
   float before[12];
   memcpy(before, p, sizeof p);
-#define REFUSED(expected, field_change)                                                           \
-  do {                                                                                            \
-    emx_tensor bad = good;                                                                        \
-    field_change;                                                                                 \
-    assert_int_equal(entmax_forward(ctx, &desc, &bad, &out, NULL, NULL), expected);           \
-    assert_true(strstr(emx_last_error(), "x") != NULL && strlen(emx_last_error()) > 10);          \
+#define REFUSED(expected, field_change)                                                  \
+  do {                                                                                   \
+    emx_tensor bad = good;                                                               \
+    field_change;                                                                        \
+    assert_int_equal(entmax_forward(ctx, &desc, &bad, &out, NULL, NULL), expected);      \
+    assert_true(strstr(emx_last_error(), "x") != NULL && strlen(emx_last_error()) > 10); \
   } while (0)
   REFUSED(EMX_ERR_SHAPE, bad.ndim = 1);
   REFUSED(EMX_ERR_SHAPE, bad.ndim = -1);
@@ -211,12 +212,12 @@ static void test_context_options(void **state) {
   (void)state;
   emx_ctx *const untouched = (emx_ctx *)&state, *ctx = untouched;
   emx_ctx_opts opts;
-#define REFUSED(expected, change)                                 \
-  do {                                                            \
-    emx_ctx_opts_init(&opts);                                     \
-    change;                                                       \
-    assert_int_equal(emx_ctx_create(&opts, &ctx), expected);      \
-    assert_ptr_equal(ctx, untouched);                             \
+#define REFUSED(expected, change)                            \
+  do {                                                       \
+    emx_ctx_opts_init(&opts);                                \
+    change;                                                  \
+    assert_int_equal(emx_ctx_create(&opts, &ctx), expected); \
+    assert_ptr_equal(ctx, untouched);                        \
   } while (0)
   REFUSED(EMX_ERR_INVALID, opts.struct_size = 0);
   REFUSED(EMX_ERR_INVALID, opts.threads = -1);
@@ -548,14 +549,20 @@ static void test_philox(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_status_names), cmocka_unit_test(test_detail_is_per_thread),
-      cmocka_unit_test(test_alloc),        cmocka_unit_test(test_arena),
-      cmocka_unit_test(test_tensor_view),  cmocka_unit_test(test_bad_tensors),
-      cmocka_unit_test(test_context_options), cmocka_unit_test(test_pool),
-      cmocka_unit_test(test_cancel),       cmocka_unit_test(test_parallel_for),
-      cmocka_unit_test(test_threads_share_a_context), cmocka_unit_test(test_fork),
-      cmocka_unit_test(test_allocation_failures), cmocka_unit_test(test_half_floats),
-      cmocka_unit_test(test_philox)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_status_names),
+                                     cmocka_unit_test(test_detail_is_per_thread),
+                                     cmocka_unit_test(test_alloc),
+                                     cmocka_unit_test(test_arena),
+                                     cmocka_unit_test(test_tensor_view),
+                                     cmocka_unit_test(test_bad_tensors),
+                                     cmocka_unit_test(test_context_options),
+                                     cmocka_unit_test(test_pool),
+                                     cmocka_unit_test(test_cancel),
+                                     cmocka_unit_test(test_parallel_for),
+                                     cmocka_unit_test(test_threads_share_a_context),
+                                     cmocka_unit_test(test_fork),
+                                     cmocka_unit_test(test_allocation_failures),
+                                     cmocka_unit_test(test_half_floats),
+                                     cmocka_unit_test(test_philox)};
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
