@@ -153,7 +153,7 @@ enum { EMX_MAP_ENTMAX = 0 /* others (normmax, budget) come with their own number
 typedef struct emx_entmax_desc {
   uint32_t struct_size;
   int32_t kind; /* EMX_MAP_ENTMAX */
-  double alpha; /* 1 (softmax) or 1 < alpha <= 4 */
+  double alpha; /* 1 (softmax), or 1 + 1e-6 to 4 */
 } emx_entmax_desc;
 EMX_API void emx_entmax_desc_init_sized(emx_entmax_desc *desc, size_t size); /* entmax, alpha = 1.5 */
 #define emx_entmax_desc_init(desc) emx_entmax_desc_init_sized((desc), sizeof *(desc))

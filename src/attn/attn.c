@@ -77,8 +77,7 @@ static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const em
   struct call c = {
       .sizes = sizes, .who = pass == EMX_PASS_BACKWARD ? "emx_attn_backward" : "emx_attn_forward", .ctx = ctx, .desc = desc};
   const char *who = c.who;
-  if (!(desc->alpha >= 1.0 && desc->alpha <= 4.0))
-    return emxi_fail(EMX_ERR_INVALID, "%s: alpha is %g, expected 1 or 1 < alpha <= 4", who, desc->alpha);
+  EMX_TRY(emxi_alpha_check(desc->alpha, who));
   if (pass == EMX_PASS_BACKWARD && desc->alpha > 2.0)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: alpha is %g; the backward pass has 1 <= alpha <= 2", who, desc->alpha);
   if (!isfinite(desc->scale)) return emxi_fail(EMX_ERR_INVALID, "%s: scale is %g", who, (double)desc->scale);

@@ -73,6 +73,9 @@ EMXI_SHARED emx_status emxi_tensor_check(const emx_ctx *ctx, const emx_tensor *t
 EMXI_SHARED emx_status emxi_tensor_expect(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const int64_t *shape, const char *who,
                               const char *name);
 
+/* 1, or 1 + 1e-6 to 4: closer to 1 the exponent 1/(alpha-1) leaves double's reach, and softmax is within every float of it. */
+EMXI_SHARED emx_status emxi_alpha_check(double alpha, const char *who);
+
 /* -- threads */
 typedef struct emxi_pool emxi_pool;
 emx_status emxi_pool_create(int32_t threads, emxi_pool **out);

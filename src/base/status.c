@@ -117,6 +117,11 @@ emx_status emxi_arena_check(const emxi_arena *a, const char *who) {
   return EMX_OK;
 }
 
+emx_status emxi_alpha_check(double alpha, const char *who) {
+  if (alpha == 1.0 || (alpha >= 1.0 + 1e-6 && alpha <= 4.0)) return EMX_OK;
+  return emxi_fail(EMX_ERR_INVALID, "%s: alpha is %.9g, expected 1 or 1.000001 to 4", who, alpha);
+}
+
 /* ---- tensors */
 
 size_t emx_dtype_size(int32_t dtype) {

@@ -17,6 +17,8 @@
 #include "base/num.h"
 #include "kv/gaussian.h"
 
+#include <float.h>
+
 void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t rows, bool with_lists) {
   const int64_t pages = emxi_kv_pages_of(d->kv, d->max_len);
   const bool lists = with_lists && d->alpha > 1.0 && !d->select_only, sparse = d->select.kind != EMX_SELECT_ALL;
@@ -113,10 +115,24 @@ static inline int64_t value_offset(const emxi_item *it, int64_t position) {
 }
 
 /* alpha > 1: candidates of a block join the row's list. */
+void emxi_cpu_overflows(const emx_kv *kv, const int32_t *table, int32_t g, float *s, const int32_t *at, int64_t start,
+                        int64_t n) {
+  for (int64_t j = 0; j < n; j++) {
+    if (s[j] != -INFINITY) continue;
+    const int64_t position = at ? at[j] : start + j;
+    const void *key = emxi_kv_k(kv, table[position / kv->P], g, position % kv->P);
+    bool finite = true;
+    for (int32_t x = 0; x < kv->D; x++) finite &= isfinite(emxi_load(key, kv->dtype, x)) != 0;
+    if (finite) s[j] = NAN;
+  }
+}
+
 static void keep_block(emxi_item *it, int r, int64_t start, int64_t n) {
   const emxi_work *w = it->w;
   emxi_row *row = &it->row[r];
   float *s = w->score + r * EMXI_SLD;
+  if (it->k->min(s, n) == -INFINITY)
+    emxi_cpu_overflows(it->d->kv, it->table, it->g, s, it->sparse ? w->at + r * EMXI_SLD : NULL, start, n);
   const float m = it->k->max(s, n);
   if (m > row->m) {
     row->m = m;
@@ -172,6 +188,8 @@ static void softmax_block(emxi_item *it, int r, int64_t start, int64_t n) {
   const emxi_work *w = it->w;
   emxi_row *row = &it->row[r];
   const int32_t *at = w->at + r * EMXI_SLD;
+  float *s = w->score + r * EMXI_SLD;
+  if (it->k->min(s, n) == -INFINITY) emxi_cpu_overflows(it->d->kv, it->table, it->g, s, it->sparse ? at : NULL, start, n);
   if (!emxi_cpu_softmax_block(it->k, it->d->kv->D, w->score + r * EMXI_SLD, n, &row->chunk, w->part + r * EMXI_QLD, w->weight))
     return;
   const int64_t c = it->k->keep(w->weight, NULL, 0, n, 0.0f, w->weight, w->index);
@@ -402,11 +420,16 @@ void emxi_cpu_load_query(const emxi_table *k, const emxi_decode *d, int32_t b, e
   const size_t es = emx_dtype_size(d->q_dtype);
   k->load[emxi_slot(d->q_dtype)](d->q + (size_t)(b * d->q_stride[0] + row->h * d->q_stride[1] + row->s * d->q_stride[2]) * es,
                                  d->kv->D, q);
-  double square = 0;
+  double square = 0, lost = 0;
   for (int x = 0; x < d->kv->D; x++) {
+    const float before = q[x];
     q[x] *= d->scale;
     square += (double)q[x] * (double)q[x];
+    /* Below the normal floats the product is off by up to 2^-150, or by all of 2^-126 in a thread that flushes subnormals to zero; a
+     * key element is below 2^128. */
+    if (before != 0 && fabsf(q[x]) < FLT_MIN) lost += q[x] == 0 ? fabs((double)before * (double)d->scale) + 0x1p-150 : 0x1p-150;
   }
+  row->underflow = lost * 0x1p128;
   row->bad = !(square < INFINITY);
   row->norm = sqrt(square) * (1 + 1e-12);
 }

@@ -59,6 +59,7 @@ typedef struct emxi_row {
   double z;              /* alpha = 1: sum of exp(s - m) */
   emxi_partial chunk;
   double norm; /* ||q|| rounded up */
+  double underflow; /* error of a score from elements of scale * q below the smallest normal float */
   /* selection */
   bool has_estimate;
   double estimate;   /* GAUSSIAN: threshold in units of (alpha-1) score */
@@ -105,6 +106,9 @@ static inline void emxi_prefetch_rows(const char *p, int64_t token_stride, const
 /* What cannot be in the support once a score m was seen: one float further down covers the rounding of the difference. */
 static inline float emxi_below(float m, double alpha) { return nextafterf((float)((double)m - 1.0 / (alpha - 1.0)), -INFINITY); }
 
+/* For a block whose smallest score is -inf: where the key is finite, a partial sum has overflowed and the true score may be anything.
+ * Such scores become NaN. Positions are at[j], or start + j. */
+void emxi_cpu_overflows(const emx_kv *kv, const int32_t *table, int32_t g, float *s, const int32_t *at, int64_t start, int64_t n);
 /* Fills chosen[], any[] and, if wanted, the bounds (select_cpu.c). Leaves sparse false if every row reads every page. */
 void emxi_cpu_select(emxi_item *it);
 /* T6 in its root form: bound of the mass of the row's unread tokens, from the candidates list[0..n) above tau_low (absolute, units of

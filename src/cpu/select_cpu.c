@@ -21,7 +21,7 @@
 
 /* Rounding error of one score whose absolute terms sum to at most `abs_sum`, and whose bias is at most `bias` in size. */
 static double score_slack(int d, double abs_sum, double bias) {
-  return (2 * d + 8) * 0x1p-24 * 1.01 * abs_sum + 0x1p-22 * bias + 1e-38;
+  return (2 * d + 8) * 0x1p-24 * 1.01 * abs_sum + 0x1p-22 * bias + 1e-35;
 }
 static float float_up(double x) {
   float f = (float)x;
@@ -42,7 +42,7 @@ static void set_bound(emxi_item *it, int r, int64_t page, double bound, double a
   const emxi_row *row = &it->row[r];
   double best = 0, size = 0;
   if (row->slope != 0) page_bias(it, row, page, &best, &size);
-  const double slack = score_slack(it->d->kv->D, abs_sum, size);
+  const double slack = score_slack(it->d->kv->D, abs_sum, size) + row->underflow;
   it->w->slack[r * it->w->page_ld + page] = float_up(slack);
   it->w->upper[r * it->w->page_ld + page] = float_up(bound + best + slack);
 }
@@ -107,7 +107,7 @@ static void slack_from_keys(emxi_item *it, int64_t page) {
     double sum = 0, best = 0, size = 0;
     for (int x = 0; x < kv->D; x++) sum += fabs((double)w->q[r * EMXI_QLD + x]) * (double)top[x];
     if (it->row[r].slope != 0) page_bias(it, &it->row[r], page, &best, &size);
-    w->slack[r * w->page_ld + page] = float_up(score_slack(kv->D, sum, size));
+    w->slack[r * w->page_ld + page] = float_up(score_slack(kv->D, sum, size) + it->row[r].underflow);
   }
 }
 
@@ -339,6 +339,7 @@ double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n
   if (lo + 2 * tol < hi && total(&x, lo + 2 * tol, &slope) <= 1.0) hi = lo + 2 * tol;
   while (hi - lo > 2 * tol) {
     const double mid = 0.5 * (lo + hi);
+    if (mid <= lo || mid >= hi) break; /* neighbours: far bounds have coarser floats than tol */
     if (total(&x, mid, &slope) > 1.0)
       lo = mid;
     else

@@ -127,7 +127,8 @@ static void read_chunk(void *arg, int64_t slot, int32_t worker) {
     score_pages(s, w, table, length, start, n, more);
     for (int32_t h = 0; h < H; h++) {
       emxi_partial *c = &partial[h];
-      const float *score = w->score + h * EMXI_SLD;
+      float *score = w->score + h * EMXI_SLD;
+      if (s->k->min(score, n) == -INFINITY) emxi_cpu_overflows(d->kv, table, h / (H / d->kv->G), score, NULL, start, n);
       if (part) {
         w->count[h] = w->count[H + h] = 0;
         if (c->bad || !emxi_cpu_softmax_block(s->k, d->kv->D, score, n, c, part + h * EMXI_QLD, w->weight + h * EMXI_SLD))

@@ -14,12 +14,6 @@ void emx_entmax_io_init_sized(emx_entmax_io *io, size_t size) {
   emxi_struct_init(io, size, &defaults, sizeof defaults);
 }
 
-static emx_status check_alpha(const char *who, double alpha) {
-  if (!(alpha >= 1.0 && alpha <= 4.0))
-    return emxi_fail(EMX_ERR_INVALID, "%s: alpha is %g, expected 1 or 1 < alpha <= 4", who, alpha);
-  return EMX_OK;
-}
-
 static emx_status check_rows(emx_ctx *ctx, const emx_tensor *t, const emx_tensor *like, const char *who, const char *name) {
   if (like) {
     EMX_TRY(emxi_tensor_expect(ctx, t, 2, like->shape, who, name));
@@ -47,7 +41,7 @@ static emx_status check(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_ent
   EMXI_CHECK_STRUCT(io, emx_entmax_io);
   if (desc->kind != EMX_MAP_ENTMAX)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: map kind %d; this version has EMX_MAP_ENTMAX", who, desc->kind);
-  return check_alpha(who, desc->alpha);
+  return emxi_alpha_check(desc->alpha, who);
 }
 
 static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io) {

@@ -461,14 +461,11 @@ static emx_status reserve(emx_kv *kv, const emx_kv_batch *batch, const int32_t *
     if (!open) continue;
     const int32_t last = table_of(kv, seq)[s->n_pages - 1];
     if (kv->refs[last] == 1) continue;
-    kv->refs[last]--; /* a second holder in this batch then writes in place if it is the only one left */
     kv->copies[copies++] = (emxi_kv_copy){.from = last, .tokens = open, .batch = b};
     need++;
   }
-  if (need > kv->n_free) {
-    for (int32_t c = 0; c < copies; c++) kv->refs[kv->copies[c].from]++;
+  if (need > kv->n_free)
     return emxi_fail(EMX_ERR_STATE, "%s: %lld more pages are needed, %lld are free", who, (long long)need, (long long)kv->n_free);
-  }
   for (int32_t c = 0; c < copies; c++) {
     const int32_t seq = batch->seqs[kv->copies[c].batch];
     kv->copies[c].to = grab(kv);
@@ -484,12 +481,15 @@ static emx_status reserve(emx_kv *kv, const emx_kv_batch *batch, const int32_t *
 }
 
 /* Takes back what reserve gave. */
+/* The append has been written: its copies have replaced the shared pages. */
+static void commit(emx_kv *kv, int32_t n_copies) {
+  for (int32_t c = 0; c < n_copies; c++) release(kv, kv->copies[c].from);
+}
 static void unreserve(emx_kv *kv, const emx_kv_batch *batch, int32_t n_copies) {
   for (int32_t b = 0; b < batch->batch; b++) emxi_kv_truncate(kv, batch->seqs[b], kv->seqs[batch->seqs[b]].length);
   for (int32_t c = 0; c < n_copies; c++) {
     const int32_t seq = batch->seqs[kv->copies[c].batch];
     release(kv, kv->copies[c].to);
-    kv->refs[kv->copies[c].from]++;
     table_of(kv, seq)[kv->seqs[seq].n_pages - 1] = kv->copies[c].from;
   }
 }
@@ -534,7 +534,12 @@ emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, c
     }
     if (!status && batch->seqs) kv->seqs[batch->seqs[b]].length += more;
   }
-  if (status && batch->seqs) unreserve(kv, batch, n_copies);
+  if (batch->seqs) {
+    if (status)
+      unreserve(kv, batch, n_copies);
+    else
+      commit(kv, n_copies);
+  }
   return status;
 }
 

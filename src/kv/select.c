@@ -60,8 +60,7 @@ emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_de
   if (kv->ctx != ctx) return emxi_fail(EMX_ERR_INVALID, "%s: the cache was made from another context", who);
   if (io->layout != EMX_LAYOUT_BHND && io->layout != EMX_LAYOUT_BNHD)
     return emxi_fail(EMX_ERR_INVALID, "%s: unknown layout %d", who, io->layout);
-  if (!(io->alpha >= 1.0 && io->alpha <= 4.0))
-    return emxi_fail(EMX_ERR_INVALID, "%s: alpha is %g, expected 1 or 1 < alpha <= 4", who, io->alpha);
+  EMX_TRY(emxi_alpha_check(io->alpha, who));
   if (!isfinite(io->scale)) return emxi_fail(EMX_ERR_INVALID, "%s: scale is %g", who, io->scale);
   EMX_TRY(check_select(kv, select, io->alpha, who));
   EMX_TRY(emxi_tensor_check(ctx, io->q, 4, who, "q"));

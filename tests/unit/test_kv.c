@@ -298,7 +298,7 @@ static void test_fork_and_truncate(void **state) {
   emx_kv_destroy(kv);
 }
 
-/* Two forks of one open page in one batch: one copies, one stays, and neither sees the other's tokens. */
+/* Two forks of one open page in one batch: neither sees the other's tokens, and the page they shared is free afterwards. */
 static void test_siblings_in_one_batch(void **state) {
   (void)state;
   emx_kv_opts o = options(EMX_F32, 1, 16, 16, EMX_LAYOUT_BHND, 3);
@@ -412,6 +412,50 @@ static void test_cancel_midway(void **state) {
     summary_is_right(kv, pages[0], 16);
     OK(emx_seq_block_table(kv, a, &pages, &n));
     summary_is_right(kv, pages[0], 12);
+    emx_kv_destroy(kv);
+  }
+  emx_ctx_destroy(ctx);
+  ctx = keep;
+}
+
+/* A cancelled append to two holders of one page, of different lengths: neither may have been written to. */
+static void test_cancel_two_holders(void **state) {
+  (void)state;
+  emx_ctx *keep = ctx;
+  emx_ctx_opts co;
+  emx_ctx_opts_init(&co);
+  co.threads = 1;
+  co.parallel_for = cancel_midway;
+  OK(emx_ctx_create(&co, &cancelling));
+  ctx = cancelling;
+  for (int after = 0; after < 6; after++) {
+    emx_kv_opts o = options(EMX_F32, 1, 16, 16, EMX_LAYOUT_BHND, 6);
+    emx_kv *kv;
+    int32_t seqs[2];
+    uint32_t ids[40], fresh[2] = {98, 99};
+    for (uint32_t i = 0; i < 40; i++) ids[i] = i;
+    tasks_left = -1;
+    OK(emx_kv_create(ctx, &o, &kv));
+    OK(emx_seq_create(kv, &seqs[0]));
+    OK(append(kv, seqs[0], ids, 10));
+    OK(emx_seq_fork(kv, seqs[0], &seqs[1]));
+    OK(emx_seq_truncate(kv, seqs[1], 3));
+    float k[2 * 16], v[2 * 16];
+    for (int b = 0; b < 2; b++) {
+      tokens(&fresh[b], 1, 1, 16, 0, 0, k + 16 * b);
+      tokens(&fresh[b], 1, 1, 16, 0, 1, v + 16 * b);
+    }
+    emx_tensor kt = emx_tensor_view(k, EMX_F32, 4, (int64_t[]){2, 1, 1, 16}),
+               vt = emx_tensor_view(v, EMX_F32, 4, (int64_t[]){2, 1, 1, 16});
+    emx_kv_batch b = batch_of(seqs, 2);
+    tasks_left = after;
+    const emx_status status = emx_kv_append(ctx, kv, &b, &kt, &vt, NULL);
+    emx_ctx_resume(ctx);
+    if (status) {
+      assert_int_equal(status, EMX_ERR_CANCELLED);
+      holds(kv, seqs[0], ids, 10);
+      holds(kv, seqs[1], ids, 3);
+    }
     emx_kv_destroy(kv);
   }
   emx_ctx_destroy(ctx);
@@ -592,15 +636,11 @@ static void test_refusals(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_round_trip),
-      cmocka_unit_test(test_ragged_strided),
-      cmocka_unit_test(test_fork_and_truncate),
-      cmocka_unit_test(test_siblings_in_one_batch),
-      cmocka_unit_test(test_append_is_atomic),
-      cmocka_unit_test(test_cancel_midway),
-      cmocka_unit_test(test_callers_pool_and_tables),
-      cmocka_unit_test(test_nonfinite_mark),
-      cmocka_unit_test(test_refusals),
+      cmocka_unit_test(test_round_trip),         cmocka_unit_test(test_ragged_strided),
+      cmocka_unit_test(test_fork_and_truncate),  cmocka_unit_test(test_siblings_in_one_batch),
+      cmocka_unit_test(test_append_is_atomic),   cmocka_unit_test(test_cancel_midway),
+      cmocka_unit_test(test_cancel_two_holders), cmocka_unit_test(test_callers_pool_and_tables),
+      cmocka_unit_test(test_nonfinite_mark),     cmocka_unit_test(test_refusals),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }
