@@ -6,18 +6,22 @@
 #include "svg.h"
 
 #include <stdlib.h>
+#include <string.h>
+
+enum { MAX_MODELS = 4 };
 
 typedef struct options {
   cli_common common;
   cli_select select;
   cli_session session;
-  const char *model, *file, *svg;
+  const char *models[MAX_MODELS], *file, *svg;
+  int n_models;
   int64_t bucket, n;
   bool selecting;
 } options;
 enum { KEY_CURVE = 1, KEY_SVG };
 static const struct argp_option option_table[] = {
-    {"model", 'm', "DIR", 0, "The model folder", 1},
+    {"model", 'm', "DIR", 0, "The model folder; up to four, each measured and drawn beside the others", 1},
     {"file", 'f', "FILE", 0, "The text", 1},
     {"curve", KEY_CURVE, "BUCKET", 0, "Also bits per byte against position, in buckets of so many bytes", 1},
     {"svg", KEY_SVG, "FILE", 0, "Draw the curve", 1},
@@ -31,14 +35,17 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
       state->child_inputs[1] = &o->select;
       state->child_inputs[2] = &o->common;
       return 0;
-    case 'm': o->model = arg; return 0;
+    case 'm':
+      if (o->n_models == MAX_MODELS) argp_error(state, "at most %d models", MAX_MODELS);
+      o->models[o->n_models++] = arg;
+      return 0;
     case 'f': o->file = arg; return 0;
     case KEY_CURVE: o->bucket = cli_int(state, "--curve", arg, 1, INT64_MAX / 4); return 0;
     case KEY_SVG: o->svg = arg; return 0;
     case 'n': o->n = cli_int(state, "-n", arg, 1, 1 << 30); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
-      if (!o->model || !o->file) argp_error(state, "-m DIR and -f FILE are required");
+      if (!o->n_models || !o->file) argp_error(state, "-m DIR and -f FILE are required");
       if (o->svg && !o->bucket) argp_error(state, "--svg draws the curve: give --curve BUCKET");
       return 0;
   }
@@ -83,27 +90,34 @@ static int score(emx_model *model, const options *o, const emx_model_config *con
   return code;
 }
 
-static int draw_curve(const options *o, const curve *c, double alpha) {
-  double *x = calloc((size_t)c->buckets, sizeof *x), *y = calloc((size_t)c->buckets, sizeof *y);
-  int code = CLI_ERROR, n = 0;
-  if (x && y) {
+/* The curves of all models, named by their folders. */
+static int draw_curves(const options *o, const curve *curves) {
+  svg_series series[MAX_MODELS] = {{0}};
+  double *points[MAX_MODELS] = {0};
+  int code = CLI_OK;
+  for (int m = 0; m < o->n_models && !code; m++) {
+    const curve *c = &curves[m];
+    const char *slash = strrchr(o->models[m], '/');
+    double *x = points[m] = calloc((size_t)c->buckets * 2, sizeof *x), *y = x + c->buckets;
+    int n = 0;
+    if (!x) {
+      code = cli_nomem((size_t)c->buckets * 16, "the curve");
+      break;
+    }
     for (int64_t i = 0; i < c->buckets; i++)
       if (c->count[i]) {
         x[n] = ((double)i + 0.5) * (double)c->width;
         y[n++] = c->bits[i] / (double)c->count[i];
       }
-    svg_series series = {.name = alpha == 1 ? "softmax" : "entmax", .x = x, .y = y, .n = n, .dots = n < 60};
-    svg_chart chart = {.title = "Bits per byte against position",
-                       .x_label = "position (bytes)",
-                       .y_label = "bits per byte",
-                       .series = &series,
-                       .n = 1};
-    code = svg_write(o->svg, &chart);
-  } else {
-    cli_nomem((size_t)c->buckets * 16, "the curve");
+    series[m] = (svg_series){.name = slash && slash[1] ? slash + 1 : o->models[m], .x = x, .y = y, .n = n, .dots = n < 60};
   }
-  free(x);
-  free(y);
+  const svg_chart chart = {.title = "Bits per byte against position",
+                           .x_label = "position (bytes)",
+                           .y_label = "bits per byte",
+                           .series = series,
+                           .n = o->n_models};
+  if (!code) code = svg_write(o->svg, &chart);
+  for (int m = 0; m < o->n_models; m++) free(points[m]);
   return code;
 }
 
@@ -193,6 +207,59 @@ static int compare_selectors(emx_model *model, const options *o, const emx_model
   return code;
 }
 
+static int measure(const options *o, emx_ctx *ctx, const char *folder, const char *text, size_t size, curve *c) {
+  emx_model *model = NULL;
+  json_t *list = NULL;
+  int code = CLI_OK;
+  CLI_TRY(emx_model_open(ctx, folder, &model));
+  emx_model_config config = {.struct_size = sizeof config};
+  CLI_TRY(emx_model_get_config(model, &config));
+  int64_t width = o->session.ctx ? o->session.ctx : config.max_position > 1 ? config.max_position : 1024;
+  if ((size_t)width > size) width = (int64_t)size;
+  if (o->bucket) {
+    c->width = o->bucket;
+    c->buckets = (width - 1) / o->bucket + 1;
+    c->bits = calloc((size_t)c->buckets, sizeof *c->bits);
+    c->count = calloc((size_t)c->buckets, sizeof *c->count);
+    if (!c->bits || !c->count) {
+      code = cli_nomem((size_t)c->buckets * 16, "the curve");
+      goto done;
+    }
+  }
+  double bits = 0;
+  int64_t bytes = 0;
+  if ((code = score(model, o, &config, text, size, width, c, &bits, &bytes))) goto done;
+  if (!o->common.json)
+    printf("%s%s%.4f bits per byte over %lld bytes, windows of %lld\n", o->n_models > 1 ? folder : "",
+           o->n_models > 1 ? ": " : "", bits / (double)bytes, (long long)bytes, (long long)width);
+  if (o->select.n && (code = compare_selectors(model, o, &config, text, size, &list))) goto done;
+  if (o->common.json) {
+    json_t *out = json_pack("{s:s, s:o, s:I, s:I}", "model", folder, "bits_per_byte", cli_json_real(bits / (double)bytes),
+                            "bytes", (json_int_t)bytes, "ctx", (json_int_t)width);
+    if (out && o->bucket) {
+      json_t *points = json_array();
+      for (int64_t i = 0; i < c->buckets; i++)
+        if (c->count[i])
+          json_array_append_new(points,
+                                json_pack("{s:I, s:o, s:I}", "position", (json_int_t)(i * c->width), "bits_per_byte",
+                                          cli_json_real(c->bits[i] / (double)c->count[i]), "bytes", (json_int_t)c->count[i]));
+      json_object_set_new(out, "curve", points);
+    }
+    if (out && list && json_array_size(list) == 1) /* one selector: its keys beside bits_per_byte */
+      json_object_update(out, json_array_get(list, 0));
+    else if (out && list)
+      json_object_set(out, "selectors", list);
+    code = cli_json_line(out);
+  } else if (o->bucket) {
+    for (int64_t i = 0; i < c->buckets; i++)
+      if (c->count[i]) printf("%10lld %.4f\n", (long long)(i * c->width), c->bits[i] / (double)c->count[i]);
+  }
+done:
+  json_decref(list);
+  emx_model_close(model);
+  return code;
+}
+
 int cmd_eval(int argc, char **argv) {
   static const struct argp_child children[] = {
       {&cli_session_argp, 0, NULL, 0}, {&cli_select_argp, 0, NULL, 0}, {&cli_common_argp, 0, NULL, 0}, {0}};
@@ -212,68 +279,23 @@ int cmd_eval(int argc, char **argv) {
   cli_parse(&argp, argc, argv, &o);
 
   emx_ctx *ctx = NULL;
-  emx_model *model = NULL;
   char *text = NULL;
   size_t size = 0;
-  curve c = {0};
-  json_t *list = NULL;
+  curve curves[MAX_MODELS] = {{0}};
   int code = cli_read_file(o.file, &text, &size);
   if (code) return code;
-  if (size < 2) {
+  if (size < 2)
     code = cli_fail("%s has %zu bytes, at least 2 are needed", o.file, size);
-    goto done;
-  }
-  if ((code = cli_context(&o.common, &ctx))) goto done;
-  CLI_TRY(emx_model_open(ctx, o.model, &model));
-  emx_model_config config = {.struct_size = sizeof config};
-  CLI_TRY(emx_model_get_config(model, &config));
-  int64_t width = o.session.ctx ? o.session.ctx : config.max_position > 1 ? config.max_position : 1024;
-  if ((size_t)width > size) width = (int64_t)size;
-  if (o.bucket) {
-    c.width = o.bucket;
-    c.buckets = (width - 1) / o.bucket + 1;
-    c.bits = calloc((size_t)c.buckets, sizeof *c.bits);
-    c.count = calloc((size_t)c.buckets, sizeof *c.count);
-    if (!c.bits || !c.count) {
-      code = cli_nomem((size_t)c.buckets * 16, "the curve");
-      goto done;
-    }
-  }
-  double bits = 0;
-  int64_t bytes = 0;
-  if ((code = score(model, &o, &config, text, size, width, &c, &bits, &bytes))) goto done;
-  if (!o.common.json)
-    printf("%.4f bits per byte over %lld bytes, windows of %lld\n", bits / (double)bytes, (long long)bytes, (long long)width);
-  if (o.select.n && (code = compare_selectors(model, &o, &config, text, size, &list))) goto done;
-  if (o.common.json) {
-    json_t *out = json_pack("{s:o, s:I, s:I}", "bits_per_byte", cli_json_real(bits / (double)bytes), "bytes", (json_int_t)bytes,
-                            "ctx", (json_int_t)width);
-    if (out && o.bucket) {
-      json_t *points = json_array();
-      for (int64_t i = 0; i < c.buckets; i++)
-        if (c.count[i])
-          json_array_append_new(points,
-                                json_pack("{s:I, s:o, s:I}", "position", (json_int_t)(i * c.width), "bits_per_byte",
-                                          cli_json_real(c.bits[i] / (double)c.count[i]), "bytes", (json_int_t)c.count[i]));
-      json_object_set_new(out, "curve", points);
-    }
-    if (out && list && json_array_size(list) == 1) /* one selector: its keys beside bits_per_byte */
-      json_object_update(out, json_array_get(list, 0));
-    else if (out && list)
-      json_object_set(out, "selectors", list);
-    code = cli_json_line(out);
-  } else if (o.bucket) {
-    for (int64_t i = 0; i < c.buckets; i++)
-      if (c.count[i]) printf("%10lld %.4f\n", (long long)(i * c.width), c.bits[i] / (double)c.count[i]);
-  }
-  if (!code && o.svg) code = draw_curve(&o, &c, config.entmax_alpha);
+  else
+    code = cli_context(&o.common, &ctx);
+  for (int m = 0; m < o.n_models && !code; m++) code = measure(&o, ctx, o.models[m], text, size, &curves[m]);
+  if (!code && o.svg) code = draw_curves(&o, curves);
   if (!code) code = cli_flush();
-done:
-  json_decref(list);
+  for (int m = 0; m < o.n_models; m++) {
+    free(curves[m].bits);
+    free(curves[m].count);
+  }
   free(text);
-  free(c.bits);
-  free(c.count);
-  emx_model_close(model);
   emx_ctx_destroy(ctx);
   return code;
 }

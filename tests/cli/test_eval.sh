@@ -23,6 +23,9 @@ fails 1 'nowhere' eval -m "$MODEL" -f nowhere
 fails 2 'curve' eval -m "$MODEL" -f text --svg c.svg
 
 run 0 train -o soft --data "$SRC/LICENSE" $SHAPE --steps 5 --alpha 1
+run 0 eval -m "$MODEL" -m soft -f text -c 1000 --curve 100 --svg two.svg --json
+all_hold 'length == 2 and .[0].model != .[1].model and all(.curve | length == 10)'
+grep -q 'soft' two.svg || die "no second curve"
 run 0 demo -m "$MODEL" --softmax soft -f "$SRC/LICENSE" -c 2048 -n 10 --positions 4 --budget 256 --svg d.svg
 for select in all topk gaussian; do grep -q "^$select " out || die "no row for $select"; done
 grep -q 'softmax' d.svg && grep -q 'entmax' d.svg || die "the picture lacks a curve"
