@@ -17,8 +17,9 @@
  *   - No function allocates unless its name ends in _create, or its comment says so. Working memory is the caller's:
  *     ask for the size, pass a buffer (any alignment; slack to align it is included in the size).
  *   - tau is in units of (alpha-1) * score and is never a log-sum-exp. "score" is scale * (q.k) + ALiBi bias.
- *   - Infinities are data: -inf masks a score. A fully masked row gives zero output, support 0 and tau = -inf. NaN or +inf in q
- *     or in a key that is read gives NaN for that row. A NaN in V of a token with weight zero does not leak.
+ *   - Infinities are data: a score of -inf is masked. A fully masked row gives zero output, support 0 and tau = -inf. A score of NaN
+ *     or +inf, which is what a NaN or an infinity in q or in a key that is read makes unless the product is -inf, gives NaN for that
+ *     row. A NaN in V of a token with weight zero does not leak.
  *   - Results do not depend on the number of threads, nor on the other rows of a batch.
  *   - Two threads that use one context are serialised. Handles made from a context are used with it and must not outlive it.
  *   - On a GPU a call checks its arguments, enqueues on the context's stream and returns. Structs, emx_tensors and host arrays are
