@@ -371,8 +371,8 @@ EMX_API void emx_select_desc_init_sized(emx_select_desc *desc, size_t size); /* 
 enum { EMX_STOP_DONE = 0, EMX_STOP_BUDGET = 1, EMX_STOP_BYTES = 2, EMX_STOP_DELTA = 3 };
 enum { EMX_PATH_ALL = 0, EMX_PATH_PAGES = 1, EMX_PATH_LADDER = 2 };
 enum {
-  EMX_REPORT_CERTIFIED = 1, /* tau was solved exactly, nothing unread can have weight, everything read was finite */
-  EMX_REPORT_NONFINITE = 2  /* q or a key that was read holds NaN or +inf: the output is NaN */
+  EMX_REPORT_CERTIFIED = 1, /* tau was solved exactly, nothing unread can have weight, no score was NaN or +inf. V is not looked at */
+  EMX_REPORT_NONFINITE = 2  /* a score was NaN or +inf: the output is NaN */
 };
 
 /* What one query row did: 64 bytes, written where the work runs. Bytes are counted in 64-byte lines. */

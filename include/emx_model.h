@@ -202,7 +202,7 @@ typedef struct emx_train_stats {
  * emx_trainer_save refuses from then on. EMX_ERR_CANCELLED leaves the weights as before the step. */
 EMX_API emx_status emx_trainer_step(emx_trainer *t, emx_train_stats *stats); /* set struct_size first */
 /* Writes config.json, model.safetensors and trainer.safetensors into `folder` (created if missing), each atomically, the
- * trainer's state last. */
+ * trainer's state before the model. */
 EMX_API emx_status emx_trainer_save(emx_trainer *t, const char *folder);
 /* Mean nats per byte of `data` over its whole windows of opts.length, one after the other, with the weights of now. What is left at
  * the end is not counted. Errors: INVALID (not one window, which takes opts.length + 1 bytes), CANCELLED. */

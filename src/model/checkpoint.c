@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * safetensors: 8 bytes of header length (little-endian), a JSON header, the tensors' bytes back to back. Nothing of the header is
  * believed before it has been checked against the size of the file. */
-#define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE
 #include "model.h"
 
 #include <errno.h>
@@ -99,7 +99,26 @@ static int write_all(int fd, const char *data, size_t size) {
   return 0;
 }
 
-emx_status emxi_file_replace(const char *path, const emxi_bytes *spans, int64_t n) {
+/* What a rename onto `path` may replace: nothing, or a regular file. A link is followed, so that it stays a link; a device, a pipe or a
+ * folder is left alone. *target is the caller's to free. */
+static emx_status replaceable(const char *path, char **target) {
+  struct stat st;
+  if (lstat(path, &st)) {
+    if (errno != ENOENT) return emxi_fail(EMX_ERR_IO, "%s: %s", path, strerror(errno));
+  } else if (S_ISLNK(st.st_mode)) {
+    *target = realpath(path, NULL);
+    if (!*target) return emxi_fail(EMX_ERR_IO, "%s: a link to nothing that could be written: %s", path, strerror(errno));
+    if (!stat(*target, &st) && S_ISREG(st.st_mode)) return EMX_OK;
+    free(*target);
+    return emxi_fail(EMX_ERR_IO, "%s: a link to something that is no regular file; it is left alone", path);
+  } else if (!S_ISREG(st.st_mode)) {
+    return emxi_fail(EMX_ERR_IO, "%s: no regular file; it is left alone", path);
+  }
+  *target = strdup(path);
+  return *target ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "%s: no memory for a path", path);
+}
+
+static emx_status replace(const char *path, const emxi_bytes *spans, int64_t n) {
   static atomic_uint serial; /* two threads of this process may save at the same time */
   size_t size = strlen(path) + 64;
   char *temporary = emxi_alloc(size);
@@ -134,6 +153,14 @@ emx_status emxi_file_replace(const char *path, const emxi_bytes *spans, int64_t 
     }
   }
   emxi_free(temporary);
+  return status;
+}
+
+emx_status emxi_file_replace(const char *path, const emxi_bytes *spans, int64_t n) {
+  char *target = NULL;
+  EMX_TRY(replaceable(path, &target));
+  emx_status status = replace(target, spans, n);
+  free(target);
   return status;
 }
 

@@ -162,8 +162,8 @@ static emx_status create_pool(emx_model *model, const emx_session_opts *o, sessi
   emx_status status = emx_kv_memory_size(model->ctx, &kv, &layer, &tables);
   if (!status && (!emxi_add(layer, tables, &layer) || !emxi_mul(layer, (size_t)c->num_layers, &total) ||
                   !emxi_add(total, floats, &total) || total > emxi_physical_memory()))
-    status = emxi_fail(EMX_ERR_NOMEM, "session: %lld tokens in %d layers need %zu bytes each, the machine has %zu bytes",
-                       (long long)o->max_tokens, c->num_layers, layer, emxi_physical_memory());
+    status = emxi_fail(EMX_ERR_NOMEM, "session: %lld tokens need %.0f bytes, the machine has %zu", (long long)o->max_tokens,
+                       (double)layer * c->num_layers + (double)floats, emxi_physical_memory());
   if (!status) {
     p->kv = emxi_calloc((size_t)c->num_layers * sizeof(emx_kv *));
     p->memory = emxi_calloc(floats);

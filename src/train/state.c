@@ -92,9 +92,10 @@ static emx_status save_files(const emx_trainer *t, const char *folder, const cha
   emx_named_tensor tensors[3];
   for (int i = 0; i < 3; i++)
     tensors[i] = (emx_named_tensor){tensor_names[i], emx_tensor_view(arrays[i], EMX_F32, 1, &t->net.w.count)};
+  /* The large file first: where the disk is too small for it, a first save leaves no model that could not be continued. */
   EMX_TRY(emxi_config_write(folder, &t->config, t->opts.save_dtype));
-  EMX_TRY(emxi_weights_save(model, &t->config, t->net.w.data, t->opts.save_dtype, metadata, 1));
-  return emx_checkpoint_write(state, tensors, 3, metadata, n + 1);
+  EMX_TRY(emx_checkpoint_write(state, tensors, 3, metadata, n + 1));
+  return emxi_weights_save(model, &t->config, t->net.w.data, t->opts.save_dtype, metadata, 1);
 }
 
 emx_status emxi_state_save(const emx_trainer *t, const char *folder) {

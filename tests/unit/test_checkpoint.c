@@ -324,6 +324,30 @@ static void test_names_in_the_way(void **state) {
   unlink(victim);
 }
 
+/* A pipe stays a pipe; a link stays a link, and what it points to is replaced. */
+static void test_special_files(void **state) {
+  (void)state;
+  const float one[1] = {1};
+  const emx_named_tensor tensor = {"a", emx_tensor_view((void *)one, EMX_F32, 1, (int64_t[]){1})};
+  char pipe[160], target[160], link[160];
+  struct stat st;
+  snprintf(pipe, sizeof pipe, "%s/pipe", folder);
+  snprintf(target, sizeof target, "%s/target", folder);
+  snprintf(link, sizeof link, "%s/link", folder);
+  assert_int_equal(mkfifo(pipe, 0600), 0);
+  assert_int_equal(emx_checkpoint_write(pipe, &tensor, 1, NULL, 0), EMX_ERR_IO);
+  assert_non_null(strstr(emx_last_error(), "no regular file"));
+  assert_true(!lstat(pipe, &st) && S_ISFIFO(st.st_mode));
+  assert_int_equal(symlink(target, link), 0);
+  assert_int_equal(emx_checkpoint_write(link, &tensor, 1, NULL, 0), EMX_ERR_IO); /* dangling */
+  assert_int_equal(emx_checkpoint_write(target, &tensor, 1, NULL, 0), EMX_OK);
+  assert_int_equal(truncate(target, 0), 0);
+  assert_int_equal(emx_checkpoint_write(link, &tensor, 1, NULL, 0), EMX_OK);
+  assert_true(!lstat(link, &st) && S_ISLNK(st.st_mode));
+  assert_true(!lstat(target, &st) && st.st_size > 0);
+  unlink(pipe), unlink(link), unlink(target);
+}
+
 static void test_out_of_memory(void **state) {
   (void)state;
   static const char header[] = "{" T("w", "F32", "[1]", 0, 4) "}";
@@ -340,9 +364,9 @@ static void test_out_of_memory(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_round_trip),    cmocka_unit_test(test_accepts),    cmocka_unit_test(test_bad_headers),
-      cmocka_unit_test(test_bad_files),     cmocka_unit_test(test_bad_writes), cmocka_unit_test(test_names_in_the_way),
-      cmocka_unit_test(test_out_of_memory),
+      cmocka_unit_test(test_round_trip),    cmocka_unit_test(test_accepts),       cmocka_unit_test(test_bad_headers),
+      cmocka_unit_test(test_bad_files),     cmocka_unit_test(test_bad_writes),    cmocka_unit_test(test_names_in_the_way),
+      cmocka_unit_test(test_special_files), cmocka_unit_test(test_out_of_memory),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }
