@@ -5,8 +5,10 @@
 #include "svg.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -125,6 +127,8 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case ARGP_KEY_END:
       if (!o->out) argp_error(state, "-o DIR is required");
       if (!o->train.n) argp_error(state, "--data FILE... is required");
+      if (c->num_heads % c->num_kv_heads)
+        argp_error(state, "--heads %d is not a multiple of --kv-heads %d", c->num_heads, c->num_kv_heads);
       return 0;
   }
   return ARGP_ERR_UNKNOWN;
@@ -159,9 +163,14 @@ static char *path_in(const char *folder, const char *name) {
   return asprintf(&path, "%s/%s", folder, name) < 0 ? NULL : path;
 }
 
-/* Makes the folder, refuses one that holds a training unless it is continued, and finds out early whether it can be written. */
-static int open_folder(const options *o) {
+/* Makes the folder, refuses one that another run writes or that holds a training unless it is continued, and finds out early whether it
+ * can be written. *lock keeps other runs out until it is closed; the lock is the folder's own, so a killed run leaves nothing behind. */
+static int open_folder(const options *o, int *lock) {
   if (mkdir(o->out, 0777) && errno != EEXIST) return cli_fail("cannot make %s: %s", o->out, strerror(errno));
+  *lock = open(o->out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (*lock < 0) return cli_fail("cannot open %s: %s", o->out, strerror(errno));
+  /* any other error comes from a file system without such locks: the run goes on without one */
+  if (flock(*lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) return cli_fail("another emx train is running in %s", o->out);
   char *state = path_in(o->out, "trainer.safetensors"), *model = path_in(o->out, "model.safetensors"),
        *journal = path_in(o->out, "log.jsonl");
   int code = CLI_OK;
@@ -248,6 +257,7 @@ static int log_open(const options *o, int64_t step, FILE **journal) {
   }
   if (fflush(out) || ferror(out) || rename(fresh, path)) {
     code = cli_fail("cannot write %s: %s", path, strerror(errno));
+    unlink(fresh);
     goto done;
   }
   *journal = out;
@@ -260,10 +270,15 @@ done:
   free(fresh);
   return code;
 }
-static int log_line(FILE *journal, json_t *j) {
-  int bad = !j || json_dumpf(j, journal, JSON_COMPACT | JSON_REAL_PRECISION(9)) || fputc('\n', journal) == EOF || fflush(journal);
+/* One line of the log, with --json on standard output too. */
+static int log_line(const options *o, FILE *journal, json_t *j) {
+  if (!j || json_dumpf(j, journal, JSON_COMPACT | JSON_REAL_PRECISION(9)) || fputc('\n', journal) == EOF || fflush(journal)) {
+    json_decref(j);
+    return cli_fail("cannot write the log: %s", strerror(errno));
+  }
+  if (o->common.json) return cli_json_line(j);
   json_decref(j);
-  return bad ? cli_fail("cannot write the log: %s", strerror(errno)) : CLI_OK;
+  return CLI_OK;
 }
 
 /* Loss in bits per byte: the mean of about 400 stretches of the training, and every validation. */
@@ -340,7 +355,7 @@ static int save(const options *o, emx_trainer *t, int64_t step, FILE *journal) {
   double valid;
   int code = validate(o, t, &valid);
   if (code) return code;
-  if (isfinite(valid) && (code = log_line(journal, json_pack("{s:I, s:f}", "step", (json_int_t)step, "valid_loss", valid))))
+  if (isfinite(valid) && (code = log_line(o, journal, json_pack("{s:I, s:f}", "step", (json_int_t)step, "valid_loss", valid))))
     return code;
   return cli_status(emx_trainer_save(t, o->out));
 }
@@ -360,8 +375,9 @@ static int loop(const options *o, emx_trainer *t, int64_t done, FILE *journal) {
     tokens += s.tokens;
     smooth = isnan(smooth) ? s.loss : smooth + 0.05 * (s.loss - smooth);
     const double now = cli_seconds(), rate = (double)tokens / (now - start);
-    code = log_line(journal, json_pack("{s:I, s:I, s:f, s:f, s:f, s:f}", "step", (json_int_t)done, "tokens", (json_int_t)s.tokens,
-                                       "loss", s.loss, "grad_norm", s.grad_norm, "lr", s.lr, "tok_per_s", rate));
+    code = log_line(o, journal,
+                    json_pack("{s:I, s:I, s:f, s:f, s:f, s:f}", "step", (json_int_t)done, "tokens", (json_int_t)s.tokens, "loss",
+                              s.loss, "grad_norm", s.grad_norm, "lr", s.lr, "tok_per_s", rate));
     if (code) break;
     cli_progress_text(&progress, done - first, o->opts.steps - first, "loss %.3f (%.3f bits/byte) %.0f tokens/s", smooth,
                       smooth / log(2), rate);
@@ -394,17 +410,18 @@ static int loop(const options *o, emx_trainer *t, int64_t done, FILE *journal) {
 
 int cmd_train(int argc, char **argv) {
   static const struct argp_child children[] = {{&cli_common_argp, 0, NULL, 0}, {0}};
-  static const struct argp argp = {.options = option_table,
-                                   .parser = parse,
-                                   .children = children,
-                                   .args_doc = "-o DIR --data FILE...",
-                                   .doc =
-                                       "Trains a decoder-only model on the bytes of text files. DIR receives config.json, "
-                                       "model.safetensors, trainer.safetensors, "
-                                       "log.jsonl (one object a step) and loss.svg.\v"
-                                       "Ctrl-C ends after the step and saves; a second one stops at once and leaves the last "
-                                       "save as it was. A continued run is "
-                                       "bit-identical to one that was never interrupted."};
+  static const struct argp argp = {
+      .options = option_table,
+      .parser = parse,
+      .children = children,
+      .args_doc = "-o DIR --data FILE...",
+      .doc =
+          "Trains a decoder-only model on the bytes of text files. DIR receives config.json, "
+          "model.safetensors, trainer.safetensors, "
+          "log.jsonl (one object a step) and loss.svg.\v"
+          "Ctrl-C ends after the step and saves; a second one stops at once and leaves the last "
+          "save as it was. With --json the lines of log.jsonl also go to standard output. A continued run is "
+          "bit-identical to one that was never interrupted."};
   options o = {.save_every = 500};
   emx_model_config_init(&o.config);
   emx_train_opts_init(&o.opts);
@@ -415,8 +432,8 @@ int cmd_train(int argc, char **argv) {
   emx_trainer *trainer = NULL;
   FILE *journal = NULL;
   int64_t step = 0;
-  int code;
-  if ((code = load_texts(&o.train)) || (code = load_texts(&o.valid)) || (code = open_folder(&o))) goto done;
+  int code, lock = -1;
+  if ((code = load_texts(&o.train)) || (code = load_texts(&o.valid)) || (code = open_folder(&o, &lock))) goto done;
   for (int64_t i = 0; i < o.valid.n; i++)
     if (o.valid.sizes[i] <= o.opts.length) {
       code = cli_fail("%s has %lld bytes, validation needs more than --length %lld", o.valid.paths[i],
@@ -450,6 +467,7 @@ int cmd_train(int argc, char **argv) {
   }
 done:
   log_close(&journal);
+  if (lock >= 0) close(lock);
   emx_trainer_destroy(trainer);
   emx_ctx_destroy(ctx);
   free_texts(&o.train);

@@ -30,9 +30,28 @@ run 0 train -o half $DATA $SHAPE --steps 160 --resume
 cp half/log.jsonl out
 all_hold '(map(.step) | max) == 160'
 
-# Ctrl-C before the first save keeps the step it ended
+# a full disk leaves the log as it was and nothing beside it
+cp half/log.jsonl kept
+(
+  trap '' XFSZ
+  ulimit -f 0
+  "$EMX" train -o half $DATA $SHAPE --steps 160 --save-every 20 --resume </dev/null 2>&1
+  echo "ended with $?"
+) | cat >err
+grep -q 'ended with 1' err && grep -q 'cannot write' err || die "a full disk goes unnoticed"
+cmp -s kept half/log.jsonl && [ ! -e half/log.jsonl.tmp ] || die "a full disk leaves another log"
+
+# --json: the lines of the log
+run 0 train -o told $DATA $SHAPE --steps 4 --save-every 2 --valid "$SRC/LICENSE" --json
+cmp -s out told/log.jsonl || die "--json differs from the log"
+
+# Ctrl-C before the first save keeps the step it ended; meanwhile the folder is closed to a second run
 train early --steps 1000000 --save-every 1000000
 wait_for 60 test -s early/log.jsonl || die "no step after 60 s"
+"$EMX" train -o early $DATA $SHAPE --steps 2 2>second </dev/null && die "two runs in one folder"
+[ $? = 1 ] && grep -q 'another.*early' second || die "the second run is not told about the first"
+"$EMX" train -o early $DATA $SHAPE --steps 2 --resume 2>second </dev/null && die "two runs in one folder"
+grep -q 'another.*early' second || die "the second run is not told about the first"
 interrupt $pid
 run 0 info -m early
 
@@ -53,6 +72,6 @@ if [ "$(id -u)" != 0 ]; then # root may write anywhere
   mkdir closed && chmod 555 closed
   fails 1 'closed' train -o closed $DATA $SHAPE --steps 2
 fi
-fails 1 'heads' train -o new $DATA $SHAPE --steps 2 --kv-heads 2 --heads 3
+fails 2 'multiple' train -o new $DATA $SHAPE --steps 2 --kv-heads 2 --heads 3
 fails 1 'bytes' train -o new $DATA $SHAPE --steps 2 --hidden 65536 --ffn 65536 --layers 1000
 exit 0
