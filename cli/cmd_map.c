@@ -22,16 +22,20 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
   return ARGP_ERR_UNKNOWN;
 }
 
-/* Numbers of one line, separated by blanks or commas. */
-static int read_row(const char *line, long number, double **row, int64_t *n, int64_t *room) {
+/* Numbers of one line, separated by blanks or commas. -inf is a number here, as a mask; what overflows to it is not. */
+static int read_row(const char *line, size_t length, long number, double **row, int64_t *n, int64_t *room) {
   *n = 0;
+  if (strlen(line) != length) return cli_fail("line %ld holds a NUL byte", number);
   for (const char *p = line;;) {
     p += strspn(p, " \t,\r\n");
     if (!*p) return CLI_OK;
     char *end;
+    errno = 0;
     double v = strtod(p, &end);
     if (end == p || !strchr(" \t,\r\n", *end))
       return cli_fail("line %ld: '%.*s' is no number", number, (int)strcspn(p, " \t,\r\n"), p);
+    if (!isfinite(v) && (v != -INFINITY || errno == ERANGE))
+      return cli_fail("line %ld: '%.*s' is not finite; only -inf is allowed, which masks", number, (int)(end - p), p);
     if (*n == *room) {
       int64_t more = *room ? 2 * *room : 1024;
       double *grown = realloc(*row, (size_t)more * sizeof **row);
@@ -70,10 +74,11 @@ int cmd_map(int argc, char **argv) {
   emx_entmax_desc_init(&desc);
   desc.alpha = o.alpha;
   long number = 0;
-  for (errno = 0; getline(&line, &line_room, stdin) >= 0; errno = 0) {
+  ssize_t length;
+  for (errno = 0; (length = getline(&line, &line_room, stdin)) >= 0; errno = 0) {
     int64_t n;
     number++;
-    if ((code = read_row(line, number, &x, &n, &room))) goto done;
+    if ((code = read_row(line, (size_t)length, number, &x, &n, &room))) goto done;
     if (!n) continue; /* an empty line separates */
     double *grown = realloc(p, (size_t)n * sizeof *p), tau;
     if (!grown) {
@@ -112,8 +117,7 @@ int cmd_map(int argc, char **argv) {
     code = cli_fail("cannot read standard input: %s", strerror(errno));
     goto done;
   }
-  if (!number) cli_warn("standard input is empty");
-  code = cli_flush();
+  code = number ? cli_flush() : cli_fail("standard input is empty, expected rows of numbers");
 done:
   free(line);
   free(x);

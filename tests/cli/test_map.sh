@@ -20,8 +20,13 @@ for alpha in 1 1.001 1.25 1.5 2 3 4; do
 done
 map 0 '-inf -inf\n' --json
 holds '.p == [0,0] and .support == 0 and .tau == null'
-map 0 'nan 1\ninf 2\n' --json
-holds '.p == [null,null] and .support == 0 and .tau == null'
+for number in nan -nan inf +inf 1e999 -1e999; do
+  map 1 "1 2\n$number 1\n"
+  grep -q "line 2.*$number" err || die "$number is not named"
+done
+map 0 '1e-400 1\n' --alpha 2
+map 1 '1 2\n3\0 4\n'
+grep -q "line 2.*NUL" err || die "a NUL byte is not named"
 map 0 '5\n' --json
 holds '.p == [1] and .support == 1'
 map 0 '3 1\n\n\n1 3\n'
@@ -33,7 +38,7 @@ map 2 '1\n' --alpha 0.5
 map 2 '1\n' --alpha 5
 map 2 '1\n' --alpha nan
 map 2 '1\n' 3
-map 0 ''
+map 1 ''
 grep -q empty err || die "empty input goes unnoticed"
 seq 1 5000 | tr '\n' ' ' | "$EMX" map --json >out || die "a long row"
 holds '(.p | length) == 5000 and (.p | add | . - 1 | fabs) < 1e-6'
