@@ -55,7 +55,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_HKV: o->hkv = (int)cli_int(state, "--hkv", arg, 1, 4096); return 0;
     case KEY_D: o->d = (int)cli_int(state, "--d", arg, 16, 256); return 0;
     case KEY_DTYPE: o->dtype = cli_dtype(state, "--dtype", arg, "bf16, f16, f32"); return 0;
-    case KEY_PAGE: o->page = (int)cli_int(state, "--page", arg, 16, 64); return 0;
+    case KEY_PAGE: o->page = cli_page(state, arg); return 0;
     case KEY_BATCH: o->batch = (int)cli_int(state, "--batch", arg, 1, MAX_BATCH); return 0;
     case 'a': o->alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
     case KEY_ALIBI: o->alibi = true; return 0;

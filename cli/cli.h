@@ -45,6 +45,7 @@ int cli_nomem(size_t bytes, const char *what);
 /* A number in [min, max], else a usage error that names the option. */
 int64_t cli_int(const struct argp_state *state, const char *option, const char *text, int64_t min, int64_t max);
 double cli_real(const struct argp_state *state, const char *option, const char *text, double min, double max);
+int cli_page(const struct argp_state *state, const char *text); /* --page: 16, 32 or 64 */
 uint64_t cli_seed(const struct argp_state *state, const char *option, const char *text);
 int32_t cli_dtype(const struct argp_state *state, const char *option, const char *text, const char *allowed);
 /* Fills argv[0] with "emx COMMAND" and parses; argp prints usage errors itself and exits with CLI_USAGE. */
@@ -64,7 +65,8 @@ enum { CLI_MAX_SELECT = 8 };
 typedef struct cli_select {
   emx_select_desc desc[CLI_MAX_SELECT]; /* one per name in --select, the parameters in all of them */
   int n;
-  bool budget_set;
+  bool budget_set, tau_mode_set;
+  const char *limit_set; /* --max-bytes or --max-delta, if given */
 } cli_select;
 extern const struct argp cli_select_argp;
 void cli_select_init(cli_select *select);

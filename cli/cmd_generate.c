@@ -24,7 +24,7 @@ static const struct argp_option option_table[] = {
     {NULL, 0, NULL, 0, "Sampling:", 2},
     {"temp", KEY_TEMP, "T", 0, "Temperature (default 0: the most probable token)", 2},
     {"top-k", KEY_TOP_K, "K", 0, "Only the K most probable tokens (default 0: all)", 2},
-    {"top-p", KEY_TOP_P, "P", 0, "Only the most probable tokens that hold mass P (default 1: all)", 2},
+    {"top-p", KEY_TOP_P, "P", 0, "Only the most probable tokens that hold mass P, above 0 (default 1: all)", 2},
     {"seed", KEY_SEED, "S", 0, "Seed (default 0)", 2},
     {0}};
 static error_t parse(int key, char *arg, struct argp_state *state) {
@@ -35,18 +35,25 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
       state->child_inputs[1] = &o->select;
       state->child_inputs[2] = &o->common;
       return 0;
-    case 'm': o->model = arg; return 0;
+    case 'm':
+      if (o->model) argp_error(state, "-m is given twice: one model generates");
+      o->model = arg;
+      return 0;
     case 'p': o->prompt = arg; return 0;
     case 'f': o->file = arg; return 0;
     case 'n': o->n = cli_int(state, "-n", arg, 1, 1 << 30); return 0;
     case KEY_TEMP: o->sample.temperature = (float)cli_real(state, "--temp", arg, 0, 100); return 0;
     case KEY_TOP_K: o->sample.top_k = (int32_t)cli_int(state, "--top-k", arg, 0, INT32_MAX); return 0;
-    case KEY_TOP_P: o->sample.top_p = (float)cli_real(state, "--top-p", arg, 0, 1); return 0;
+    case KEY_TOP_P:
+      o->sample.top_p = (float)cli_real(state, "--top-p", arg, 0, 1);
+      if (!(o->sample.top_p > 0)) argp_error(state, "--top-p is '%s', expected a number above 0, up to 1", arg);
+      return 0;
     case KEY_SEED: o->sample.seed = cli_seed(state, "--seed", arg); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
       if (!o->model) argp_error(state, "-m DIR is required");
-      if (!o->prompt == !o->file) argp_error(state, "one of -p TEXT and -f FILE is required");
+      if (!o->prompt && !o->file) argp_error(state, "one of -p TEXT and -f FILE is required");
+      if (o->prompt && o->file) argp_error(state, "only one of -p TEXT and -f FILE may be given");
       return 0;
     case ARGP_KEY_SUCCESS:
       if (o->select.n > 1) argp_error(state, "--select takes one selector here");
@@ -66,6 +73,10 @@ static int print_stats(const options *o, const emx_session *s, const char *text,
       json_object_set_new(j, "text", cli_json_text(text, (size_t)tokens));
     }
     return cli_json_line(j);
+  }
+  if (tokens < 2) { /* the first token comes with the prompt: no step was decoded, there is nothing to divide by */
+    fprintf(stderr, "%lld tokens, - tokens/s\n", (long long)tokens);
+    return CLI_OK;
   }
   fprintf(stderr,
           "%lld tokens, %.1f tokens/s, attention %.3f ms a token, %.2f %% of K and V read, support %.1f, delta_bound %.2g, %.0f "

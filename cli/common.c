@@ -67,6 +67,11 @@ uint64_t cli_seed(const struct argp_state *state, const char *option, const char
     argp_error(state, "%s is '%s', expected an integer from 0 to 2^64-1", option, text);
   return v;
 }
+int cli_page(const struct argp_state *state, const char *text) {
+  if (strcmp(text, "16") && strcmp(text, "32") && strcmp(text, "64"))
+    argp_error(state, "--page is '%s', expected 16, 32 or 64", text);
+  return atoi(text);
+}
 int32_t cli_dtype(const struct argp_state *state, const char *option, const char *text, const char *allowed) {
   static const int32_t all[] = {EMX_F32, EMX_F16, EMX_BF16, EMX_F64};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++)
@@ -137,12 +142,19 @@ void cli_select_init(cli_select *select) {
 }
 static const struct argp_option select_options[] = {
     {NULL, 0, NULL, 0, "Selection of keys and values:", 80},
-    {"select", KEY_SELECT, "NAME", 0, "all (default), topk, gaussian or certified; a list where the command compares", 80},
+    {"select", KEY_SELECT, "NAME", 0,
+     "all (default), topk, gaussian or certified (not in this version); a list where the command compares", 80},
     {"budget", KEY_BUDGET, "TOKENS", 0, "topk: tokens a query head reads (default 1024)", 80},
     {"tau-mode", KEY_TAU_MODE, "M", 0, "gaussian: exact (default), corrected or fixed", 80},
-    {"max-bytes", KEY_MAX_BYTES, "B", 0, "certified: stop after this many bytes", 80},
-    {"max-delta", KEY_MAX_DELTA, "X", 0, "certified: stop when the bound of the dropped mass is at most X", 80},
+    {"max-bytes", KEY_MAX_BYTES, "B", 0, "certified: stop after this many bytes (not in this version)", 80},
+    {"max-delta", KEY_MAX_DELTA, "X", 0, "certified: stop when the bound of the dropped mass is at most X (not in this version)",
+     80},
     {0}};
+static bool selects(const cli_select *s, int32_t kind) {
+  for (int i = 0; i < s->n; i++)
+    if (s->desc[i].kind == kind) return true;
+  return false;
+}
 static error_t parse_select(int key, char *arg, struct argp_state *state) {
   cli_select *s = state->input;
   switch (key) {
@@ -168,11 +180,13 @@ static error_t parse_select(int key, char *arg, struct argp_state *state) {
     case KEY_MAX_BYTES: {
       int64_t bytes = cli_int(state, "--max-bytes", arg, 0, INT64_MAX);
       for (int i = 0; i < CLI_MAX_SELECT; i++) s->desc[i].max_bytes = bytes;
+      s->limit_set = "--max-bytes";
       return 0;
     }
     case KEY_MAX_DELTA: {
       double delta = cli_real(state, "--max-delta", arg, 0, 1);
       for (int i = 0; i < CLI_MAX_SELECT; i++) s->desc[i].max_delta = delta;
+      s->limit_set = "--max-delta";
       return 0;
     }
     case KEY_TAU_MODE: {
@@ -181,9 +195,14 @@ static error_t parse_select(int key, char *arg, struct argp_state *state) {
       while (mode < 3 && strcmp(modes[mode], arg)) mode++;
       if (mode == 3) argp_error(state, "--tau-mode is '%s', expected exact, corrected or fixed", arg);
       for (int i = 0; i < CLI_MAX_SELECT; i++) s->desc[i].tau_mode = mode;
+      s->tau_mode_set = true;
       return 0;
     }
-    case ARGP_KEY_SUCCESS: /* only GAUSSIAN has an estimate to keep */
+    case ARGP_KEY_SUCCESS:
+      if (s->budget_set && !selects(s, EMX_SELECT_TOPK)) argp_error(state, "--budget needs topk in --select");
+      if (s->tau_mode_set && !selects(s, EMX_SELECT_GAUSSIAN)) argp_error(state, "--tau-mode needs gaussian in --select");
+      if (s->limit_set && !selects(s, EMX_SELECT_CERTIFIED)) argp_error(state, "%s needs certified in --select", s->limit_set);
+      /* only GAUSSIAN has an estimate to keep */
       for (int i = 0; i < s->n; i++)
         if (s->desc[i].kind != EMX_SELECT_GAUSSIAN) s->desc[i].tau_mode = EMX_TAU_EXACT;
       return 0;

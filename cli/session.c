@@ -14,7 +14,7 @@ static error_t parse_session(int key, char *arg, struct argp_state *state) {
   cli_session *s = state->input;
   switch (key) {
     case 'c': s->ctx = cli_int(state, "-c", arg, 1, INT64_MAX / 4); return 0;
-    case KEY_PAGE: s->page = (int)cli_int(state, "--page", arg, 16, 64); return 0;
+    case KEY_PAGE: s->page = cli_page(state, arg); return 0;
     case KEY_KV_DTYPE: s->kv_dtype = cli_dtype(state, "--kv-dtype", arg, "bf16, f16, f32"); return 0;
   }
   return ARGP_ERR_UNKNOWN;

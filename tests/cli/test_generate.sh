@@ -10,7 +10,7 @@ printf 'The licence' >prompt
 run 0 generate -m "$MODEL" -f prompt -n 20
 cmp -s out greedy || die "a prompt from a file says something else"
 for select in all topk gaussian; do
-  run 0 generate -m "$MODEL" -p "The licence" -n 10 --select $select --budget 16 --json
+  run 0 generate -m "$MODEL" -p "The licence" -n 10 --select $select $([ $select = topk ] && echo --budget 16) --json
   holds '.tokens == 10 and .tok_per_s > 0 and .attn_ms_per_tok > 0 and .select == "'$select'" and .bytes_share > 0 and .support_mean >= 1'
   holds '.delta_bound_max >= 0 and .delta_bound_max <= 1 and .certified_share >= 0 and .certified_share <= 1 and (.text | type) == "string"'
 done
@@ -20,6 +20,10 @@ run 0 generate -m "$MODEL" -p "The licence" -n 40 --temp 1 --top-k 50 --top-p 0.
 [ "$(jq .text a)" = "$(jq .text out)" ] || die "one seed, two texts"
 run 0 generate -m "$MODEL" -p "The licence" -n 40 --temp 1 --seed 8 --json
 [ "$(jq .text a)" != "$(jq .text out)" ] || die "two seeds, one text"
+run 0 generate -m "$MODEL" -p "The licence" -n 1
+[ "$(wc -c <out)" = 2 ] && grep -q '^1 tokens, - tokens/s$' err || die "one token: no step was decoded"
+run 0 generate -m "$MODEL" -p "The licence" -n 1 --json
+holds '.tokens == 1 and .tok_per_s == null and .support_mean == null'
 for dtype in f32 f16; do run 0 generate -m "$MODEL" -p x -n 5 --kv-dtype $dtype --page 32; done
 
 fails 1 'empty' generate -m "$MODEL" -p ""

@@ -27,7 +27,17 @@ fails 2 'tau-mode' generate -m x -p y --tau-mode odd
 fails 2 'one selector' generate -m x -p y --select all,topk
 fails 2 'required' generate -m x
 fails 2 'required' generate -p y
-fails 2 'required' generate -m x -p y -f z
+fails 2 'only one' generate -m x -p y -f z
+fails 2 'twice' generate -m x -m z -p y
+fails 2 'top-p' generate -m x -p y --top-p 0
+for command in "generate -m x -p y" "eval -m x -f y" "decode -f x" "bench decode"; do
+  fails 2 '16, 32 or 64' $command --page 17
+  fails 2 'budget needs topk' $command --select gaussian --budget 64
+  fails 2 'tau-mode needs gaussian' $command --select topk --tau-mode fixed
+  fails 2 'max-bytes needs certified' $command --select topk --max-bytes 64
+  fails 2 'max-delta needs certified' $command --max-delta 0.1
+done
+fails 2 'budget needs topk' eval -m x -f y --budget 64
 fails 2 'required' decode
 fails 2 'required' eval -m x
 fails 2 'required' train -o x
