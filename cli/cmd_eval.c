@@ -46,6 +46,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
       if (!o->n_models || !o->file) argp_error(state, "-m DIR and -f FILE are required");
+      if (o->session.ctx == 1) argp_error(state, "-c is 1, expected at least 2: a window's first byte is not scored");
       if (o->svg && !o->bucket) argp_error(state, "--svg draws the curve: give --curve BUCKET");
       return 0;
   }
@@ -245,11 +246,14 @@ static int measure(const options *o, emx_ctx *ctx, const char *folder, const cha
                                           cli_json_real(c->bits[i] / (double)c->count[i]), "bytes", (json_int_t)c->count[i]));
       json_object_set_new(out, "curve", points);
     }
-    if (out && list && json_array_size(list) == 1) /* one selector: its keys beside bits_per_byte */
-      json_object_update(out, json_array_get(list, 0));
-    else if (out && list)
-      json_object_set(out, "selectors", list);
-    code = cli_json_line(out);
+    /* a line for every selector, its keys beside bits_per_byte; one line without selectors */
+    size_t i = 0;
+    do {
+      json_t *line = json_copy(out);
+      if (line && i < json_array_size(list)) json_object_update(line, json_array_get(list, i));
+      code = cli_json_line(line);
+    } while (!code && ++i < json_array_size(list));
+    json_decref(out);
   } else if (o->bucket) {
     for (int64_t i = 0; i < c->buckets; i++)
       if (c->count[i]) printf("%10lld %.4f\n", (long long)(i * c->width), c->bits[i] / (double)c->count[i]);
@@ -271,7 +275,8 @@ int cmd_eval(int argc, char **argv) {
           "Measures bits per byte of a text in windows of -c bytes (default: the length of training), with dense attention.\v"
           "With --select it also prefills the first -c bytes but the last N, and decodes those N one by one with each selector "
           "beside "
-          "ALL: kl (mean KL divergence of the next-token distributions, nats) and top1 (share of equal first choices)."};
+          "ALL (with --json one line a selector): kl (mean KL divergence of the next-token distributions, nats) and top1 (share "
+          "of equal first choices)."};
   options o = {.n = 256};
   cli_select_init(&o.select);
   o.select.n = 0; /* nothing is compared unless --select says so */

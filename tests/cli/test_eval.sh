@@ -15,7 +15,9 @@ holds '.kl == 0 and .top1 == 1 and .delta_bound_max == 0'
 run 0 eval -m "$MODEL" -f text -c 1000 -n 40 --select topk --budget 1024 --json
 holds '.kl == 0 and .top1 == 1 and .select == "topk"'
 run 0 eval -m "$MODEL" -f text -c 1000 -n 40 --select topk,gaussian --budget 64 --json
-holds '(.selectors | length) == 2 and (.selectors | all(.kl >= 0 and .top1 >= 0 and .top1 <= 1 and .bytes_share > 0))'
+all_hold 'map(.select) == ["topk","gaussian"]'
+holds '.kl >= 0 and .top1 >= 0 and .top1 <= 1 and .bytes_share > 0 and .bits_per_byte > 1 and .bytes > 0 and .tokens == 40'
+fails 2 'at least 2' eval -m "$MODEL" -f text -c 1
 fails 1 'bytes' eval -m "$MODEL" -f text -c 100 -n 100 --select topk --json
 : >nothing
 fails 1 'at least 2' eval -m "$MODEL" -f nothing
