@@ -5,7 +5,11 @@
 
 #include "base/base.h"
 
+#include <errno.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 typedef struct options {
   cli_common common;
@@ -35,7 +39,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_OUT: o->out = arg; return 0;
     case 'a': o->alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
     case KEY_SCALE: o->scale = cli_real(state, "--scale", arg, 0, 1e6); return 0;
-    case KEY_PAGE: o->page = (int)cli_int(state, "--page", arg, 16, 64); return 0;
+    case KEY_PAGE: o->page = cli_page(state, arg); return 0;
     case KEY_DTYPE: o->dtype = cli_dtype(state, "--kv-dtype", arg, "f32, f16, bf16"); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
@@ -54,6 +58,21 @@ static emx_status find(const options *o, const emx_checkpoint *ck, const char *n
   if (t->dtype != EMX_F32 && t->dtype != EMX_F16 && t->dtype != EMX_BF16)
     return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected f32, f16 or bf16", o->file, name, emx_dtype_name(t->dtype));
   return EMX_OK;
+}
+
+/* Whether --out can be written, before the work: the writer replaces the file by one made beside it, so the folder decides. */
+static int check_out(const char *path) {
+  struct stat st;
+  const char *slash = strrchr(path, '/');
+  char *folder = slash ? strndup(path, slash == path ? 1 : (size_t)(slash - path)) : strdup(".");
+  if (!folder) return cli_nomem(strlen(path) + 1, "a path");
+  int code = CLI_OK;
+  if (!stat(path, &st) && S_ISDIR(st.st_mode))
+    code = cli_fail("cannot write %s: %s", path, strerror(EISDIR));
+  else if (access(folder, W_OK | X_OK))
+    code = cli_fail("cannot write %s: %s", path, strerror(errno));
+  free(folder);
+  return code;
 }
 
 static int print_report(const options *o, int64_t query, int64_t head, const emx_report *r) {
@@ -111,22 +130,24 @@ int cmd_decode(int argc, char **argv) {
   float *chunk = NULL, *q = NULL, *out = NULL, *slopes = NULL;
   emx_report *reports = NULL;
   void *work = NULL;
-  int code = cli_context(&o.common, &ctx);
-  if (code) return code;
+  int code = o.out ? check_out(o.out) : CLI_OK;
+  if (code || (code = cli_context(&o.common, &ctx))) return code;
   emx_tensor tq, tk, tv, ts;
   CLI_TRY(emx_checkpoint_open(o.file, &ck));
   CLI_TRY(find(&o, ck, "q", &tq));
   CLI_TRY(find(&o, ck, "k", &tk));
   CLI_TRY(find(&o, ck, "v", &tv));
   const int64_t T = tq.shape[0], H = tq.shape[1], D = tq.shape[2], N = tk.shape[0], G = tk.shape[1];
-  if (memcmp(tk.shape, tv.shape, 3 * sizeof *tk.shape) || tk.shape[2] != D || G < 1 || H % G || T < 1 || T > N ||
-      tk.dtype != tv.dtype) {
+  if (memcmp(tk.shape, tv.shape, 3 * sizeof *tk.shape) || tk.shape[2] != D || G < 1 || H % G || T < 1 || T > N) {
     code = cli_fail(
-        "%s: q is [%lld,%lld,%lld], k [%lld,%lld,%lld], v [%lld,%lld,%lld]; expected q [T,H,D], k and v [N,G,D] of one dtype, H "
-        "a "
+        "%s: q is [%lld,%lld,%lld], k [%lld,%lld,%lld], v [%lld,%lld,%lld]; expected q [T,H,D], k and v [N,G,D], H a "
         "multiple of G, 1 <= T <= N",
         o.file, (long long)T, (long long)H, (long long)D, (long long)N, (long long)G, (long long)tk.shape[2],
         (long long)tv.shape[0], (long long)tv.shape[1], (long long)tv.shape[2]);
+    goto done;
+  }
+  if (tk.dtype != tv.dtype) {
+    code = cli_fail("%s: k is %s and v is %s, expected one dtype", o.file, emx_dtype_name(tk.dtype), emx_dtype_name(tv.dtype));
     goto done;
   }
   emx_kv_opts opts;

@@ -42,11 +42,14 @@ fails 1 'empty' decode -f empty.safetensors
 printf '\377\377\377\377\377\377\377\177{}' >lying.safetensors
 fails 1 'lying' decode -f lying.safetensors
 fails 1 "q" decode -f "$MODEL/model.safetensors"
+LC_ALL=C sed 's/\("v":{"dtype":\)"BF16"/\1 "F16"/' f.safetensors >mixed.safetensors
+fails 1 'k is bf16 and v is f16' decode -f mixed.safetensors
 "$TOOL" make wide.safetensors f32 1 3 2 40 16 # 3 query heads over 2 KV heads
 fails 1 'multiple' decode -f wide.safetensors
 "$TOOL" make many.safetensors f32 41 2 2 40 16 # more queries than positions
 fails 1 'T <= N' decode -f many.safetensors
-fails 1 'page' decode -f f.safetensors --page 17
-run 1 decode -f f.safetensors --out nowhere/o.safetensors
-grep -q nowhere err || die "the folder is not named"
+fails 2 '16, 32 or 64' decode -f f.safetensors --page 17
+fails 1 'nowhere' decode -f f.safetensors --out nowhere/o.safetensors # before any row
+mkdir folder
+fails 1 'folder' decode -f f.safetensors --out folder
 exit 0
