@@ -169,8 +169,11 @@ static int open_folder(const options *o, int *lock) {
   if (mkdir(o->out, 0777) && errno != EEXIST) return cli_fail("cannot make %s: %s", o->out, strerror(errno));
   *lock = open(o->out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (*lock < 0) return cli_fail("cannot open %s: %s", o->out, strerror(errno));
-  /* any other error comes from a file system without such locks: the run goes on without one */
-  if (flock(*lock, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK) return cli_fail("another emx train is running in %s", o->out);
+  if (flock(*lock, LOCK_EX | LOCK_NB)) {
+    if (errno == EWOULDBLOCK) return cli_fail("another emx train is running in %s", o->out);
+    fprintf(stderr, "emx train: %s cannot be locked (%s): see to it that no other training writes there\n", o->out,
+            strerror(errno));
+  }
   char *state = path_in(o->out, "trainer.safetensors"), *model = path_in(o->out, "model.safetensors"),
        *journal = path_in(o->out, "log.jsonl");
   int code = CLI_OK;

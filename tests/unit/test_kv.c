@@ -418,7 +418,8 @@ static void test_cancel_midway(void **state) {
   ctx = keep;
 }
 
-/* A cancelled append to two holders of one page, of different lengths: neither may have been written to. */
+/* A cancelled append to two holders of one page, of different lengths: neither may have been written to. A third sequence comes after
+ * them, so that a cancellation can fall behind both their writes. */
 static void test_cancel_two_holders(void **state) {
   (void)state;
   emx_ctx *keep = ctx;
@@ -428,11 +429,11 @@ static void test_cancel_two_holders(void **state) {
   co.parallel_for = cancel_midway;
   OK(emx_ctx_create(&co, &cancelling));
   ctx = cancelling;
-  for (int after = 0; after < 6; after++) {
-    emx_kv_opts o = options(EMX_F32, 1, 16, 16, EMX_LAYOUT_BHND, 6);
+  for (int after = 0; after < 8; after++) {
+    emx_kv_opts o = options(EMX_F32, 1, 16, 16, EMX_LAYOUT_BHND, 8);
     emx_kv *kv;
-    int32_t seqs[2];
-    uint32_t ids[40], fresh[2] = {98, 99};
+    int32_t seqs[3];
+    uint32_t ids[40], fresh[3] = {97, 98, 99};
     for (uint32_t i = 0; i < 40; i++) ids[i] = i;
     tasks_left = -1;
     OK(emx_kv_create(ctx, &o, &kv));
@@ -440,14 +441,15 @@ static void test_cancel_two_holders(void **state) {
     OK(append(kv, seqs[0], ids, 10));
     OK(emx_seq_fork(kv, seqs[0], &seqs[1]));
     OK(emx_seq_truncate(kv, seqs[1], 3));
-    float k[2 * 16], v[2 * 16];
-    for (int b = 0; b < 2; b++) {
+    OK(emx_seq_create(kv, &seqs[2]));
+    float k[3 * 16], v[3 * 16];
+    for (int b = 0; b < 3; b++) {
       tokens(&fresh[b], 1, 1, 16, 0, 0, k + 16 * b);
       tokens(&fresh[b], 1, 1, 16, 0, 1, v + 16 * b);
     }
-    emx_tensor kt = emx_tensor_view(k, EMX_F32, 4, (int64_t[]){2, 1, 1, 16}),
-               vt = emx_tensor_view(v, EMX_F32, 4, (int64_t[]){2, 1, 1, 16});
-    emx_kv_batch b = batch_of(seqs, 2);
+    emx_tensor kt = emx_tensor_view(k, EMX_F32, 4, (int64_t[]){3, 1, 1, 16}),
+               vt = emx_tensor_view(v, EMX_F32, 4, (int64_t[]){3, 1, 1, 16});
+    emx_kv_batch b = batch_of(seqs, 3);
     tasks_left = after;
     const emx_status status = emx_kv_append(ctx, kv, &b, &kt, &vt, NULL);
     emx_ctx_resume(ctx);
