@@ -111,6 +111,9 @@ bool cli_interrupted(void);
 /* The whole file, NUL appended; "-" is standard input. CLI_ERROR with a message. */
 int cli_read_file(const char *path, char **data, size_t *size);
 
+/* Whether a file can be written, asked before the work: emx_checkpoint_write replaces it by one made beside it, so the folder decides. */
+int cli_check_out(const char *path);
+
 /* Element i of a checkpoint's tensor, whatever its dtype and alignment. */
 double cli_element(const emx_tensor *t, int64_t i);
 

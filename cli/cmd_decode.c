@@ -5,11 +5,8 @@
 
 #include "base/base.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 typedef struct options {
   cli_common common;
@@ -58,21 +55,6 @@ static emx_status find(const options *o, const emx_checkpoint *ck, const char *n
   if (t->dtype != EMX_F32 && t->dtype != EMX_F16 && t->dtype != EMX_BF16)
     return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected f32, f16 or bf16", o->file, name, emx_dtype_name(t->dtype));
   return EMX_OK;
-}
-
-/* Whether --out can be written, before the work: the writer replaces the file by one made beside it, so the folder decides. */
-static int check_out(const char *path) {
-  struct stat st;
-  const char *slash = strrchr(path, '/');
-  char *folder = slash ? strndup(path, slash == path ? 1 : (size_t)(slash - path)) : strdup(".");
-  if (!folder) return cli_nomem(strlen(path) + 1, "a path");
-  int code = CLI_OK;
-  if (!stat(path, &st) && S_ISDIR(st.st_mode))
-    code = cli_fail("cannot write %s: %s", path, strerror(EISDIR));
-  else if (access(folder, W_OK | X_OK))
-    code = cli_fail("cannot write %s: %s", path, strerror(errno));
-  free(folder);
-  return code;
 }
 
 static int print_report(const options *o, int64_t query, int64_t head, const emx_report *r) {
@@ -130,7 +112,7 @@ int cmd_decode(int argc, char **argv) {
   float *chunk = NULL, *q = NULL, *out = NULL, *slopes = NULL;
   emx_report *reports = NULL;
   void *work = NULL;
-  int code = o.out ? check_out(o.out) : CLI_OK;
+  int code = o.out ? cli_check_out(o.out) : CLI_OK;
   if (code || (code = cli_context(&o.common, &ctx))) return code;
   emx_tensor tq, tk, tv, ts;
   CLI_TRY(emx_checkpoint_open(o.file, &ck));

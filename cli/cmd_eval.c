@@ -5,6 +5,8 @@
 #include "session.h"
 #include "svg.h"
 
+#include "model/model.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -14,17 +16,23 @@ typedef struct options {
   cli_common common;
   cli_select select;
   cli_session session;
-  const char *models[MAX_MODELS], *file, *svg;
-  int n_models;
+  const char *models[MAX_MODELS], *file, *svg, *dump;
+  int n_models, layer;
   int64_t bucket, n;
   bool selecting;
 } options;
-enum { KEY_CURVE = 1, KEY_SVG };
+enum { KEY_CURVE = 1, KEY_SVG, KEY_DUMP, KEY_LAYER };
 static const struct argp_option option_table[] = {
     {"model", 'm', "DIR", 0, "The model folder; up to four, each measured and drawn beside the others", 1},
     {"file", 'f', "FILE", 0, "The text", 1},
     {"curve", KEY_CURVE, "BUCKET", 0, "Also bits per byte against position, in buckets of so many bytes", 1},
     {"svg", KEY_SVG, "FILE", 0, "Draw the curve", 1},
+    {"dump", KEY_DUMP, "FILE.safetensors", 0,
+     "Write what a layer attends with in the first window of -c bytes: q [N,H,D], k and v [N,G,D], alibi_slopes [H], f32, as "
+     "`emx decode "
+     "-f` and `emx bench --data` read them",
+     1},
+    {"layer", KEY_LAYER, "L", 0, "Layer of --dump, 0 is the first (default: the last)", 1},
     {"predict", 'n', "N", 0, "With --select: tokens decoded one by one (default 256)", 1},
     {0}};
 static error_t parse(int key, char *arg, struct argp_state *state) {
@@ -42,11 +50,15 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case 'f': o->file = arg; return 0;
     case KEY_CURVE: o->bucket = cli_int(state, "--curve", arg, 1, INT64_MAX / 4); return 0;
     case KEY_SVG: o->svg = arg; return 0;
+    case KEY_DUMP: o->dump = arg; return 0;
+    case KEY_LAYER: o->layer = (int)cli_int(state, "--layer", arg, 0, INT32_MAX); return 0;
     case 'n': o->n = cli_int(state, "-n", arg, 1, 1 << 30); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
       if (!o->n_models || !o->file) argp_error(state, "-m DIR and -f FILE are required");
       if (o->session.ctx == 1) argp_error(state, "-c is 1, expected at least 2: a window's first byte is not scored");
+      if (o->dump && o->n_models > 1) argp_error(state, "--dump takes one model");
+      if (o->layer >= 0 && !o->dump) argp_error(state, "--layer needs --dump");
       if (o->svg && !o->bucket) argp_error(state, "--svg draws the curve: give --curve BUCKET");
       return 0;
   }
@@ -61,13 +73,62 @@ typedef struct curve {
   int64_t buckets, width;
 } curve;
 
+/* ---- activations */
+
+typedef struct dump {
+  int32_t layer;
+  int64_t room; /* tokens */
+  int64_t heads, kv_heads, dim;
+  float *q, *k, *v, *slopes;
+} dump;
+
+static emx_status dump_tap(void *user, const emxi_layer_view *view) {
+  dump *d = user;
+  if (view->layer != d->layer) return EMX_OK;
+  const int64_t wide = d->heads * d->dim, narrow = d->kv_heads * d->dim;
+  memcpy(d->q + view->first * wide, view->q, (size_t)(view->m * wide) * sizeof *d->q);
+  memcpy(d->k + view->first * narrow, view->k, (size_t)(view->m * narrow) * sizeof *d->k);
+  memcpy(d->v + view->first * narrow, view->v, (size_t)(view->m * narrow) * sizeof *d->v);
+  for (int64_t h = 0; h < d->heads; h++) d->slopes[h] = view->alibi_slopes ? view->alibi_slopes[h] : 0;
+  return EMX_OK;
+}
+static int dump_open(const options *o, const emx_model_config *config, int64_t tokens, dump *d) {
+  if (o->layer >= config->num_layers) return cli_fail("--layer is %d, the model's last is %d", o->layer, config->num_layers - 1);
+  *d = (dump){.layer = o->layer < 0 ? config->num_layers - 1 : o->layer,
+              .room = tokens,
+              .heads = config->num_heads,
+              .kv_heads = config->num_kv_heads,
+              .dim = config->head_dim};
+  const size_t cells = (size_t)tokens * (size_t)(d->heads + 2 * d->kv_heads) * (size_t)d->dim;
+  d->q = malloc((cells + (size_t)d->heads) * sizeof *d->q); /* one block, tokens fit the session's memory */
+  if (!d->q) return cli_nomem(cells * sizeof *d->q, "activations");
+  d->k = d->q + tokens * d->heads * d->dim;
+  d->v = d->k + tokens * d->kv_heads * d->dim;
+  d->slopes = d->v + tokens * d->kv_heads * d->dim;
+  return CLI_OK;
+}
+static int dump_write(const options *o, const emx_model_config *config, const dump *d) {
+  const int64_t wide[3] = {d->room, d->heads, d->dim}, narrow[3] = {d->room, d->kv_heads, d->dim};
+  const emx_named_tensor tensors[] = {{"q", emx_tensor_view(d->q, EMX_F32, 3, wide)},
+                                      {"k", emx_tensor_view(d->k, EMX_F32, 3, narrow)},
+                                      {"v", emx_tensor_view(d->v, EMX_F32, 3, narrow)},
+                                      {"alibi_slopes", emx_tensor_view(d->slopes, EMX_F32, 1, &d->heads)}};
+  char layer[16], alpha[32];
+  snprintf(layer, sizeof layer, "%d", d->layer);
+  snprintf(alpha, sizeof alpha, "%.17g", config->entmax_alpha);
+  const char *const metadata[] = {"layer", layer, "entmax_alpha", alpha};
+  return cli_status(emx_checkpoint_write(o->dump, tensors, sizeof tensors / sizeof *tensors, metadata, 2));
+}
+
 /* Windows of `width` bytes, each from an empty cache; a window's first byte has nothing before it and is not scored. */
 static int score(emx_model *model, const options *o, const emx_model_config *config, const char *text, size_t size, int64_t width,
                  curve *c, double *bits, int64_t *bytes) {
   float *nll = malloc((size_t)width * sizeof *nll);
   emx_session *s = NULL;
+  dump d = {0};
   if (!nll) return cli_nomem((size_t)width * sizeof *nll, "losses");
   int code = session_open(model, &o->session, width, &s);
+  if (!code && o->dump && !(code = dump_open(o, config, width, &d))) emxi_session_tap(s, dump_tap, &d);
   cli_progress progress;
   cli_progress_init(&progress, "eval");
   for (size_t at = 0; !code && at + 1 < size; at += (size_t)width) {
@@ -75,6 +136,10 @@ static int score(emx_model *model, const options *o, const emx_model_config *con
     const bool whole = n >= size; /* one window: its own progress is worth showing */
     code = cli_status(emx_session_truncate(s, 0));
     if (!code) code = session_prefill(s, config, text + at, n, nll, NULL, whole ? "eval" : NULL);
+    if (!code && o->dump && !at) {
+      emxi_session_tap(s, NULL, NULL);
+      code = dump_write(o, config, &d);
+    }
     for (size_t i = 1; !code && i < n; i++) {
       *bits += nll[i] / log(2);
       ++*bytes;
@@ -87,6 +152,7 @@ static int score(emx_model *model, const options *o, const emx_model_config *con
   }
   cli_progress_end(&progress);
   emx_session_destroy(s);
+  free(d.q);
   free(nll);
   return code;
 }
@@ -277,7 +343,7 @@ int cmd_eval(int argc, char **argv) {
           "beside "
           "ALL (with --json one line a selector): kl (mean KL divergence of the next-token distributions, nats) and top1 (share "
           "of equal first choices)."};
-  options o = {.n = 256};
+  options o = {.n = 256, .layer = -1};
   cli_select_init(&o.select);
   o.select.n = 0; /* nothing is compared unless --select says so */
   cli_session_init(&o.session);
@@ -287,8 +353,8 @@ int cmd_eval(int argc, char **argv) {
   char *text = NULL;
   size_t size = 0;
   curve curves[MAX_MODELS] = {{0}};
-  int code = cli_read_file(o.file, &text, &size);
-  if (code) return code;
+  int code = o.dump ? cli_check_out(o.dump) : CLI_OK;
+  if (code || (code = cli_read_file(o.file, &text, &size))) return code;
   if (size < 2)
     code = cli_fail("%s has %zu bytes, at least 2 are needed", o.file, size);
   else

@@ -9,6 +9,7 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -350,6 +351,20 @@ int cli_read_file(const char *path, char **data, size_t *size) {
   *data = p;
   *size = n;
   return CLI_OK;
+}
+
+int cli_check_out(const char *path) {
+  struct stat st;
+  const char *slash = strrchr(path, '/');
+  char *folder = slash ? strndup(path, slash == path ? 1 : (size_t)(slash - path)) : strdup(".");
+  if (!folder) return cli_nomem(strlen(path) + 1, "a path");
+  int code = CLI_OK;
+  if (!stat(path, &st) && S_ISDIR(st.st_mode))
+    code = cli_fail("cannot write %s: %s", path, strerror(EISDIR));
+  else if (access(folder, W_OK | X_OK))
+    code = cli_fail("cannot write %s: %s", path, strerror(errno));
+  free(folder);
+  return code;
 }
 
 double cli_element(const emx_tensor *t, int64_t i) {

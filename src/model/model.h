@@ -74,4 +74,19 @@ struct emx_model {
   emxi_weights w;
 };
 
+/* What layer `layer` attended with, seen after it did: queries q [m,H,D] of tokens first .. first+m-1 as they meet the keys (f32, scores
+ * are q.k/sqrt(D) plus the bias), their keys and values k, v [m,G,D] before the cache rounds them, and the cache, which holds them. */
+typedef struct emxi_layer_view {
+  emx_ctx *ctx;
+  emx_kv *kv;
+  int32_t seq, layer;
+  int64_t first, m;
+  const float *q, *k, *v;
+  const float *alibi_slopes; /* [H]; NULL: no bias */
+} emxi_layer_view;
+typedef emx_status (*emxi_tap_fn)(void *user, const emxi_layer_view *view);
+/* Called for every layer of every chunk and token of this session (not of its forks) until the tap is NULL; a failure of the tap is
+ * that of the call. The tap may use the cache but not change it. */
+void emxi_session_tap(emx_session *s, emxi_tap_fn tap, void *user);
+
 #endif

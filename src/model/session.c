@@ -41,6 +41,8 @@ struct emx_session {
   bool last_known;
   emx_select_desc select;
   emx_session_stats stats;
+  emxi_tap_fn tap;
+  void *tap_user;
 };
 
 void emx_session_opts_init_sized(emx_session_opts *opts, size_t size) {
@@ -301,6 +303,11 @@ void emx_session_destroy(emx_session *s) {
   emxi_ctx_unlock(ctx);
 }
 
+void emxi_session_tap(emx_session *s, emxi_tap_fn tap, void *user) {
+  s->tap = tap;
+  s->tap_user = user;
+}
+
 int64_t emx_session_length(const emx_session *s) { return s ? s->length : 0; }
 
 emx_status emx_session_set_select(emx_session *s, const emx_select_desc *select) {
@@ -438,6 +445,10 @@ static emx_status forward(emx_session *s, const int32_t *tokens, int64_t m, int6
     EMX_TRY(emxi_linear(ctx, p->h, y->wk, p->k, m, width, kvd, false));
     EMX_TRY(emxi_linear(ctx, p->h, y->wv, p->v, m, width, kvd, false));
     EMX_TRY(stats ? attend_decode(s, l, stats) : attend_prefill(s, l, m, length));
+    if (s->tap) {
+      const emxi_layer_view view = {ctx, p->kv[l], s->seqs[l], l, length, m, p->q, p->k, p->v, p->alibi ? p->slopes : NULL};
+      EMX_TRY(s->tap(s->tap_user, &view));
+    }
     EMX_TRY(emxi_linear(ctx, p->a, y->wo, p->x, m, qd, width, true));
     EMX_TRY(emxi_rmsnorm(ctx, p->x, y->post_norm, c->rms_norm_eps, p->h, NULL, m, width));
     EMX_TRY(emxi_linear(ctx, p->h, y->gate, p->gate, m, width, f, false));

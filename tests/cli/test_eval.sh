@@ -37,4 +37,22 @@ run 1 demo -m "$MODEL" --softmax "$MODEL" -f "$SRC/LICENSE" -c 256 -n 2 --positi
 grep -q 'softmax' err || die "a twin that is no softmax model"
 fails 1 'needed' demo -m "$MODEL" -f text -c 65536
 fails 2 'all' demo -m "$MODEL" -f text --select topk
+
+# activations: the file is what decode and bench read; layers are counted from 0
+run 0 eval -m "$MODEL" -f text -c 300 --dump d.safetensors
+run 0 info -f d.safetensors --json
+all_hold 'map({(.name): .shape}) | add == {"q":[300,2,32],"k":[300,1,32],"v":[300,1,32],"alibi_slopes":[2]}'
+cp d.safetensors last.safetensors
+run 0 eval -m "$MODEL" -f text -c 300 --dump d.safetensors --layer 1
+cmp -s d.safetensors last.safetensors || die "the last of two layers is layer 1"
+run 0 eval -m "$MODEL" -f text -c 300 --dump d.safetensors --layer 0
+cmp -s d.safetensors last.safetensors && die "layers do not differ"
+run 0 decode -f d.safetensors --out o.safetensors --json
+all_hold 'length == 600 and all(.certified)'
+run 0 bench decode --data d.safetensors --dtype f32 --rounds 3 --json
+holds '.n == 300 and .hq == 2 and .hkv == 1 and .d == 32 and .rel_err < 1e-5'
+fails 1 'last is 1' eval -m "$MODEL" -f text --dump d.safetensors --layer 2
+fails 2 'needs --dump' eval -m "$MODEL" -f text --layer 0
+fails 2 'one model' eval -m "$MODEL" -m soft -f text --dump d.safetensors
+fails 1 'nowhere' eval -m "$MODEL" -f text --dump nowhere/d.safetensors
 exit 0

@@ -24,6 +24,7 @@ static emx_ctx *ctx;
 static emx_model *model;
 static int32_t tokens[N];
 static double want_logits[N][V]; /* of the reference */
+static double want_q[L][N][H * D], want_k[L][N][G * D], want_v[L][N][G * D];
 
 static emx_ctx *context(int32_t threads) {
   emx_ctx_opts o;
@@ -53,7 +54,7 @@ static void ref_linear(const double *x, const float *w, int in, int out, double 
   }
 }
 static void reference(void) {
-  static double x[N][W], q[N][H * D], k[N][G * D], v[N][G * D];
+  static double x[N][W];
   emxi_weights w;
   assert_int_equal(emxi_weights_create(&config, weights, &w), EMX_OK);
   static const double slope[H] = {1, .5, 0, 0};
@@ -61,7 +62,7 @@ static void reference(void) {
     for (int i = 0; i < W; i++) x[t][i] = w.embed[tokens[t] * W + i];
   for (int l = 0; l < L; l++) {
     const emxi_layer *y = &w.layers[l];
-    double h[W];
+    double h[W], (*q)[H * D] = want_q[l], (*k)[G * D] = want_k[l], (*v)[G * D] = want_v[l];
     for (int t = 0; t < N; t++) {
       ref_norm(x[t], y->input_norm, h);
       ref_linear(h, y->wq, W, H * D, q[t]);
@@ -565,6 +566,60 @@ static void test_softmax(void **state) {
   assert_int_equal(save(), EMX_OK);
 }
 
+/* ---- what a tap sees */
+
+typedef struct tapped {
+  int64_t tokens[L]; /* seen, in order */
+  double worst;      /* difference to the reference */
+  emx_status answer;
+} tapped;
+static double largest(const float *got, const double *want, int64_t n, double worst) {
+  for (int64_t i = 0; i < n; i++) worst = fmax(worst, fabs(got[i] - want[i]));
+  return worst;
+}
+static emx_status look(void *user, const emxi_layer_view *view) {
+  tapped *t = user;
+  int64_t length;
+  assert_int_equal(view->first, t->tokens[view->layer]);
+  assert_int_equal(emx_seq_length(view->kv, view->seq, &length), EMX_OK); /* the cache has the tokens by then */
+  assert_int_equal(length, view->first + view->m);
+  assert_true(view->alibi_slopes[0] == 1 && view->alibi_slopes[1] == .5f && view->alibi_slopes[2] == 0);
+  t->tokens[view->layer] += view->m;
+  t->worst = largest(view->q, want_q[view->layer][view->first], view->m * H * D, t->worst);
+  t->worst = largest(view->k, want_k[view->layer][view->first], view->m * G * D, t->worst);
+  t->worst = largest(view->v, want_v[view->layer][view->first], view->m * G * D, t->worst);
+  return t->answer;
+}
+static void test_tap(void **state) {
+  (void)state;
+  emx_session_opts o;
+  emx_session_opts_init(&o);
+  o.kv_dtype = EMX_F32;
+  o.chunk = 30;
+  o.max_tokens = 200;
+  emx_session *s, *fork;
+  float logits[V];
+  tapped t = {{0}, 0, EMX_OK};
+  assert_int_equal(emx_session_create(model, &o, &s), EMX_OK);
+  emxi_session_tap(s, look, &t);
+  assert_int_equal(emx_session_prefill(s, tokens, N - 2, NULL, NULL, NULL, NULL), EMX_OK);
+  assert_int_equal(emx_session_decode(s, tokens[N - 2], logits), EMX_OK);
+  assert_true(t.tokens[0] == N - 1 && t.tokens[1] == N - 1);
+  assert_true(t.worst < TIGHT); /* on the way to the logits errors are no larger */
+  /* a fork has no tap; a failing one undoes the call */
+  assert_int_equal(emx_session_fork(s, &fork), EMX_OK);
+  assert_int_equal(emx_session_decode(fork, tokens[N - 1], logits), EMX_OK);
+  assert_int_equal(t.tokens[0], N - 1);
+  t.answer = EMX_ERR_IO;
+  assert_int_equal(emx_session_decode(s, tokens[N - 1], logits), EMX_ERR_IO);
+  assert_int_equal(emx_session_length(s), N - 1);
+  emxi_session_tap(s, NULL, NULL);
+  assert_int_equal(emx_session_decode(s, tokens[N - 1], logits), EMX_OK);
+  assert_int_equal(t.tokens[0], N);
+  emx_session_destroy(fork);
+  emx_session_destroy(s);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_against_reference),
@@ -578,6 +633,7 @@ int main(void) {
       cmocka_unit_test(test_pool_is_shared),
       cmocka_unit_test(test_bad_options),
       cmocka_unit_test(test_out_of_memory),
+      cmocka_unit_test(test_tap),
       cmocka_unit_test(test_softmax),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
