@@ -12,7 +12,9 @@
  *   - emx_status is 0 or negative; results go through out-pointers that stay untouched on failure; emx_last_error() has a
  *     sentence of detail for the calling thread. The library never prints, exits or aborts, and never falls back silently.
  *   - Option and argument structs begin with struct_size; _init (which passes the caller's sizeof to _init_sized) fills in the size and
- *     the defaults; fields are only ever appended. Structs that a function fills need struct_size set first.
+ *     the defaults; fields are only ever appended, and zero in an appended field means what held before it. Structs that a function
+ *     fills need struct_size set first. An option struct may also be written out, {.struct_size = sizeof opts, ...}: what is left out
+ *     is zero then, also where the comment at _init names another default.
  *   - Tensors are borrowed strided views with a contiguous last dimension. Sizes are size_t, counts int64_t.
  *   - No function allocates unless its name ends in _create, or its comment says so. Working memory is the caller's:
  *     ask for the size, pass a buffer (any alignment; slack to align it is included in the size).
@@ -264,7 +266,7 @@ typedef struct emx_kv_opts {
    * be interleaved in one allocation). It must outlive the cache. */
   const emx_tensor *k_pool, *v_pool;
 } emx_kv_opts;
-EMX_API void emx_kv_opts_init_sized(emx_kv_opts *opts, size_t size);
+EMX_API void emx_kv_opts_init_sized(emx_kv_opts *opts, size_t size); /* bf16, pages of 16, BHND, 64 sequences; the rest is zero */
 #define emx_kv_opts_init(opts) emx_kv_opts_init_sized((opts), sizeof *(opts))
 
 /* Bytes that emx_kv_create would take with these options on this context's device (the caller's pool not counted) and, for its tables
@@ -365,7 +367,7 @@ typedef struct emx_select_desc {
   float excess_margin;     /* GAUSSIAN: margin as a fraction of the threshold's excess over typical pages; 0.1 */
   int32_t reserved;
 } emx_select_desc;
-EMX_API void emx_select_desc_init_sized(emx_select_desc *desc, size_t size); /* ALL */
+EMX_API void emx_select_desc_init_sized(emx_select_desc *desc, size_t size); /* ALL, max_quantile 0.995, excess_margin 0.1 */
 #define emx_select_desc_init(desc) emx_select_desc_init_sized((desc), sizeof *(desc))
 
 enum { EMX_STOP_DONE = 0, EMX_STOP_BUDGET = 1, EMX_STOP_BYTES = 2, EMX_STOP_DELTA = 3 };
@@ -413,7 +415,7 @@ typedef struct emx_decode_io {
   emx_report *reports;             /* row (b,h,s) at index (b*H + h)*S + s; NULL: none */
   int64_t report_stride;           /* bytes between reports; 0: 64 */
 } emx_decode_io;
-EMX_API void emx_decode_io_init_sized(emx_decode_io *io, size_t size);
+EMX_API void emx_decode_io_init_sized(emx_decode_io *io, size_t size); /* alpha 1.5 */
 #define emx_decode_io_init(io) emx_decode_io_init_sized((io), sizeof *(io))
 
 /* Working memory of emx_select and emx_decode for sequences of at most max_len tokens. */
