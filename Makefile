@@ -1,12 +1,20 @@
 # Thin on purpose: CMake is the build system (CMakeLists.txt, CMakePresets.json). Each command sets the machine up first.
 BUILD ?= build
 CMAKE_FLAGS ?=
+PREFIX ?= /usr/local
 JOBS ?= $(shell nproc)
 
 all:
 	scripts/setup.sh build
-	cmake -S . -B $(BUILD) -G Ninja -DEMX_TESTS=OFF $(CMAKE_FLAGS)
+	cmake -S . -B $(BUILD) -G Ninja -DEMX_TESTS=OFF -DCMAKE_INSTALL_PREFIX="$(PREFIX)" $(CMAKE_FLAGS)
 	cmake --build $(BUILD)
+
+# DESTDIR, if set, goes in front of PREFIX.
+install: all
+	cmake --install $(BUILD)
+
+uninstall:
+	cmake --build $(BUILD) --target uninstall
 
 # Every label. `ctest --test-dir build -L quick` is the part that takes under a minute.
 test:
@@ -25,4 +33,4 @@ demo:
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all test demo clean
+.PHONY: all install uninstall test demo clean

@@ -1,0 +1,12 @@
+# Removes what the last `cmake --install` of this build wrote, under DESTDIR if that is set as it was then. Folders stay.
+if(NOT EXISTS "${MANIFEST}")
+  message(FATAL_ERROR "nothing was installed from this build: ${MANIFEST} does not exist")
+endif()
+file(STRINGS "${MANIFEST}" files)
+foreach(file IN LISTS files)
+  set(path "$ENV{DESTDIR}${file}")
+  if(EXISTS "${path}" OR IS_SYMLINK "${path}")
+    file(REMOVE "${path}")
+    message(STATUS "Removed: ${path}")
+  endif()
+endforeach()
