@@ -191,11 +191,11 @@ enum { EMX_ATTN_CAUSAL = 1 }; /* query i of S sees keys 0 .. N-S+i (bottom-right
 typedef struct emx_attn_desc {
   uint32_t struct_size;
   uint32_t flags;       /* EMX_ATTN_* */
-  double alpha;         /* 1 or 1 < alpha <= 4; backward: 1 <= alpha <= 2 */
+  double alpha;         /* 1, or 1 + 1e-6 to 4; backward: at most 2. Unused where the call has one alpha a head */
   float scale;          /* of q.k, before the (alpha-1) factor; 0: 1/sqrt(D) */
   int32_t layout;       /* EMX_LAYOUT_* of every 4-D tensor and of a paged pool */
-  int32_t window_left;  /* keys before the query's own position that it sees; -1: all. Others: UNSUPPORTED for now */
-  int32_t window_right; /* the same after it; -1: all */
+  int32_t window_left;  /* keys before the query's own position i+N-S that it sees; -1: all */
+  int32_t window_right; /* the same after it; -1: all. Causal: none */
 } emx_attn_desc;
 EMX_API void emx_attn_desc_init_sized(emx_attn_desc *desc, size_t size); /* alpha 1.5, causal, BHND, no window */
 #define emx_attn_desc_init(desc) emx_attn_desc_init_sized((desc), sizeof *(desc))
@@ -225,6 +225,10 @@ typedef struct emx_attn_io {
   const emx_tensor *d_o;                 /* backward: gradient of o, shape of q */
   const emx_tensor *d_q, *d_k, *d_v;     /* backward: outputs; d_k, d_v are compact, with G heads */
   const emx_tensor *lse;                 /* alpha = 1, instead of tau: natural log-sum-exp of the row's scores */
+  /* [H] f64, optional: each query head's alpha, instead of desc->alpha. The call has tau then, never lse; rows of a head whose alpha is
+   * exactly 1 hold their log-sum-exp in it. */
+  const emx_tensor *alphas;
+  const emx_tensor *d_alpha; /* backward, optional, with `alphas`: output [H] f64, the gradient of each head's alpha */
 } emx_attn_io;
 EMX_API void emx_attn_io_init_sized(emx_attn_io *io, size_t size);
 #define emx_attn_io_init(io) emx_attn_io_init_sized((io), sizeof *(io))

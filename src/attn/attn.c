@@ -72,21 +72,36 @@ static emx_status like(const struct call *c, const emx_tensor *t, const int64_t 
   return EMX_OK;
 }
 
+static emx_status check_alpha(double alpha, int32_t pass, const char *who) {
+  EMX_TRY(emxi_alpha_check(alpha, who));
+  if (pass == EMX_PASS_BACKWARD && alpha > 2.0)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: alpha is %g; the backward pass has 1 <= alpha <= 2", who, alpha);
+  return EMX_OK;
+}
+/* [H] f64 beside the query heads. */
+static emx_status per_head(const struct call *c, const emx_tensor *t, int64_t heads, const char *name, void **out) {
+  EMX_TRY(check_tensor(c, t, 1, &heads, name));
+  if (t->dtype != EMX_F64) return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected f64", c->who, name, emx_dtype_name(t->dtype));
+  *out = t->data;
+  return EMX_OK;
+}
+
 static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, bool sizes,
                                emxi_attn *a) {
   struct call c = {
       .sizes = sizes, .who = pass == EMX_PASS_BACKWARD ? "emx_attn_backward" : "emx_attn_forward", .ctx = ctx, .desc = desc};
   const char *who = c.who;
-  EMX_TRY(emxi_alpha_check(desc->alpha, who));
-  if (pass == EMX_PASS_BACKWARD && desc->alpha > 2.0)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: alpha is %g; the backward pass has 1 <= alpha <= 2", who, desc->alpha);
+  void *alphas = NULL, *d_alpha = NULL;
+  if (!io->alphas) EMX_TRY(check_alpha(desc->alpha, pass, who));
+  const bool softmax = !io->alphas && desc->alpha == 1.0;
   if (!isfinite(desc->scale)) return emxi_fail(EMX_ERR_INVALID, "%s: scale is %g", who, (double)desc->scale);
   if (desc->flags & ~(uint32_t)EMX_ATTN_CAUSAL) return emxi_fail(EMX_ERR_INVALID, "%s: unknown flags 0x%x", who, desc->flags);
   if (desc->layout != EMX_LAYOUT_BHND && desc->layout != EMX_LAYOUT_BNHD)
     return emxi_fail(EMX_ERR_INVALID, "%s: unknown layout %d", who, desc->layout);
-  if (desc->window_left != -1 || desc->window_right != -1)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: window (%d, %d); this version has no window: use -1, -1", who, desc->window_left,
+  if (desc->window_left < -1 || desc->window_right < -1)
+    return emxi_fail(EMX_ERR_INVALID, "%s: window (%d, %d); a side is a number of keys, or -1 for all", who, desc->window_left,
                      desc->window_right);
+  if (io->d_alpha && !io->alphas) return emxi_fail(EMX_ERR_INVALID, "%s: d_alpha without alphas", who);
   if (!io->q || !io->k || !io->v) return emxi_fail(EMX_ERR_INVALID, "%s: q, k or v is NULL", who);
   if (!io->cu_seqlens_q != !io->cu_seqlens_k)
     return emxi_fail(EMX_ERR_INVALID, "%s: cu_seqlens_q and cu_seqlens_k go together", who);
@@ -112,7 +127,10 @@ static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const em
   const int hd = c.packed ? 1 : bnhd ? 2 : 1, sd = c.packed ? 0 : bnhd ? 1 : 2; /* dimensions of heads and rows */
   *a = (emxi_attn){.pass = pass,
                    .alpha = desc->alpha,
-                   .causal = desc->flags & EMX_ATTN_CAUSAL,
+                   .left = desc->window_left < 0 ? INT32_MAX : desc->window_left,
+                   .right = desc->flags & EMX_ATTN_CAUSAL ? 0
+                            : desc->window_right < 0      ? INT32_MAX
+                                                          : desc->window_right,
                    .heads = c.shape_q[hd],
                    .kv_heads = c.shape_k[hd],
                    .d = c.shape_q[ndim - 1],
@@ -175,17 +193,20 @@ static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const em
     if (io->alibi_slopes->dtype != EMX_F32) return emxi_fail(EMX_ERR_DTYPE, "%s: alibi_slopes must be f32", who);
     a->slopes = io->alibi_slopes->data;
   }
-  if (desc->alpha == 1.0 ? io->tau != NULL : io->lse != NULL)
-    return emxi_fail(EMX_ERR_INVALID, "%s: alpha = %g has %s", who, desc->alpha,
-                     desc->alpha == 1.0 ? "no tau, it has lse" : "no lse, it has tau");
-  const emx_tensor *threshold = desc->alpha == 1.0 ? io->lse : io->tau;
-  if (threshold) EMX_TRY(per_row(&c, threshold, kt == EMX_F64 ? EMX_F64 : EMX_F32, desc->alpha == 1.0 ? "lse" : "tau", &a->tau));
+  if (io->alphas) EMX_TRY(per_head(&c, io->alphas, a->heads, "alphas", &alphas));
+  a->alphas = alphas;
+  if (softmax ? io->tau != NULL : io->lse != NULL)
+    return emxi_fail(EMX_ERR_INVALID, "%s: %s", who,
+                     softmax ? "alpha = 1 has no tau, it has lse" : "alpha > 1 and alphas have no lse, they have tau");
+  const emx_tensor *threshold = softmax ? io->lse : io->tau;
+  if (threshold) EMX_TRY(per_row(&c, threshold, kt == EMX_F64 ? EMX_F64 : EMX_F32, softmax ? "lse" : "tau", &a->tau));
   if (pass == EMX_PASS_FORWARD) {
     EMX_TRY(like(&c, io->o, c.shape_q, io->q->dtype, "o", &a->o));
     if (io->support) EMX_TRY(per_row(&c, io->support, EMX_I32, "support", &a->support));
   } else {
-    if (!threshold)
-      return emxi_fail(EMX_ERR_INVALID, "%s: %s of the forward pass is required", who, desc->alpha == 1.0 ? "lse" : "tau");
+    if (!threshold) return emxi_fail(EMX_ERR_INVALID, "%s: %s of the forward pass is required", who, softmax ? "lse" : "tau");
+    if (io->d_alpha) EMX_TRY(per_head(&c, io->d_alpha, a->heads, "d_alpha", &d_alpha));
+    a->d_alpha = d_alpha;
     EMX_TRY(like(&c, io->d_o, c.shape_q, io->q->dtype, "d_o", &a->d_o));
     EMX_TRY(like(&c, io->d_q, c.shape_q, io->q->dtype, "d_q", &a->d_q));
     EMX_TRY(like(&c, io->d_k, c.shape_k, kt, "d_k", &a->d_k));
@@ -202,6 +223,7 @@ static emx_status check_cu(const int32_t *cu, int64_t b, int64_t rows, const cha
   return EMX_OK;
 }
 emx_status emxi_attn_check_lengths(const emxi_attn *a) {
+  for (int64_t h = 0; a->alphas && h < a->heads; h++) EMX_TRY(check_alpha(a->alphas[h], a->pass, "attention: alphas"));
   if (a->cu_q) {
     EMX_TRY(check_cu(a->cu_q, a->batch, a->rows_q, "cu_seqlens_q"));
     EMX_TRY(check_cu(a->cu_k, a->batch, a->rows_k, "cu_seqlens_k"));

@@ -15,9 +15,11 @@ typedef struct emxi_mat {
 typedef struct emxi_attn {
   int32_t pass;
   double alpha, scale;
-  bool causal;
+  const double *alphas; /* [heads] or NULL: `alpha` for all; emxi_attn_alpha() */
+  double *d_alpha;      /* [heads] or NULL */
+  int64_t left, right;  /* keys around its own position that a query sees; INT32_MAX: all. Causal: right is 0 */
   int64_t batch, heads, kv_heads, d;
-  int64_t max_q, max_k; /* largest lengths that the shapes allow */
+  int64_t max_q, max_k;   /* largest lengths that the shapes allow */
   int64_t rows_q, rows_k; /* rows of q and k in memory: lengths and offsets are checked against them */
   emxi_mat q, k, v, o, tau /* alpha = 1: lse */, support, d_o, d_q, d_k, d_v;
   const float *slopes; /* [heads] or NULL */
@@ -26,6 +28,8 @@ typedef struct emxi_attn {
   const int32_t *block_table;
   int64_t table_stride, table_width, pages, page_size;
 } emxi_attn;
+
+static inline double emxi_attn_alpha(const emxi_attn *a, int64_t head) { return a->alphas ? a->alphas[head] : a->alpha; }
 
 /* Sequence b's extent: first row and length on both sides. */
 typedef struct emxi_span {

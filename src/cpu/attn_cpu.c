@@ -43,11 +43,15 @@ static block block_of(const emxi_attn *a, size_t real) {
   return b;
 }
 
-/* Keys that query i of a span sees: 0 .. visible-1. */
-static int64_t visible(const emxi_attn *a, const emxi_span *sp, int64_t i) {
-  if (!a->causal) return sp->n;
-  int64_t v = i + sp->n - sp->s + 1;
-  return v < 0 ? 0 : v;
+/* Keys that query i of a span sees: from .. to-1. Both ends rise with i. */
+typedef struct range {
+  int64_t from, to;
+} range;
+static range visible(const emxi_attn *a, const emxi_span *sp, int64_t i) {
+  const int64_t at = i + sp->n - sp->s, from = at - a->left, to = at + a->right + 1;
+  range r = {from < 0 ? 0 : from, to < 0 ? 0 : to > sp->n ? sp->n : to};
+  if (r.from > r.to) r.from = r.to;
+  return r;
 }
 
 /* Element offset of key row j from m->data. */
@@ -61,8 +65,23 @@ typedef struct job {
   emx_ctx *ctx;
   const emxi_attn *a;
   block blk;
+  double *d_alpha;              /* [rows of q, heads]: each row's share */
   void *work[EMXI_MAX_THREADS]; /* per worker, carved by the template */
 } job;
+
+static int64_t alpha_rows(const emxi_attn *a) { return a->cu_q ? a->rows_q : a->batch * a->max_q; }
+static int64_t alpha_index(const emxi_attn *a, const emxi_span *sp, int64_t b, int64_t i) {
+  return a->cu_q ? sp->q0 + i : b * a->max_q + i;
+}
+
+/* d p / d alpha, as far as it matters beside d_p - delta, whose mean under u is zero (docs/math.md, 6): -p L^2 (e^x - 1 - x) / x^2 with
+ * L = log p and x = -(alpha-1) L. The quotient is 1/2 at x = 0 (alpha = 1) and is not taken as a difference where that cancels. */
+static double alpha_slope(double alpha, double p) {
+  const double l = log(p), x = -(alpha - 1.0) * l;
+  const double psi = fabs(x) < 1e-2 ? 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x / 5040))))
+                                    : (expm1(x) - x) / (x * x);
+  return -p * l * l * psi;
+}
 
 #define REAL float
 #define TABLE emxi_table
@@ -98,11 +117,22 @@ emx_status emxi_cpu_attn_run(emx_ctx *ctx, const emxi_attn *a, emxi_arena *arena
   const bool f64 = a->k.dtype == EMX_F64, backward = a->pass == EMX_PASS_BACKWARD;
   job j = {.ctx = ctx, .a = a, .blk = block_of(a, f64 ? sizeof(double) : sizeof(float))};
   for (int32_t w = 0; w < ctx->threads; w++) j.work[w] = f64 ? carve64(arena, &j) : carve(arena, &j);
+  j.d_alpha = emxi_arena_take(arena, a->d_alpha ? alpha_rows(a) * a->heads : 0, sizeof(double));
   if (!arena->base) return EMX_OK;
   EMX_TRY(emxi_arena_check(arena, "attention"));
   EMX_TRY(emxi_attn_check_lengths(a));
   for (int32_t w = 0; w < ctx->threads; w++) f64 ? lay_out64(&j, w) : lay_out(&j, w);
   const int64_t heads = a->batch * a->kv_heads;
-  if (backward) return emxi_parallel(ctx, heads, f64 ? backward_task64 : backward_task, &j);
+  if (backward) {
+    const int64_t rows = alpha_rows(a);
+    if (a->d_alpha) memset(j.d_alpha, 0, (size_t)(rows * a->heads) * sizeof(double)); /* padding has no share */
+    EMX_TRY(emxi_parallel(ctx, heads, f64 ? backward_task64 : backward_task, &j));
+    for (int64_t h = 0; a->d_alpha && h < a->heads; h++) {
+      double sum = 0;
+      for (int64_t i = 0; i < rows; i++) sum += j.d_alpha[i * a->heads + h];
+      a->d_alpha[h] = sum;
+    }
+    return EMX_OK;
+  }
   return emxi_parallel(ctx, heads * j.blk.count, f64 ? forward_task64 : forward_task, &j);
 }

@@ -601,8 +601,8 @@ static void test_bad_input(void **state) {
   w.desc.alpha = NAN;
   REFUSES(EMX_ERR_INVALID);
   w.desc.alpha = 1.5;
-  w.desc.window_left = 3;
-  REFUSES(EMX_ERR_UNSUPPORTED);
+  w.desc.window_left = -2;
+  REFUSES(EMX_ERR_INVALID);
   w.desc.window_left = -1;
   w.desc.struct_size = 4;
   REFUSES(EMX_ERR_INVALID);
