@@ -70,7 +70,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
 }
 
 typedef struct method {
-  char name[16];
+  const char *name; /* softmax, or the selector's */
   emx_select_desc select;
   double alpha;
   double *ms;                   /* [rounds] */
@@ -366,13 +366,13 @@ static emx_status prepare(bench *b) {
   b->ts = emx_tensor_view(b->slopes, EMX_F32, 1, (int64_t[1]){b->H});
   /* softmax over everything comes first: it is what the others are compared with */
   method *m = &b->methods[b->n_methods++];
-  snprintf(m->name, sizeof m->name, "softmax");
+  m->name = "softmax";
   emx_select_desc_init(&m->select);
   m->alpha = 1;
   for (int i = 0; i < o->select.n; i++) {
     if (o->alpha == 1 && o->select.desc[i].kind == EMX_SELECT_ALL) continue; /* the row above */
     m = &b->methods[b->n_methods++];
-    snprintf(m->name, sizeof m->name, "%s", cli_select_name(o->select.desc[i].kind));
+    m->name = cli_select_name(o->select.desc[i].kind);
     m->select = o->select.desc[i];
     m->alpha = o->alpha;
   }
@@ -443,11 +443,14 @@ static int report(bench *b) {
                                   gbps, "read_gbps", read_gbps, "rel_err", cli_json_real(rel_err), "delta",
                                   cli_json_real(m->delta), "delta_bound", m->bound, "certified", (int)m->certified);
       if (j && numbers) json_object_update(j, numbers);
+      if (j && m->select.kind == EMX_SELECT_TOPK) json_object_set_new(j, "budget", json_integer(m->select.budget));
       json_decref(numbers);
       code = cli_json_line(j);
     } else {
-      printf("%-10s %-6s %9.3f %9.3f %8.3f %10.2f %11.0f %7.1f %9.1e %9.1e %11.1e %s\n", m->name, cli_path_name(m->path),
-             t.median, t.min, t.mad, ratio, bytes, gbps, rel_err, m->delta, m->bound, m->certified ? "yes" : "no");
+      char label[32];
+      printf("%-10s %-6s %9.3f %9.3f %8.3f %10.2f %11.0f %7.1f %9.1e %9.1e %11.1e %s\n",
+             i ? cli_select_label(&m->select, label) : m->name, cli_path_name(m->path), t.median, t.min, t.mad, ratio, bytes,
+             gbps, rel_err, m->delta, m->bound, m->certified ? "yes" : "no");
     }
   }
   return code ? code : cli_flush();

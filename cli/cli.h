@@ -61,16 +61,20 @@ extern const struct argp cli_common_argp;
 int cli_context(const cli_common *common, emx_ctx **ctx);
 
 /* --select and its parameters, a child parser. Key range 1100. */
-enum { CLI_MAX_SELECT = 8 };
+enum { CLI_MAX_SELECT = 16 };
 typedef struct cli_select {
-  emx_select_desc desc[CLI_MAX_SELECT]; /* one per name in --select, the parameters in all of them */
+  emx_select_desc desc[CLI_MAX_SELECT]; /* one per name in --select, topk one per budget, the parameters in all of them */
   int n;
-  bool budget_set, tau_mode_set;
+  int64_t budgets[CLI_MAX_SELECT];
+  int n_budgets; /* as given; 0: the default */
+  bool tau_mode_set;
   const char *limit_set; /* --max-bytes or --max-delta, if given */
 } cli_select;
 extern const struct argp cli_select_argp;
 void cli_select_init(cli_select *select);
 const char *cli_select_name(int32_t kind);
+/* "topk 1024", "gaussian": for tables. */
+const char *cli_select_label(const emx_select_desc *select, char out[32]);
 const char *cli_path_name(int32_t path);
 const char *cli_stop_name(int32_t stop);
 

@@ -136,13 +136,14 @@ static int generate_all(const options *o, const reader *r) {
   for (int i = 0; i < o->select.n && !code; i++) {
     session_summary sum;
     const emx_select_desc *select = &o->select.desc[i];
-    const char *name = cli_select_name(select->kind);
+    char name[32];
+    cli_select_label(select, name);
     code = generate(o, r, select, i ? text : dense, &sum);
     if (code) break;
     const char *mine = i ? text : dense;
     const bool same = !memcmp(mine, dense, (size_t)o->n);
     if (o->common.json) {
-      json_t *j = session_json(&sum, name);
+      json_t *j = session_json(&sum, select);
       if (j) {
         json_object_set_new(j, "tokens", json_integer(o->n));
         json_object_set_new(j, "same_text", json_boolean(same));
@@ -173,56 +174,34 @@ typedef struct points {
   int n;
 } points;
 
-/* What ALL expects after each of the next tokens of the text: [positions, vocab]. */
-static int expect(const options *o, const reader *r, const emx_select_desc *select, const char *next, float *out,
-                  session_summary *sum) {
-  emx_session *s = NULL;
-  int code = fork_with(r, select, &s);
-  for (int64_t i = 0; i < o->positions && !code; i++)
-    code = cli_status(emx_session_decode(s, (unsigned char)next[i], out + i * r->config.vocab_size));
-  if (!code) code = session_summarize(s, sum);
-  emx_session_destroy(s);
-  return code;
-}
-
 /* Mean KL divergence against ALL, and the share of bytes, per budget of TOPK; the last entry is GAUSSIAN where there is one. */
 static int sweep(const options *o, const reader *r, const char *next, points *topk, points *gaussian) {
-  const size_t cells = (size_t)o->positions * (size_t)r->config.vocab_size;
-  float *dense = malloc(cells * sizeof *dense), *sparse = malloc(cells * sizeof *sparse);
-  int code = dense && sparse ? CLI_OK : cli_nomem(2 * cells * sizeof *dense, "logits");
-  cli_progress progress;
-  char label[80];
-  snprintf(label, sizeof label, "%s: error against bytes", r->label);
-  cli_progress_init(&progress, label);
-  emx_select_desc select;
-  emx_select_desc_init(&select);
-  session_summary sum;
-  if (!code) code = expect(o, r, &select, next, dense, &sum);
+  int32_t *tokens = NULL;
+  session_reference reference = {0};
+  int code = session_tokens(&r->config, next, (size_t)o->positions, &tokens);
+  if (!code) code = session_reference_open(r->base, tokens, o->positions, r->config.vocab_size, &reference);
   static const int64_t budgets[] = {64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
   const int n = sizeof budgets / sizeof *budgets;
   for (int i = 0; i <= n && !code; i++) {
     points *into = i < n ? topk : gaussian;
     if (i == n && r->config.entmax_alpha == 1) break; /* softmax has no threshold to estimate */
     if (i < n && budgets[i] >= o->session.ctx) continue;
+    emx_select_desc select;
     emx_select_desc_init(&select);
     select.kind = i < n ? EMX_SELECT_TOPK : EMX_SELECT_GAUSSIAN;
     if (i < n) select.budget = budgets[i];
-    code = expect(o, r, &select, next, sparse, &sum);
+    session_difference d;
+    code = session_reference_compare(&reference, &select, &d);
     if (code) break;
-    double kl = 0;
-    for (int64_t p = 0; p < o->positions; p++)
-      kl += logits_kl(dense + p * r->config.vocab_size, sparse + p * r->config.vocab_size, r->config.vocab_size);
-    kl /= (double)o->positions;
-    into->share[into->n] = 100 * sum.bytes_share;
-    into->error[into->n++] = fmax(kl, 1e-9); /* the logarithmic axis needs an end */
+    into->share[into->n] = 100 * d.stats.bytes_share;
+    into->error[into->n++] = fmax(d.kl, 1e-9); /* the logarithmic axis needs an end */
     if (o->common.json)
       code = cli_json_line(json_pack("{s:s, s:s, s:I, s:f, s:f}", "model", r->label, "select", cli_select_name(select.kind),
-                                     "budget", (json_int_t)(i < n ? budgets[i] : 0), "bytes_share", sum.bytes_share, "kl", kl));
-    cli_progress_text(&progress, i + 1, n + 1, NULL);
+                                     "budget", (json_int_t)(i < n ? budgets[i] : 0), "bytes_share", d.stats.bytes_share, "kl",
+                                     d.kl));
   }
-  cli_progress_end(&progress);
-  free(dense);
-  free(sparse);
+  session_reference_close(&reference);
+  free(tokens);
   return code;
 }
 

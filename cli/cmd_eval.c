@@ -52,7 +52,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_SVG: o->svg = arg; return 0;
     case KEY_DUMP: o->dump = arg; return 0;
     case KEY_LAYER: o->layer = (int)cli_int(state, "--layer", arg, 0, INT32_MAX); return 0;
-    case 'n': o->n = cli_int(state, "-n", arg, 1, 1 << 30); return 0;
+    case 'n': o->n = cli_int(state, "-n", arg, 1, 1 << 20); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
       if (!o->n_models || !o->file) argp_error(state, "-m DIR and -f FILE are required");
@@ -190,51 +190,8 @@ static int draw_curves(const options *o, const curve *curves) {
 
 /* ---- a selector against ALL */
 
-typedef struct comparison {
-  double kl, kl_max, top1;
-  int64_t n;
-  session_summary stats;
-} comparison;
-
-/* Prefills all but the last n bytes of the context once, then decodes those bytes in two forks, ALL and the selector, and compares what
- * each expects next. */
-static int compare(const emx_model_config *config, emx_session *base, const emx_select_desc *select, const char *text, int64_t n,
-                   comparison *out) {
-  emx_session *all = NULL, *sel = NULL;
-  const size_t bytes = (size_t)config->vocab_size * sizeof(float);
-  float *p = malloc(bytes), *q = malloc(bytes);
-  int code = p && q ? CLI_OK : cli_nomem(2 * bytes, "logits");
-  cli_progress progress;
-  cli_progress_init(&progress, cli_select_name(select->kind));
-  emx_select_desc everything;
-  if (code) goto done;
-  emx_select_desc_init(&everything);
-  CLI_TRY(emx_session_fork(base, &all));
-  CLI_TRY(emx_session_fork(base, &sel));
-  CLI_TRY(emx_session_set_select(all, &everything));
-  CLI_TRY(emx_session_set_select(sel, select));
-  emx_session_reset_stats(sel);
-  *out = (comparison){.n = n};
-  for (int64_t i = 0; i < n; i++) {
-    const int32_t token = (unsigned char)text[i];
-    CLI_TRY(emx_session_decode(all, token, p));
-    CLI_TRY(emx_session_decode(sel, token, q));
-    double kl = logits_kl(p, q, config->vocab_size);
-    out->kl += kl;
-    out->kl_max = fmax(out->kl_max, kl);
-    out->top1 += logits_best(p, config->vocab_size) == logits_best(q, config->vocab_size);
-    cli_progress_text(&progress, i + 1, n, NULL);
-  }
-  code = session_summarize(sel, &out->stats);
-done:
-  cli_progress_end(&progress);
-  emx_session_destroy(sel);
-  emx_session_destroy(all);
-  free(p);
-  free(q);
-  return code;
-}
-
+/* Prefills all but the last n bytes of the context once; every selector decodes those bytes in a fork, and what it expects after each of
+ * them is compared with what ALL does. */
 static int compare_selectors(emx_model *model, const options *o, const emx_model_config *config, const char *text, size_t size,
                              json_t **list) {
   int64_t context = o->session.ctx && (size_t)o->session.ctx < size ? o->session.ctx : (int64_t)size;
@@ -242,34 +199,39 @@ static int compare_selectors(emx_model *model, const options *o, const emx_model
     return cli_fail("--select decodes the last %lld bytes of the context, which has only %lld", (long long)o->n,
                     (long long)context);
   emx_session *base = NULL;
-  /* two forks at a time, each with its own tail */
-  cli_session room = o->session;
+  int32_t *tokens = NULL;
+  session_reference reference = {0};
+  cli_session room = o->session; /* the text, and the tail of a fork */
   room.ctx = 0;
-  int code = session_open(model, &room, context + 2 * (o->n + room.page), &base);
+  int code = session_open(model, &room, context + o->n + 2 * room.page, &base);
   if (!code) code = session_prefill(base, config, text, (size_t)(context - o->n), NULL, NULL, "prefill");
+  if (!code) code = session_tokens(config, text + context - o->n, (size_t)o->n, &tokens);
+  if (!code) code = session_reference_open(base, tokens, o->n, config->vocab_size, &reference);
   *list = json_array();
   for (int i = 0; i < o->select.n && !code; i++) {
-    comparison c;
-    const char *name = cli_select_name(o->select.desc[i].kind);
-    code = compare(config, base, &o->select.desc[i], text + context - o->n, o->n, &c);
+    session_difference d;
+    char label[32];
+    code = session_reference_compare(&reference, &o->select.desc[i], &d);
     if (code) break;
     if (o->common.json) {
-      json_t *j = session_json(&c.stats, name);
+      json_t *j = session_json(&d.stats, &o->select.desc[i]);
       if (j) {
-        json_object_set_new(j, "tokens", json_integer(c.n));
-        json_object_set_new(j, "kl", cli_json_real(c.kl / (double)c.n));
-        json_object_set_new(j, "kl_max", cli_json_real(c.kl_max));
-        json_object_set_new(j, "top1", cli_json_real(c.top1 / (double)c.n));
+        json_object_set_new(j, "tokens", json_integer(o->n));
+        json_object_set_new(j, "kl", cli_json_real(d.kl));
+        json_object_set_new(j, "kl_max", cli_json_real(d.kl_max));
+        json_object_set_new(j, "top1", cli_json_real(d.top1));
         json_array_append_new(*list, j);
       }
     } else {
       printf(
           "%-10s kl %.3g nats (largest %.3g), top1 %.4f, %.2f %% of K and V read, support %.1f, delta_bound %.2g over %lld "
           "tokens at %lld\n",
-          name, c.kl / (double)c.n, c.kl_max, c.top1 / (double)c.n, 100 * c.stats.bytes_share, c.stats.support_mean,
-          c.stats.delta_bound_max, (long long)c.n, (long long)context);
+          cli_select_label(&o->select.desc[i], label), d.kl, d.kl_max, d.top1, 100 * d.stats.bytes_share, d.stats.support_mean,
+          d.stats.delta_bound_max, (long long)o->n, (long long)context);
     }
   }
+  session_reference_close(&reference);
+  free(tokens);
   emx_session_destroy(base);
   return code;
 }
@@ -341,7 +303,8 @@ int cmd_eval(int argc, char **argv) {
           "Measures bits per byte of a text in windows of -c bytes (default: the length of training), with dense attention.\v"
           "With --select it also prefills the first -c bytes but the last N, and decodes those N one by one with each selector "
           "beside "
-          "ALL (with --json one line a selector): kl (mean KL divergence of the next-token distributions, nats) and top1 (share "
+          "ALL (with --json one line a selector and budget): kl (mean KL divergence of the next-token distributions, nats) and "
+          "top1 (share "
           "of equal first choices)."};
   options o = {.n = 256, .layer = -1};
   cli_select_init(&o.select);

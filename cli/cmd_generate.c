@@ -67,7 +67,7 @@ static int print_stats(const options *o, const emx_session *s, const char *text,
   int code = session_summarize(s, &sum);
   if (code) return code;
   if (o->common.json) {
-    json_t *j = session_json(&sum, cli_select_name(o->select.desc[0].kind));
+    json_t *j = session_json(&sum, &o->select.desc[0]);
     if (j) {
       json_object_set_new(j, "tokens", json_integer(tokens));
       json_object_set_new(j, "text", cli_json_text(text, (size_t)tokens));

@@ -126,6 +126,13 @@ const char *cli_select_name(int32_t kind) {
     if (selectors[i].kind == kind) return selectors[i].name;
   return kind == EMX_SELECT_PAGES ? "pages" : "unknown";
 }
+const char *cli_select_label(const emx_select_desc *select, char out[32]) {
+  if (select->kind == EMX_SELECT_TOPK)
+    snprintf(out, 32, "topk %lld", (long long)select->budget);
+  else
+    snprintf(out, 32, "%s", cli_select_name(select->kind));
+  return out;
+}
 const char *cli_path_name(int32_t path) {
   return path == EMX_PATH_ALL ? "all" : path == EMX_PATH_PAGES ? "pages" : path == EMX_PATH_LADDER ? "ladder" : "unknown";
 }
@@ -145,7 +152,7 @@ static const struct argp_option select_options[] = {
     {NULL, 0, NULL, 0, "Selection of keys and values:", 80},
     {"select", KEY_SELECT, "NAME", 0,
      "all (default), topk, gaussian or certified (not in this version); a list where the command compares", 80},
-    {"budget", KEY_BUDGET, "TOKENS", 0, "topk: tokens a query head reads (default 1024)", 80},
+    {"budget", KEY_BUDGET, "TOKENS", 0, "topk: tokens a query head reads (default 1024); a list where the command compares", 80},
     {"tau-mode", KEY_TAU_MODE, "M", 0, "gaussian: exact (default), corrected or fixed", 80},
     {"max-bytes", KEY_MAX_BYTES, "B", 0, "certified: stop after this many bytes (not in this version)", 80},
     {"max-delta", KEY_MAX_DELTA, "X", 0, "certified: stop when the bound of the dropped mass is at most X (not in this version)",
@@ -155,6 +162,22 @@ static bool selects(const cli_select *s, int32_t kind) {
   for (int i = 0; i < s->n; i++)
     if (s->desc[i].kind == kind) return true;
   return false;
+}
+/* One topk a budget, in its place among the others. */
+static void expand_budgets(const struct argp_state *state, cli_select *s) {
+  emx_select_desc out[CLI_MAX_SELECT];
+  int n = 0;
+  for (int i = 0; i < s->n; i++) {
+    const int copies = s->desc[i].kind == EMX_SELECT_TOPK && s->n_budgets ? s->n_budgets : 1;
+    for (int b = 0; b < copies; b++) {
+      if (n == CLI_MAX_SELECT) argp_error(state, "--select: more than %d selectors and budgets", CLI_MAX_SELECT);
+      out[n] = s->desc[i];
+      if (s->n_budgets) out[n].budget = s->budgets[b];
+      n++;
+    }
+  }
+  memcpy(s->desc, out, (size_t)n * sizeof *out);
+  s->n = n;
 }
 static error_t parse_select(int key, char *arg, struct argp_state *state) {
   cli_select *s = state->input;
@@ -173,9 +196,12 @@ static error_t parse_select(int key, char *arg, struct argp_state *state) {
       return 0;
     }
     case KEY_BUDGET: {
-      int64_t budget = cli_int(state, "--budget", arg, 1, INT64_MAX / 4);
-      for (int i = 0; i < CLI_MAX_SELECT; i++) s->desc[i].budget = budget;
-      s->budget_set = true;
+      s->n_budgets = 0;
+      for (char *rest, *text = strtok_r(arg, ",", &rest); text; text = strtok_r(NULL, ",", &rest)) {
+        if (s->n_budgets == CLI_MAX_SELECT) argp_error(state, "--budget: more than %d numbers", CLI_MAX_SELECT);
+        s->budgets[s->n_budgets++] = cli_int(state, "--budget", text, 1, INT64_MAX / 4);
+      }
+      if (!s->n_budgets) argp_error(state, "--budget: no number");
       return 0;
     }
     case KEY_MAX_BYTES: {
@@ -200,12 +226,13 @@ static error_t parse_select(int key, char *arg, struct argp_state *state) {
       return 0;
     }
     case ARGP_KEY_SUCCESS:
-      if (s->budget_set && !selects(s, EMX_SELECT_TOPK)) argp_error(state, "--budget needs topk in --select");
+      if (s->n_budgets && !selects(s, EMX_SELECT_TOPK)) argp_error(state, "--budget needs topk in --select");
       if (s->tau_mode_set && !selects(s, EMX_SELECT_GAUSSIAN)) argp_error(state, "--tau-mode needs gaussian in --select");
       if (s->limit_set && !selects(s, EMX_SELECT_CERTIFIED)) argp_error(state, "%s needs certified in --select", s->limit_set);
       /* only GAUSSIAN has an estimate to keep */
       for (int i = 0; i < s->n; i++)
         if (s->desc[i].kind != EMX_SELECT_GAUSSIAN) s->desc[i].tau_mode = EMX_TAU_EXACT;
+      expand_budgets(state, s);
       return 0;
   }
   return ARGP_ERR_UNKNOWN;

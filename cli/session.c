@@ -33,8 +33,7 @@ int session_open(emx_model *model, const cli_session *opts, int64_t tokens, emx_
   return cli_status(emx_session_create(model, &o, out));
 }
 
-int session_prefill(emx_session *s, const emx_model_config *config, const char *text, size_t n, float *nll, float *logits,
-                    const char *label) {
+int session_tokens(const emx_model_config *config, const char *text, size_t n, int32_t **out) {
   int32_t *tokens = malloc((n + 1) * sizeof *tokens);
   if (!tokens) return cli_nomem(n * sizeof *tokens, "the tokens");
   for (size_t i = 0; i < n; i++) {
@@ -45,9 +44,18 @@ int session_prefill(emx_session *s, const emx_model_config *config, const char *
                       config->vocab_size);
     }
   }
+  *out = tokens;
+  return CLI_OK;
+}
+
+int session_prefill(emx_session *s, const emx_model_config *config, const char *text, size_t n, float *nll, float *logits,
+                    const char *label) {
+  int32_t *tokens = NULL;
+  int code = session_tokens(config, text, n, &tokens);
+  if (code) return code;
   cli_progress progress;
   cli_progress_init(&progress, label);
-  int code = cli_status(emx_session_prefill(s, tokens, (int64_t)n, nll, logits, label ? cli_progress_show : NULL, &progress));
+  code = cli_status(emx_session_prefill(s, tokens, (int64_t)n, nll, logits, label ? cli_progress_show : NULL, &progress));
   cli_progress_end(&progress);
   free(tokens);
   return code;
@@ -66,12 +74,63 @@ int session_summarize(const emx_session *s, session_summary *out) {
                            .certified_share = (double)t.certified / rows};
   return CLI_OK;
 }
-json_t *session_json(const session_summary *s, const char *select) {
-  return json_pack("{s:o, s:o, s:s, s:o, s:o, s:o, s:o}", "tok_per_s", cli_json_real(s->tok_per_s), "attn_ms_per_tok",
-                   cli_json_real(s->attn_ms_per_tok), "select", select, "bytes_share", cli_json_real(s->bytes_share),
-                   "support_mean", cli_json_real(s->support_mean), "delta_bound_max", cli_json_real(s->delta_bound_max),
-                   "certified_share", cli_json_real(s->certified_share));
+json_t *session_json(const session_summary *s, const emx_select_desc *select) {
+  json_t *j = json_pack("{s:o, s:o, s:s, s:o, s:o, s:o, s:o}", "tok_per_s", cli_json_real(s->tok_per_s), "attn_ms_per_tok",
+                        cli_json_real(s->attn_ms_per_tok), "select", cli_select_name(select->kind), "bytes_share",
+                        cli_json_real(s->bytes_share), "support_mean", cli_json_real(s->support_mean), "delta_bound_max",
+                        cli_json_real(s->delta_bound_max), "certified_share", cli_json_real(s->certified_share));
+  if (j && select->kind == EMX_SELECT_TOPK) json_object_set_new(j, "budget", json_integer(select->budget));
+  return j;
 }
+
+static int expect(const session_reference *r, const emx_select_desc *select, float *logits, session_summary *sum) {
+  emx_session *s = NULL;
+  char label[32];
+  cli_progress progress;
+  cli_progress_init(&progress, cli_select_label(select, label));
+  int code = CLI_OK;
+  CLI_TRY(emx_session_fork(r->base, &s));
+  CLI_TRY(emx_session_set_select(s, select));
+  emx_session_reset_stats(s);
+  for (int64_t i = 0; i < r->n; i++) {
+    CLI_TRY(emx_session_decode(s, r->tokens[i], logits + i * r->vocab));
+    cli_progress_text(&progress, i + 1, r->n, NULL);
+  }
+  code = session_summarize(s, sum);
+done:
+  cli_progress_end(&progress);
+  emx_session_destroy(s);
+  return code;
+}
+int session_reference_open(emx_session *base, const int32_t *tokens, int64_t n, int32_t vocab, session_reference *r) {
+  const size_t cells = (size_t)n * (size_t)vocab;
+  *r = (session_reference){.base = base, .tokens = tokens, .n = n, .vocab = vocab};
+  r->all = malloc(2 * cells * sizeof *r->all);
+  if (!r->all) return cli_nomem(2 * cells * sizeof *r->all, "logits");
+  r->other = r->all + cells;
+  emx_select_desc everything;
+  emx_select_desc_init(&everything);
+  session_summary sum;
+  return expect(r, &everything, r->all, &sum);
+}
+int session_reference_compare(session_reference *r, const emx_select_desc *select, session_difference *out) {
+  int code = expect(r, select, r->other, &out->stats);
+  if (code) return code;
+  double kl = 0, largest = 0;
+  int64_t equal = 0;
+  for (int64_t i = 0; i < r->n; i++) {
+    const float *p = r->all + i * r->vocab, *q = r->other + i * r->vocab;
+    const double x = logits_kl(p, q, r->vocab);
+    kl += x;
+    largest = fmax(largest, x);
+    equal += logits_best(p, r->vocab) == logits_best(q, r->vocab);
+  }
+  out->kl = kl / (double)r->n;
+  out->kl_max = largest;
+  out->top1 = (double)equal / (double)r->n;
+  return CLI_OK;
+}
+void session_reference_close(session_reference *r) { free(r->all); }
 
 static double log_sum(const float *x, int n, float m) {
   double sum = 0;

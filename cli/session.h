@@ -25,8 +25,28 @@ typedef struct session_summary {
 } session_summary;
 /* NaN where nothing was decoded. */
 int session_summarize(const emx_session *s, session_summary *out);
-/* {"tok_per_s", "attn_ms_per_tok", "select", "bytes_share", "support_mean", "delta_bound_max", "certified_share"} */
-json_t *session_json(const session_summary *s, const char *select);
+/* {"tok_per_s", "budget" (topk), "attn_ms_per_tok", "select", "bytes_share", "support_mean", "delta_bound_max", "certified_share"} */
+json_t *session_json(const session_summary *s, const emx_select_desc *select);
+
+/* What ALL expects after each of some tokens, and by how much a selector's expectation differs. */
+typedef struct session_reference {
+  emx_session *base; /* borrowed; stays as it is: the tokens go into forks */
+  const int32_t *tokens;
+  int64_t n;
+  int32_t vocab;
+  float *all, *other; /* [n,vocab] */
+} session_reference;
+typedef struct session_difference {
+  double kl, kl_max, top1; /* mean and largest KL divergence, share of equal first choices */
+  session_summary stats;
+} session_difference;
+/* Decodes the tokens with ALL. Room for two forks with n tokens each is the caller's business. */
+int session_reference_open(emx_session *base, const int32_t *tokens, int64_t n, int32_t vocab, session_reference *r);
+int session_reference_compare(session_reference *r, const emx_select_desc *select, session_difference *out);
+void session_reference_close(session_reference *r);
+
+/* n bytes as tokens, for free(); CLI_ERROR names the first byte that is no token of the model. */
+int session_tokens(const emx_model_config *config, const char *text, size_t n, int32_t **out);
 
 /* KL divergence in nats between the next-token distributions of two rows of logits. */
 double logits_kl(const float *p, const float *q, int n);

@@ -17,6 +17,20 @@ holds '.kl == 0 and .top1 == 1 and .select == "topk"'
 run 0 eval -m "$MODEL" -f text -c 1000 -n 40 --select topk,gaussian --budget 64 --json
 all_hold 'map(.select) == ["topk","gaussian"]'
 holds '.kl >= 0 and .top1 >= 0 and .top1 <= 1 and .bytes_share > 0 and .bits_per_byte > 1 and .bytes > 0 and .tokens == 40'
+# every selector, one line a budget, against a computation of its own
+run 0 eval -m "$MODEL" -f text -c 1000 -n 40 --select all,topk,gaussian,topk --budget 32,64,128 --json
+all_hold 'map(.select) == ["all","topk","topk","topk","gaussian","topk","topk","topk"]'
+all_hold 'map(.budget) == [null,32,64,128,null,32,64,128]'
+all_hold '.[1].kl > .[3].kl and .[1].kl_max >= .[1].kl and .[1].bytes_share < .[3].bytes_share and .[2].kl == .[6].kl'
+for budget in 32 64; do
+  "$TOOL" kl "$MODEL" text 1000 40 $budget >want || die "kl"
+  read -r kl top1 <want
+  # the tool sums over exponentials as they are, the command over differences of logarithms, both in double: JSON's nine digits decide
+  holds "if .budget == $budget then ((.kl / $kl - 1) | fabs) < 1e-6 and .top1 == $top1 else true end"
+done
+fails 2 'budget' eval -m "$MODEL" -f text --select topk --budget 64,0
+fails 2 'more than' eval -m "$MODEL" -f text --select topk --budget 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17
+fails 2 'more than' eval -m "$MODEL" -f text --select topk,topk --budget 1,2,3,4,5,6,7,8,9
 fails 2 'at least 2' eval -m "$MODEL" -f text -c 1
 fails 1 'bytes' eval -m "$MODEL" -f text -c 100 -n 100 --select topk --json
 : >nothing

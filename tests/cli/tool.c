@@ -1,6 +1,7 @@
 /* Makes and judges the files of the CLI tests.
  *   tool make FILE DTYPE T H G N D [nan]      q [T,H,D], k, v [N,G,D] of normals, and alibi_slopes [H]; nan: one key is NaN
- *   tool check FILE OUT ALPHA                 tensor o of OUT against float64 attention over FILE: prints the relative L2 error */
+ *   tool check FILE OUT ALPHA                 tensor o of OUT against float64 attention over FILE: prints the relative L2 error
+ *   tool kl MODEL TEXT CTX N BUDGET           what eval --select topk says of the last N of CTX bytes: prints mean KL and top1 */
 #include "base/base.h"
 #include "base/num.h"
 #include "entmax/entmax.h"
@@ -79,8 +80,60 @@ static int check(int argc, char **argv) {
   return 0;
 }
 
+/* Two whole sessions, no forks; probabilities written out in float64. */
+static int kl(int argc, char **argv) {
+  enum { MOST = 4096 };
+  if (argc < 7) return fail("kl needs MODEL TEXT CTX N BUDGET");
+  const int ctx = atoi(argv[4]), n = atoi(argv[5]);
+  static unsigned char text[MOST];
+  int32_t tokens[MOST];
+  FILE *f = fopen(argv[3], "rb");
+  if (!f || ctx > MOST || fread(text, 1, (size_t)ctx, f) != (size_t)ctx) return fail("read");
+  fclose(f);
+  for (int i = 0; i < ctx; i++) tokens[i] = text[i];
+  emx_ctx *c;
+  emx_model *m;
+  emx_session *s[2];
+  emx_session_opts o;
+  emx_session_opts_init(&o);
+  if (emx_ctx_create(NULL, &c) || emx_model_open(c, argv[2], &m)) return fail("open");
+  for (int i = 0; i < 2; i++) {
+    emx_select_desc select;
+    emx_select_desc_init(&select);
+    select.kind = i ? EMX_SELECT_TOPK : EMX_SELECT_ALL;
+    select.budget = atoi(argv[6]);
+    if (emx_session_create(m, &o, &s[i]) || emx_session_set_select(s[i], &select) ||
+        emx_session_prefill(s[i], tokens, ctx - n, NULL, NULL, NULL, NULL))
+      return fail("session");
+  }
+  double total = 0, same = 0;
+  for (int t = ctx - n; t < ctx; t++) {
+    float logits[2][256];
+    double p[2][256];
+    int best[2] = {0, 0};
+    for (int i = 0; i < 2; i++) {
+      double sum = 0;
+      if (emx_session_decode(s[i], tokens[t], logits[i])) return fail("decode");
+      for (int v = 0; v < 256; v++) {
+        sum += p[i][v] = exp((double)logits[i][v]); /* logits of a small model stay far from 700 */
+        if (logits[i][v] > logits[i][best[i]]) best[i] = v;
+      }
+      for (int v = 0; v < 256; v++) p[i][v] /= sum;
+    }
+    for (int v = 0; v < 256; v++) total += p[0][v] * log(p[0][v] / p[1][v]);
+    same += best[0] == best[1];
+  }
+  printf("%.9g %.9g\n", total / n, same / n);
+  emx_session_destroy(s[0]);
+  emx_session_destroy(s[1]);
+  emx_model_close(m);
+  emx_ctx_destroy(c);
+  return 0;
+}
+
 int main(int argc, char **argv) {
   if (argc > 1 && !strcmp(argv[1], "make")) return make(argc, argv);
   if (argc > 1 && !strcmp(argv[1], "check")) return check(argc, argv);
+  if (argc > 1 && !strcmp(argv[1], "kl")) return kl(argc, argv);
   return fail("unknown command");
 }
