@@ -20,7 +20,7 @@ prefix="$work/the prefix"
 mv "first prefix" "$prefix"
 pc=$(dirname "$(find "$prefix" -name libentmax.pc)")
 lib=$(dirname "$pc")
-for file in include/emx.h include/emx_model.h bin/emx share/doc/libentmax/LICENSE share/doc/libentmax/examples/decode.c; do
+for file in include/emx.h include/emx_model.h bin/emx share/man/man1/emx.1 share/man/man1/emx-decode.1 share/doc/libentmax/LICENSE share/doc/libentmax/examples/decode.c; do
   [ -s "$prefix/$file" ] || fail "$file was not installed"
 done
 for name in libentmax libentmax_model; do
