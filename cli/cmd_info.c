@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * emx info: the library and the machine, a model folder, or the tensors of a safetensors file. */
 #define _GNU_SOURCE
-#include "cli.h"
+#include "attention.h"
 
 #include <stdlib.h>
 #include <unistd.h>
@@ -40,8 +40,6 @@ static int show_library(const options *o, emx_ctx *ctx) {
 }
 
 static int show_model(const options *o, emx_ctx *ctx) {
-  static const char *const positions[] = {"nape", "alibi", "nope", "rope"}, *const slopes[] = {"linear", "exp"},
-                           *const scales[] = {"none", "ssmax", "asentmax"};
   emx_model *model;
   int code = cli_status(emx_model_open(ctx, o->model, &model));
   if (code) return code;
@@ -49,22 +47,39 @@ static int show_model(const options *o, emx_ctx *ctx) {
   code = cli_status(emx_model_get_config(model, &c));
   if (code) goto done;
   const json_int_t parameters = emx_model_config_parameters(&c);
-  const char *position = positions[c.position_type & 3], *slope = slopes[c.alibi_slope_type & 1],
-             *scale = scales[c.attn_scale_type % 3];
+  const char *position = cli_position_name(c.position_type), *slope = cli_slope_name(c.alibi_slope_type),
+             *scale = cli_scale_name(c.attn_scale_type);
+  const bool given = c.alibi_slope_type == EMX_SLOPE_GIVEN, rope = c.position_type == EMX_POSITION_ROPE,
+             focal = c.attn_scale_type == EMX_ATTN_SCALE_FOCAL;
   if (o->common.json) {
-    code = cli_json_line(json_pack(
-        "{s:s, s:I, s:f, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:s, s:i, s:s, s:s, s:b, s:i}", "model", o->model, "parameters",
-        parameters, "entmax_alpha", c.entmax_alpha, "vocab_size", c.vocab_size, "hidden_size", c.hidden_size, "intermediate_size",
-        c.intermediate_size, "num_layers", c.num_layers, "num_heads", c.num_heads, "num_kv_heads", c.num_kv_heads, "head_dim",
-        c.head_dim, "position_type", position, "alibi_num_heads", c.alibi_num_heads, "alibi_slope_type", slope, "attn_scale_type",
-        scale, "tie_word_embeddings", c.tie_word_embeddings, "max_position", c.max_position));
+    json_t *j = json_pack("{s:s, s:I, s:f, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:s, s:i, s:s, s:s, s:b, s:i}", "model", o->model,
+                          "parameters", parameters, "entmax_alpha", c.entmax_alpha, "vocab_size", c.vocab_size, "hidden_size",
+                          c.hidden_size, "intermediate_size", c.intermediate_size, "num_layers", c.num_layers, "num_heads",
+                          c.num_heads, "num_kv_heads", c.num_kv_heads, "head_dim", c.head_dim, "position_type", position,
+                          "alibi_num_heads", c.alibi_num_heads, "alibi_slope_type", slope, "attn_scale_type", scale,
+                          "tie_word_embeddings", c.tie_word_embeddings, "max_position", c.max_position);
+    if (given) {
+      json_t *list = json_array();
+      for (int32_t h = 0; h < c.alibi_num_heads; h++) json_array_append_new(list, json_real(c.alibi_slopes[h]));
+      json_object_set_new(j, "alibi_slopes", list);
+    }
+    if (rope) json_object_set_new(j, "rope_theta", json_real(c.rope_theta));
+    if (focal) {
+      json_object_set_new(j, "focal_temperature", json_real(c.focal_temperature));
+      json_object_set_new(j, "focal_learned", json_boolean(c.focal_learned));
+    }
+    code = cli_json_line(j);
     goto done;
   }
-  printf("model        %s\nparameters   %lld\nattention    alpha %g%s, %d heads of %d over %d KV heads, scale %s\n", o->model,
+  printf("model        %s\nparameters   %lld\nattention    alpha %g%s, %d heads of %d over %d KV heads, scale %s", o->model,
          (long long)parameters, c.entmax_alpha, c.entmax_alpha == 1 ? " (softmax)" : "", c.num_heads, c.head_dim, c.num_kv_heads,
          scale);
-  printf("positions    %s, %d ALiBi heads (%s slopes), trained at length %d\n", position, c.alibi_num_heads, slope,
-         c.max_position);
+  if (focal) printf(" (%stemperature %g)", c.focal_learned ? "learned, from " : "", c.focal_temperature);
+  printf("\npositions    %s", position);
+  if (rope) printf(" (base %g)", c.rope_theta);
+  if (c.alibi_num_heads) printf(", %d ALiBi heads (%s slopes", c.alibi_num_heads, slope);
+  for (int32_t h = 0; given && h < c.alibi_num_heads; h++) printf(" %g", c.alibi_slopes[h]);
+  printf("%s, trained at length %d\n", c.alibi_num_heads ? ")" : "", c.max_position);
   printf("layers       %d of width %d, gated width %d\nvocabulary   %d, head %s\n", c.num_layers, c.hidden_size,
          c.intermediate_size, c.vocab_size, c.tie_word_embeddings ? "tied" : "untied");
   code = cli_flush();

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * emx train: a byte model on text files. The folder holds the model, the trainer's state, log.jsonl (one object a step) and loss.svg. */
 #define _GNU_SOURCE
+#include "attention.h"
 #include "cli.h"
 #include "svg.h"
 
@@ -24,6 +25,7 @@ typedef struct options {
   const char *out;
   texts train, valid, *list; /* list: which one a bare FILE belongs to */
   emx_model_config config;
+  cli_attention attention;
   emx_train_opts opts;
   int64_t save_every;
   bool resume;
@@ -38,7 +40,6 @@ enum {
   KEY_KV_HEADS,
   KEY_HEAD_DIM,
   KEY_FFN,
-  KEY_ALIBI_HEADS,
   KEY_LENGTH,
   KEY_BATCH,
   KEY_STEPS,
@@ -68,7 +69,6 @@ static const struct argp_option option_table[] = {
     {"kv-heads", KEY_KV_HEADS, "N", 0, "KV heads (default 3)", 2},
     {"head-dim", KEY_HEAD_DIM, "N", 0, "Head dimension (default 32)", 2},
     {"ffn", KEY_FFN, "N", 0, "Width of the gated layer (default 512)", 2},
-    {"alibi-heads", KEY_ALIBI_HEADS, "N", 0, "Heads with ALiBi; the others have no position (default 3)", 2},
     {NULL, 0, NULL, 0, "Optimisation:", 3},
     {"length", KEY_LENGTH, "N", 0, "Tokens a sequence (default 512)", 3},
     {"batch", KEY_BATCH, "N", 0, "Sequences a step (default 16)", 3},
@@ -94,7 +94,11 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
   emx_model_config *c = &o->config;
   emx_train_opts *t = &o->opts;
   switch (key) {
-    case ARGP_KEY_INIT: state->child_inputs[0] = &o->common; return 0;
+    case ARGP_KEY_INIT:
+      state->child_inputs[0] = &o->common;
+      state->child_inputs[1] = &o->attention;
+      o->attention.config = c;
+      return 0;
     case 'o': o->out = arg; return 0;
     case KEY_DATA: add_text(o->list = &o->train, arg); return 0;
     case KEY_VALID: add_text(o->list = &o->valid, arg); return 0;
@@ -111,7 +115,6 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_KV_HEADS: c->num_kv_heads = (int32_t)cli_int(state, "--kv-heads", arg, 1, 4096); return 0;
     case KEY_HEAD_DIM: c->head_dim = (int32_t)cli_int(state, "--head-dim", arg, 16, 256); return 0;
     case KEY_FFN: c->intermediate_size = (int32_t)cli_int(state, "--ffn", arg, 1, 1 << 20); return 0;
-    case KEY_ALIBI_HEADS: c->alibi_num_heads = (int32_t)cli_int(state, "--alibi-heads", arg, 0, 4096); return 0;
     case KEY_LENGTH: t->length = cli_int(state, "--length", arg, 1, INT32_MAX); return 0;
     case KEY_BATCH: t->batch = cli_int(state, "--batch", arg, 1, INT32_MAX); return 0;
     case KEY_STEPS: t->steps = cli_int(state, "--steps", arg, 1, INT64_MAX); return 0;
@@ -219,15 +222,14 @@ static int compare_config(const options *o, emx_ctx *ctx) {
   const struct {
     const char *option;
     double was, now;
-  } fields[] = {
-      {"--alpha", was.entmax_alpha, now->entmax_alpha},         {"--layers", was.num_layers, now->num_layers},
-      {"--hidden", was.hidden_size, now->hidden_size},          {"--heads", was.num_heads, now->num_heads},
-      {"--kv-heads", was.num_kv_heads, now->num_kv_heads},      {"--head-dim", was.head_dim, now->head_dim},
-      {"--ffn", was.intermediate_size, now->intermediate_size}, {"--alibi-heads", was.alibi_num_heads, now->alibi_num_heads}};
+  } fields[] = {{"--alpha", was.entmax_alpha, now->entmax_alpha},        {"--layers", was.num_layers, now->num_layers},
+                {"--hidden", was.hidden_size, now->hidden_size},         {"--heads", was.num_heads, now->num_heads},
+                {"--kv-heads", was.num_kv_heads, now->num_kv_heads},     {"--head-dim", was.head_dim, now->head_dim},
+                {"--ffn", was.intermediate_size, now->intermediate_size}};
   for (size_t i = 0; i < sizeof fields / sizeof *fields; i++)
     if (fields[i].was != fields[i].now)
       return cli_fail("%s is %g, the model in %s has %g", fields[i].option, fields[i].now, o->out, fields[i].was);
-  return CLI_OK;
+  return cli_attention_compare(&was, now, o->out);
 }
 
 /* ---- log.jsonl */
@@ -412,7 +414,8 @@ static int loop(const options *o, emx_trainer *t, int64_t done, FILE *journal) {
 }
 
 int cmd_train(int argc, char **argv) {
-  static const struct argp_child children[] = {{&cli_common_argp, 0, NULL, 0}, {0}};
+  static const struct argp_child children[] = {
+      {&cli_common_argp, 0, NULL, 0}, {&cli_attention_argp, 0, "Positions and scale:", 2}, {0}};
   static const struct argp argp = {
       .options = option_table,
       .parser = parse,

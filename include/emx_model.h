@@ -44,9 +44,17 @@ EMX_API emx_status emx_checkpoint_write(const char *path, const emx_named_tensor
 
 /* --------------------------------------------------------------------------------------------------------------- model */
 
-enum { EMX_POSITION_NAPE = 0, EMX_POSITION_ALIBI = 1, EMX_POSITION_NOPE = 2, EMX_POSITION_ROPE = 3 /* reserved */ };
-enum { EMX_SLOPE_LINEAR = 0 /* 1/(h+1) */, EMX_SLOPE_EXP = 1 /* 2^-h */ };
-enum { EMX_ATTN_SCALE_NONE = 0, EMX_ATTN_SCALE_SSMAX = 1 /* reserved */, EMX_ATTN_SCALE_ASENTMAX = 2 /* reserved */ };
+enum { EMX_POSITION_NAPE = 0, EMX_POSITION_ALIBI = 1, EMX_POSITION_NOPE = 2, EMX_POSITION_ROPE = 3 /* all heads, rotate-half */ };
+enum { EMX_SLOPE_LINEAR = 0 /* 1/(h+1) */, EMX_SLOPE_EXP = 1 /* 2^-h */, EMX_SLOPE_GIVEN = 2 /* alibi_slopes */ };
+/* theta, which multiplies the query of a token at position i (from 0) after RoPE and before 1/sqrt(head_dim); docs/math.md, section 7.
+ * NAPE: only the heads without ALiBi have it; otherwise all heads. */
+enum {
+  EMX_ATTN_SCALE_NONE = 0,
+  EMX_ATTN_SCALE_SSMAX = 1,    /* s_h ln(i+2), s_h learned per layer and head (Nakanishi 2025) */
+  EMX_ATTN_SCALE_ASENTMAX = 2, /* 1 + softplus(w_h.x + b_h) ln(i+2)^(2 tanh(v_h.x + c_h)), x the normed state (Vasylenko et al. 2025) */
+  EMX_ATTN_SCALE_FOCAL = 3     /* 1 / focal_temperature, constant or learned per layer and head (Ram 2025) */
+};
+#define EMX_MAX_ALIBI_SLOPES 128
 
 /* Decoder-only transformer: x += W_o attn(rms(x)); x += W_down(silu(W_gate rms(x)) * W_up rms(x)); no biases.
  * NAPE positions (Vasylenko et al. 2025): the first alibi_num_heads heads are ALiBi, the others have no position. */
@@ -67,11 +75,16 @@ typedef struct emx_model_config {
   int32_t max_position;      /* length of training, a record; longer contexts are allowed */
   double rms_norm_eps;
   double entmax_alpha;       /* 1: softmax */
+  double rope_theta;         /* ROPE: base of the wavelengths; 10000 */
+  double focal_temperature;  /* FOCAL: what scores are divided by; 0.4 */
+  int32_t focal_learned;     /* FOCAL, 1: a temperature per layer and head, which starts at focal_temperature */
+  int32_t reserved;
+  double alibi_slopes[EMX_MAX_ALIBI_SLOPES]; /* GIVEN: one per ALiBi head, from 0 */
 } emx_model_config;
 /* 4 layers of width 192, 6 heads of 32 over 3 KV heads, 3 of them ALiBi, gated width 512, bytes, tied head, alpha 1.5. */
 EMX_API void emx_model_config_init_sized(emx_model_config *config, size_t size);
 #define emx_model_config_init(config) emx_model_config_init_sized((config), sizeof *(config))
-/* Errors: INVALID with the field that is wrong, UNSUPPORTED for reserved values. */
+/* Errors: INVALID with the field that is wrong. */
 EMX_API emx_status emx_model_config_check(const emx_model_config *config);
 EMX_API int64_t emx_model_config_parameters(const emx_model_config *config);
 

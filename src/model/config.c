@@ -23,7 +23,9 @@ void emx_model_config_init_sized(emx_model_config *config, size_t size) {
                                      .tie_word_embeddings = 1,
                                      .max_position = 512,
                                      .rms_norm_eps = 1e-5,
-                                     .entmax_alpha = 1.5};
+                                     .entmax_alpha = 1.5,
+                                     .rope_theta = 10000,
+                                     .focal_temperature = 0.4};
   emxi_struct_init(config, size, &defaults, sizeof defaults);
 }
 
@@ -49,9 +51,16 @@ static const struct {
 enum { INTEGERS = sizeof integers / sizeof *integers };
 static int32_t *integer(emx_model_config *c, int i) { return (int32_t *)((char *)c + integers[i].offset); }
 
+/* Ranges of reals: within them every angle, temperature and bias is a normal float. */
+#define ROPE_MIN 1.0
+#define ROPE_MAX 1e12
+#define SLOPE_MAX 1e6
+#define TEMPERATURE_MIN 1e-3
+#define TEMPERATURE_MAX 1e3
+
 static const char *const position_names[] = {"nape", "alibi", "nope", "rope"};
-static const char *const slope_names[] = {"linear", "exp"};
-static const char *const scale_names[] = {"none", "ssmax", "asentmax"};
+static const char *const slope_names[] = {"linear", "exp", "given"};
+static const char *const scale_names[] = {"none", "ssmax", "asentmax", "focal"};
 
 emx_status emx_model_config_check(const emx_model_config *c) {
   EMXI_CHECK_STRUCT(c, emx_model_config);
@@ -66,20 +75,39 @@ emx_status emx_model_config_check(const emx_model_config *c) {
                      c->num_heads, c->num_kv_heads);
   if (c->position_type < EMX_POSITION_NAPE || c->position_type > EMX_POSITION_ROPE)
     return emxi_fail(EMX_ERR_INVALID, "model configuration: position_type is %d, expected EMX_POSITION_*", c->position_type);
-  if (c->position_type == EMX_POSITION_ROPE)
-    return emxi_fail(EMX_ERR_UNSUPPORTED,
-                     "model configuration: position_type rope is not supported yet; nape, alibi and nope are");
+  if (c->position_type == EMX_POSITION_ROPE && c->head_dim % 2)
+    return emxi_fail(EMX_ERR_INVALID, "model configuration: position_type rope turns pairs, but head_dim %d is odd", c->head_dim);
+  if (!(c->rope_theta >= ROPE_MIN && c->rope_theta <= ROPE_MAX))
+    return emxi_fail(EMX_ERR_INVALID, "model configuration: rope_theta is %g, expected %g..%g", c->rope_theta, ROPE_MIN,
+                     ROPE_MAX);
   if (c->alibi_num_heads < 0 || c->alibi_num_heads > c->num_heads)
     return emxi_fail(EMX_ERR_INVALID, "model configuration: alibi_num_heads is %d, expected 0..%d (num_attention_heads)",
                      c->alibi_num_heads, c->num_heads);
-  if (c->alibi_slope_type < EMX_SLOPE_LINEAR || c->alibi_slope_type > EMX_SLOPE_EXP)
+  if (c->alibi_slope_type < EMX_SLOPE_LINEAR || c->alibi_slope_type > EMX_SLOPE_GIVEN)
     return emxi_fail(EMX_ERR_INVALID, "model configuration: alibi_slope_type is %d, expected EMX_SLOPE_*", c->alibi_slope_type);
-  if (c->attn_scale_type < EMX_ATTN_SCALE_NONE || c->attn_scale_type > EMX_ATTN_SCALE_ASENTMAX)
+  const int32_t alibi_heads = emxi_alibi_heads(c);
+  if (c->alibi_slope_type == EMX_SLOPE_GIVEN) {
+    if (alibi_heads > EMX_MAX_ALIBI_SLOPES)
+      return emxi_fail(EMX_ERR_INVALID, "model configuration: alibi_slopes for %d heads, at most %d can be given", alibi_heads,
+                       EMX_MAX_ALIBI_SLOPES);
+    for (int32_t h = 0; h < alibi_heads; h++)
+      if (!(c->alibi_slopes[h] >= 0 && c->alibi_slopes[h] <= SLOPE_MAX))
+        return emxi_fail(EMX_ERR_INVALID, "model configuration: alibi_slopes[%d] is %g, expected 0..%g", h, c->alibi_slopes[h],
+                         SLOPE_MAX);
+  }
+  if (c->attn_scale_type < EMX_ATTN_SCALE_NONE || c->attn_scale_type > EMX_ATTN_SCALE_FOCAL)
     return emxi_fail(EMX_ERR_INVALID, "model configuration: attn_scale_type is %d, expected EMX_ATTN_SCALE_*",
                      c->attn_scale_type);
-  if (c->attn_scale_type != EMX_ATTN_SCALE_NONE)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "model configuration: attn_scale_type %s is not supported yet; none is",
-                     scale_names[c->attn_scale_type]);
+  if (c->attn_scale_type != EMX_ATTN_SCALE_NONE && emxi_scaled_heads(c) == 0)
+    return emxi_fail(EMX_ERR_INVALID,
+                     "model configuration: attn_scale_type %s has no head to scale: with position_type nape these are the heads "
+                     "without ALiBi, and alibi_num_heads is all %d; position_type alibi scales every head",
+                     scale_names[c->attn_scale_type], c->num_heads);
+  if (!(c->focal_temperature >= TEMPERATURE_MIN && c->focal_temperature <= TEMPERATURE_MAX))
+    return emxi_fail(EMX_ERR_INVALID, "model configuration: focal_temperature is %g, expected %g..%g", c->focal_temperature,
+                     TEMPERATURE_MIN, TEMPERATURE_MAX);
+  if (c->focal_learned != 0 && c->focal_learned != 1)
+    return emxi_fail(EMX_ERR_INVALID, "model configuration: focal_learned is %d, expected 0 or 1", c->focal_learned);
   if (c->tie_word_embeddings != 0 && c->tie_word_embeddings != 1)
     return emxi_fail(EMX_ERR_INVALID, "model configuration: tie_word_embeddings is %d, expected 0 or 1", c->tie_word_embeddings);
   if (!(c->rms_norm_eps >= 0 && c->rms_norm_eps <= 1))
@@ -118,6 +146,26 @@ static emx_status read_number(const reader *r, const char *key, double min, doub
   double x = json_number_value(v);
   if (!(x >= min && x <= max)) return emxi_fail(EMX_ERR_FORMAT, "%s: %s is %g, expected %g..%g", r->path, key, x, min, max);
   *out = x;
+  return EMX_OK;
+}
+static emx_status read_boolean(const reader *r, const char *key, int32_t *out) {
+  json_t *v;
+  EMX_TRY(want(r, key, &v));
+  if (!json_is_boolean(v)) return emxi_fail(EMX_ERR_FORMAT, "%s: %s is not true or false", r->path, key);
+  *out = json_is_true(v);
+  return EMX_OK;
+}
+/* Exactly n numbers. */
+static emx_status read_slopes(const reader *r, int32_t n, double *out) {
+  json_t *v;
+  EMX_TRY(want(r, "alibi_slopes", &v));
+  if (!json_is_array(v) || json_array_size(v) != (size_t)n)
+    return emxi_fail(EMX_ERR_FORMAT, "%s: alibi_slopes is not an array of %d numbers, one per ALiBi head", r->path, n);
+  for (int32_t h = 0; h < n; h++) {
+    json_t *x = json_array_get(v, (size_t)h);
+    if (!json_is_number(x)) return emxi_fail(EMX_ERR_FORMAT, "%s: alibi_slopes[%d] is not a number", r->path, h);
+    out[h] = json_number_value(x);
+  }
   return EMX_OK;
 }
 /* One of n names; out: its index. */
@@ -159,18 +207,28 @@ static emx_status read_fields(const reader *r, emx_model_config *c) {
   for (int i = 0; i < INTEGERS; i++) EMX_TRY(read_integer(r, integers[i].key, integers[i].min, integers[i].max, integer(c, i)));
   EMX_TRY(read_number(r, "rms_norm_eps", 0, 1, &c->rms_norm_eps));
   EMX_TRY(read_number(r, "entmax_alpha", 1, 4, &c->entmax_alpha));
-  EMX_TRY(want(r, "tie_word_embeddings", &v));
-  if (!json_is_boolean(v)) return emxi_fail(EMX_ERR_FORMAT, "%s: tie_word_embeddings is not true or false", r->path);
-  c->tie_word_embeddings = json_is_true(v);
-  EMX_TRY(read_name(r, "attn_scale_type", scale_names, 3, &c->attn_scale_type));
+  EMX_TRY(read_boolean(r, "tie_word_embeddings", &c->tie_word_embeddings));
+  EMX_TRY(read_name(r, "attn_scale_type", scale_names, 4, &c->attn_scale_type));
+  if (c->attn_scale_type == EMX_ATTN_SCALE_FOCAL) {
+    EMX_TRY(read_number(r, "focal_temperature", TEMPERATURE_MIN, TEMPERATURE_MAX, &c->focal_temperature));
+    EMX_TRY(read_boolean(r, "focal_learned", &c->focal_learned));
+  }
   EMX_TRY(read_name(r, "position_type", position_names, 4, &c->position_type));
   if (c->position_type == EMX_POSITION_NAPE) {
     EMX_TRY(read_integer(r, "alibi_num_heads", 0, c->num_heads, &c->alibi_num_heads));
   } else
     c->alibi_num_heads = c->position_type == EMX_POSITION_ALIBI ? c->num_heads : 0;
   c->alibi_slope_type = EMX_SLOPE_LINEAR;
-  if (c->alibi_num_heads) EMX_TRY(read_name(r, "alibi_slope_type", slope_names, 2, &c->alibi_slope_type));
-  /* What is left: reserved values (UNSUPPORTED) and relations between keys. */
+  if (c->alibi_num_heads) EMX_TRY(read_name(r, "alibi_slope_type", slope_names, 3, &c->alibi_slope_type));
+  if (c->alibi_slope_type == EMX_SLOPE_GIVEN) {
+    if (c->alibi_num_heads > EMX_MAX_ALIBI_SLOPES)
+      return emxi_fail(EMX_ERR_FORMAT, "%s: alibi_slope_type given for %d heads, at most %d can be", r->path, c->alibi_num_heads,
+                       EMX_MAX_ALIBI_SLOPES);
+    EMX_TRY(read_slopes(r, c->alibi_num_heads, c->alibi_slopes));
+  }
+  if (c->position_type == EMX_POSITION_ROPE && json_object_get(r->root, "rope_theta")) /* absent: 10000, as elsewhere */
+    EMX_TRY(read_number(r, "rope_theta", ROPE_MIN, ROPE_MAX, &c->rope_theta));
+  /* What is left: relations between keys. */
   emx_status status = emx_model_config_check(c);
   if (status) return emxi_fail(status == EMX_ERR_INVALID ? EMX_ERR_FORMAT : status, "%s: %s", r->path, emx_last_error());
   return EMX_OK;
@@ -224,6 +282,16 @@ emx_status emxi_config_write(const char *folder, const emx_model_config *c, int3
   bad |= json_object_set_new(root, "position_type", json_string(position_names[c->position_type]));
   bad |= json_object_set_new(root, "alibi_num_heads", json_integer(c->alibi_num_heads));
   bad |= json_object_set_new(root, "alibi_slope_type", json_string(slope_names[c->alibi_slope_type]));
+  if (c->alibi_slope_type == EMX_SLOPE_GIVEN && emxi_alibi_heads(c)) {
+    json_t *slopes = json_array();
+    for (int32_t h = 0; h < emxi_alibi_heads(c); h++) bad |= json_array_append_new(slopes, json_real(c->alibi_slopes[h]));
+    bad |= json_object_set_new(root, "alibi_slopes", slopes);
+  }
+  if (c->position_type == EMX_POSITION_ROPE) bad |= json_object_set_new(root, "rope_theta", json_real(c->rope_theta));
+  if (c->attn_scale_type == EMX_ATTN_SCALE_FOCAL) {
+    bad |= json_object_set_new(root, "focal_temperature", json_real(c->focal_temperature));
+    bad |= json_object_set_new(root, "focal_learned", json_boolean(c->focal_learned));
+  }
   bad |= json_object_set_new(root, "tokenizer", json_string("byte"));
   char *text = bad ? NULL : json_dumps(root, JSON_INDENT(2));
   json_decref(root);

@@ -6,12 +6,16 @@
 #include "base/base.h"
 #include <emx_model.h>
 
-/* Shape letters here: V vocabulary, W hidden width, F gated width, H query heads, G KV heads, D head dim. Matrices are [out,in]. */
+/* Shape letters here: V vocabulary, W hidden width, F gated width, H query heads, E of them with a theta, G KV heads, D head dim.
+ * Matrices are [out,in]. */
 typedef struct emxi_layer {
   float *input_norm;        /* [W] */
-  float *wq, *wk, *wv, *wo; /* [H*D,W], [G*D,W], [G*D,W], [W,H*D] */
+  float *wq, *wk, *wv;      /* [H*D,W], [G*D,W], [G*D,W] */
+  float *theta_w, *theta_v; /* ASEntmax: [E,W] each. wq, wk, wv and these are neighbours: one matrix product gives them all */
+  float *wo;                /* [W,H*D] */
   float *post_norm;         /* [W] */
   float *gate, *up, *down;  /* [F,W], [F,W], [W,F] */
+  float *theta_b, *theta_c; /* [E] each. ASEntmax: both; SSMax: b is s; learned focal: b is the temperature's logarithm */
 } emxi_layer;
 
 typedef struct emxi_weights {
@@ -24,12 +28,15 @@ typedef struct emxi_weights {
   bool owns_data;
 } emxi_weights;
 
+enum { EMXI_START_NORMAL, EMXI_START_RESIDUAL /* onto the residual stream */, EMXI_START_NORM, EMXI_START_SCALE /* theta's */ };
 typedef struct emxi_param {
   char name[96]; /* Llama's */
   int32_t ndim;
   int64_t shape[2];
   int64_t offset, count; /* elements in the flat array */
   bool decay;            /* matrices only */
+  int32_t start;         /* EMXI_START_*: how training begins */
+  float value;           /* of all elements at the start; NORM and SCALE */
 } emxi_param;
 
 /* The functions below expect a configuration that emx_model_config_check accepts. */
@@ -39,8 +46,12 @@ void emxi_param_at(const emx_model_config *c, int64_t i, emxi_param *out);
 /* Views into data [emx_model_config_parameters], which is borrowed; NULL: an array of zeros that the weights own. */
 emx_status emxi_weights_create(const emx_model_config *c, float *data, emxi_weights *w);
 void emxi_weights_destroy(emxi_weights *w); /* of a zeroed struct: nothing */
-/* slopes [H]. NAPE: the first alibi_num_heads heads 1/(h+1) or 2^-h, the others 0; ALIBI: all heads; NOPE: 0. */
+/* Heads with ALiBi: the first ones. */
+int32_t emxi_alibi_heads(const emx_model_config *c);
+/* slopes [H] of the ALiBi heads, the others 0. */
 void emxi_alibi_slopes(const emx_model_config *c, float *slopes);
+/* E, heads with a theta: the last ones. */
+int32_t emxi_scaled_heads(const emx_model_config *c);
 
 /* config.json of a folder. save_dtype is a record of what model.safetensors holds (torch_dtype). Writing is atomic. */
 emx_status emxi_config_read(const char *folder, emx_model_config *c);

@@ -7,37 +7,56 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { LAYER_TENSORS = 9 };
+enum { LAYER_TENSORS = 13 /* at most */ };
 
-/* One layer's tensors in flat order; columns 0: a vector. */
+/* One layer's tensors in flat order; cols 0: a vector. */
 typedef struct shape {
   const char *name;
+  size_t field; /* in emxi_layer */
   int64_t rows, cols;
+  int32_t start;
+  double value;
 } shape;
-static void layer_shapes(const emx_model_config *c, shape s[LAYER_TENSORS]) {
+static int layer_shapes(const emx_model_config *c, shape s[LAYER_TENSORS]) {
   const int64_t w = c->hidden_size, f = c->intermediate_size, q = (int64_t)c->num_heads * c->head_dim,
-                kv = (int64_t)c->num_kv_heads * c->head_dim;
-  s[0] = (shape){"input_layernorm", w, 0};
-  s[1] = (shape){"self_attn.q_proj", q, w};
-  s[2] = (shape){"self_attn.k_proj", kv, w};
-  s[3] = (shape){"self_attn.v_proj", kv, w};
-  s[4] = (shape){"self_attn.o_proj", w, q};
-  s[5] = (shape){"post_attention_layernorm", w, 0};
-  s[6] = (shape){"mlp.gate_proj", f, w};
-  s[7] = (shape){"mlp.up_proj", f, w};
-  s[8] = (shape){"mlp.down_proj", w, f};
+                kv = (int64_t)c->num_kv_heads * c->head_dim, e = emxi_scaled_heads(c);
+  int n = 0;
+#define TENSOR(field, name, ...) s[n++] = (shape){name, offsetof(emxi_layer, field), __VA_ARGS__}
+  TENSOR(input_norm, "input_layernorm.weight", w, 0, EMXI_START_NORM, 1);
+  TENSOR(wq, "self_attn.q_proj.weight", q, w, EMXI_START_NORMAL, 0);
+  TENSOR(wk, "self_attn.k_proj.weight", kv, w, EMXI_START_NORMAL, 0);
+  TENSOR(wv, "self_attn.v_proj.weight", kv, w, EMXI_START_NORMAL, 0);
+  if (c->attn_scale_type == EMX_ATTN_SCALE_ASENTMAX) {
+    TENSOR(theta_w, "self_attn.beta_proj.weight", e, w, EMXI_START_SCALE, 0);
+    TENSOR(theta_v, "self_attn.gamma_proj.weight", e, w, EMXI_START_SCALE, 0);
+  }
+  TENSOR(wo, "self_attn.o_proj.weight", w, q, EMXI_START_RESIDUAL, 0);
+  TENSOR(post_norm, "post_attention_layernorm.weight", w, 0, EMXI_START_NORM, 1);
+  TENSOR(gate, "mlp.gate_proj.weight", f, w, EMXI_START_NORMAL, 0);
+  TENSOR(up, "mlp.up_proj.weight", f, w, EMXI_START_NORMAL, 0);
+  TENSOR(down, "mlp.down_proj.weight", w, f, EMXI_START_RESIDUAL, 0);
+  if (c->attn_scale_type == EMX_ATTN_SCALE_ASENTMAX) { /* softplus(b) = 0.05: theta is 1.05 everywhere */
+    TENSOR(theta_b, "self_attn.beta_proj.bias", e, 0, EMXI_START_SCALE, log(expm1(0.05)));
+    TENSOR(theta_c, "self_attn.gamma_proj.bias", e, 0, EMXI_START_SCALE, 0);
+  } else if (c->attn_scale_type == EMX_ATTN_SCALE_SSMAX) { /* theta is 1 at the end of a training sequence */
+    TENSOR(theta_b, "self_attn.ssmax_scale", e, 0, EMXI_START_SCALE, 1 / log(1.0 + c->max_position));
+  } else if (c->attn_scale_type == EMX_ATTN_SCALE_FOCAL && c->focal_learned)
+    TENSOR(theta_b, "self_attn.focal_log_temperature", e, 0, EMXI_START_SCALE, log(c->focal_temperature));
+#undef TENSOR
+  return n;
 }
 static int64_t elements(const shape *s) { return s->rows * (s->cols ? s->cols : 1); }
 
 int64_t emxi_param_tensors(const emx_model_config *c) {
-  return 2 + (int64_t)LAYER_TENSORS * c->num_layers + (c->tie_word_embeddings ? 0 : 1);
+  shape layer[LAYER_TENSORS];
+  return 2 + (int64_t)layer_shapes(c, layer) * c->num_layers + (c->tie_word_embeddings ? 0 : 1);
 }
 
 void emxi_param_at(const emx_model_config *c, int64_t i, emxi_param *out) {
-  shape layer[LAYER_TENSORS], table = {"", c->vocab_size, c->hidden_size}, s;
-  layer_shapes(c, layer);
-  int64_t layer_size = 0, last = 1 + (int64_t)LAYER_TENSORS * c->num_layers;
-  for (int j = 0; j < LAYER_TENSORS; j++) layer_size += elements(&layer[j]);
+  shape layer[LAYER_TENSORS], table = {"", 0, c->vocab_size, c->hidden_size, EMXI_START_NORMAL, 0}, s;
+  const int64_t per_layer = layer_shapes(c, layer), last = 1 + per_layer * c->num_layers;
+  int64_t layer_size = 0;
+  for (int64_t j = 0; j < per_layer; j++) layer_size += elements(&layer[j]);
 
   *out = (emxi_param){.offset = elements(&table)};
   if (i == 0) {
@@ -45,15 +64,15 @@ void emxi_param_at(const emx_model_config *c, int64_t i, emxi_param *out) {
     out->offset = 0;
     snprintf(out->name, sizeof out->name, "model.embed_tokens.weight");
   } else if (i < last) {
-    int64_t l = (i - 1) / LAYER_TENSORS, j = (i - 1) % LAYER_TENSORS;
+    int64_t l = (i - 1) / per_layer, j = (i - 1) % per_layer;
     s = layer[j];
     out->offset += l * layer_size;
     for (int64_t t = 0; t < j; t++) out->offset += elements(&layer[t]);
-    snprintf(out->name, sizeof out->name, "model.layers.%d.%s.weight", (int)l, s.name);
+    snprintf(out->name, sizeof out->name, "model.layers.%d.%s", (int)l, s.name);
   } else {
     out->offset += c->num_layers * layer_size;
     if (i == last) {
-      s = (shape){"", c->hidden_size, 0};
+      s = (shape){"", 0, c->hidden_size, 0, EMXI_START_NORM, 1};
       snprintf(out->name, sizeof out->name, "model.norm.weight");
     } else {
       s = table;
@@ -66,6 +85,8 @@ void emxi_param_at(const emx_model_config *c, int64_t i, emxi_param *out) {
   out->shape[1] = s.cols;
   out->count = elements(&s);
   out->decay = s.cols != 0;
+  out->start = s.start;
+  out->value = (float)s.value;
 }
 
 int64_t emx_model_config_parameters(const emx_model_config *c) {
@@ -91,19 +112,15 @@ emx_status emxi_weights_create(const emx_model_config *c, float *data, emxi_weig
   }
   float *p = r.data;
   shape s[LAYER_TENSORS];
-  layer_shapes(c, s);
+  const int per_layer = layer_shapes(c, s);
   const int64_t table = (int64_t)c->vocab_size * c->hidden_size;
   r.embed = p;
   p += table;
-  for (int32_t l = 0; l < c->num_layers; l++) {
-    emxi_layer *y = &r.layers[l];
-    float **const field[LAYER_TENSORS] = {&y->input_norm, &y->wq,   &y->wk, &y->wv,  &y->wo,
-                                          &y->post_norm,  &y->gate, &y->up, &y->down};
-    for (int j = 0; j < LAYER_TENSORS; j++) {
-      *field[j] = p;
+  for (int32_t l = 0; l < c->num_layers; l++)
+    for (int j = 0; j < per_layer; j++) {
+      memcpy((char *)&r.layers[l] + s[j].field, &p, sizeof p);
       p += elements(&s[j]);
     }
-  }
   r.norm = p;
   p += c->hidden_size;
   r.head = c->tie_word_embeddings ? r.embed : p;
@@ -117,12 +134,21 @@ void emxi_weights_destroy(emxi_weights *w) {
   *w = (emxi_weights){0};
 }
 
+int32_t emxi_alibi_heads(const emx_model_config *c) {
+  return c->position_type == EMX_POSITION_NAPE ? c->alibi_num_heads : c->position_type == EMX_POSITION_ALIBI ? c->num_heads : 0;
+}
 void emxi_alibi_slopes(const emx_model_config *c, float *slopes) {
-  int32_t n = c->position_type == EMX_POSITION_NAPE    ? c->alibi_num_heads
-              : c->position_type == EMX_POSITION_ALIBI ? c->num_heads
-                                                       : 0;
+  const int32_t n = emxi_alibi_heads(c);
   for (int32_t h = 0; h < c->num_heads; h++)
-    slopes[h] = h >= n ? 0 : c->alibi_slope_type == EMX_SLOPE_EXP ? ldexpf(1, -h) : 1.0f / (float)(h + 1);
+    slopes[h] = h >= n                                   ? 0
+                : c->alibi_slope_type == EMX_SLOPE_GIVEN ? (float)c->alibi_slopes[h]
+                : c->alibi_slope_type == EMX_SLOPE_EXP   ? ldexpf(1, -h)
+                                                         : 1.0f / (float)(h + 1);
+}
+int32_t emxi_scaled_heads(const emx_model_config *c) {
+  return c->attn_scale_type == EMX_ATTN_SCALE_NONE ? 0
+         : c->position_type == EMX_POSITION_NAPE   ? c->num_heads - c->alibi_num_heads
+                                                   : c->num_heads;
 }
 
 /* ---- on disk */

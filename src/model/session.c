@@ -8,6 +8,7 @@
 #include "base/num.h"
 #include "model.h"
 #include "nn.h"
+#include "scale.h"
 
 #include <time.h>
 
@@ -25,6 +26,8 @@ typedef struct session_pool {
   float *gate, *up;     /* [chunk,F] */
   float *logits;        /* [NLL_ROWS,V] */
   float *slopes;        /* [H] */
+  float *theta;         /* [chunk,2E], ASEntmax: what theta_w and theta_v make of the states */
+  float *rope;          /* [chunk,D], RoPE */
   emx_report *reports;  /* [H] */
   bool alibi;           /* some slope is not 0 */
   void *attn_work, *decode_work;
@@ -118,7 +121,9 @@ static size_t carve(session_pool *p, float *base) {
                {&p->gate, rows * (size_t)c->intermediate_size},
                {&p->up, rows * (size_t)c->intermediate_size},
                {&p->logits, (size_t)NLL_ROWS * (size_t)c->vocab_size},
-               {&p->slopes, (size_t)c->num_heads}};
+               {&p->slopes, (size_t)c->num_heads},
+               {&p->theta, c->attn_scale_type == EMX_ATTN_SCALE_ASENTMAX ? rows * 2 * (size_t)emxi_scaled_heads(c) : 0},
+               {&p->rope, c->position_type == EMX_POSITION_ROPE ? rows * (size_t)c->head_dim : 0}};
   size_t used = 0;
   for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
     if (base) *parts[i].place = base + used;
@@ -437,6 +442,10 @@ static emx_status forward(emx_session *s, const int32_t *tokens, int64_t m, int6
   const emxi_weights *w = &p->model->w;
   const int64_t width = c->hidden_size, f = c->intermediate_size, qd = (int64_t)c->num_heads * c->head_dim,
                 kvd = (int64_t)c->num_kv_heads * c->head_dim;
+  const emxi_places places = {.m = m, .length = m, .from = length};
+  const bool rope = c->position_type == EMX_POSITION_ROPE;
+  const int64_t scaled = emxi_scaled_heads(c);
+  if (rope) emxi_rope_table(c, length, m, p->rope);
   emxi_embed(w->embed, tokens, p->x, m, width);
   for (int32_t l = 0; l < c->num_layers; l++) {
     const emxi_layer *y = &w->layers[l];
@@ -444,6 +453,13 @@ static emx_status forward(emx_session *s, const int32_t *tokens, int64_t m, int6
     EMX_TRY(emxi_linear(ctx, p->h, y->wq, p->q, m, width, qd, false));
     EMX_TRY(emxi_linear(ctx, p->h, y->wk, p->k, m, width, kvd, false));
     EMX_TRY(emxi_linear(ctx, p->h, y->wv, p->v, m, width, kvd, false));
+    if (rope) {
+      EMX_TRY(emxi_rope(ctx, p->q, qd, c->num_heads, c->head_dim, p->rope, places, false));
+      EMX_TRY(emxi_rope(ctx, p->k, kvd, c->num_kv_heads, c->head_dim, p->rope, places, false));
+    }
+    if (c->attn_scale_type == EMX_ATTN_SCALE_ASENTMAX) /* theta_w and theta_v are neighbours */
+      EMX_TRY(emxi_linear(ctx, p->h, y->theta_w, p->theta, m, width, 2 * scaled, false));
+    if (scaled) EMX_TRY(emxi_scale_queries(ctx, c, y, p->q, qd, p->theta, 2 * scaled, places));
     EMX_TRY(stats ? attend_decode(s, l, stats) : attend_prefill(s, l, m, length));
     if (s->tap) {
       const emxi_layer_view view = {ctx, p->kv[l], s->seqs[l], l, length, m, p->q, p->k, p->v, p->alibi ? p->slopes : NULL};

@@ -6,14 +6,16 @@
  * Cost: 2 P FLOP a token forward, 4 P backward, and the attention. Saved: L (5 W + (2 H + 2 G) D + 2 F + ...) floats a token; the
  * product silu(gate) up is computed again in the backward pass, which reads gate and up anyway. */
 #include "base/num.h"
+#include "model/scale.h"
 #include "train.h"
 
 typedef struct sizes {
-  int64_t vocab, width, gated, q, kv, qkv; /* q = H D, kv = G D */
+  int64_t vocab, width, gated, q, kv, z, qkv; /* q = H D, kv = G D, z: where theta's columns begin, qkv: a whole row */
 } sizes;
 static sizes sizes_of(const emx_model_config *c) {
   const int64_t q = (int64_t)c->num_heads * c->head_dim, kv = (int64_t)c->num_kv_heads * c->head_dim;
-  return (sizes){c->vocab_size, c->hidden_size, c->intermediate_size, q, kv, q + 2 * kv};
+  const int64_t theta = c->attn_scale_type == EMX_ATTN_SCALE_ASENTMAX ? 2 * emxi_scaled_heads(c) : 0;
+  return (sizes){c->vocab_size, c->hidden_size, c->intermediate_size, q, kv, q + 2 * kv, q + 2 * kv + theta};
 }
 
 /* ---- attention: heads of the rows of qkv as [B,H,T,D] views */
@@ -74,11 +76,16 @@ static void attention_views(const emxi_net *net, const emxi_saved *s, int64_t ba
 emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shapes)[2], int n) {
   const emx_model_config *c = &net->config;
   const sizes z = sizes_of(c);
-  int64_t tokens = 0;
-  for (int i = 0; i < n; i++)
+  int64_t tokens = 0, longest = 0;
+  for (int i = 0; i < n; i++) {
     if (shapes[i][0] * shapes[i][1] > tokens) tokens = shapes[i][0] * shapes[i][1];
+    if (shapes[i][1] > longest) longest = shapes[i][1];
+  }
 #define FLOATS(count) emxi_arena_take(arena, count, sizeof(float))
+  const bool rope = c->position_type == EMX_POSITION_ROPE;
   net->slopes = FLOATS(c->num_heads);
+  net->rope = FLOATS(rope ? longest * c->head_dim : 0);
+  net->sums = emxi_arena_take(arena, emxi_scale_sums(c, tokens), sizeof(double));
   for (int32_t l = 0; l < c->num_layers; l++) {
     const emxi_saved s = {.x = FLOATS(tokens * z.width),
                           .rstd = FLOATS(tokens),
@@ -127,7 +134,10 @@ emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shap
     }
   net->workspace = emxi_arena_take(arena, (int64_t)most, 1);
   net->workspace_bytes = most;
-  if (arena->base && !arena->overflow) emxi_alibi_slopes(c, net->slopes);
+  if (arena->base && !arena->overflow) {
+    emxi_alibi_slopes(c, net->slopes);
+    if (rope) emxi_rope_table(c, 0, longest, net->rope);
+  }
   return EMX_OK;
 }
 
@@ -137,6 +147,7 @@ emx_status emxi_net_forward(emxi_net *net, int64_t batch, int64_t length, bool w
   const emx_model_config *c = &net->config;
   const sizes z = sizes_of(c);
   const int64_t n = batch * length;
+  const emxi_places places = {.m = n, .length = length};
   emx_ctx *ctx = net->ctx;
   emxi_embed(net->w.embed, net->tokens, net->layers[0].x, n, z.width);
   for (int32_t l = 0; l < c->num_layers; l++) {
@@ -145,6 +156,10 @@ emx_status emxi_net_forward(emxi_net *net, int64_t batch, int64_t length, bool w
     float *next = l + 1 < c->num_layers ? net->layers[l + 1].x : net->x_last;
     EMX_TRY(emxi_rmsnorm(ctx, s->x, w->input_norm, c->rms_norm_eps, s->h, s->rstd, n, z.width));
     EMX_TRY(emxi_linear(ctx, s->h, w->wq, s->qkv, n, z.width, z.qkv, false));
+    if (c->position_type == EMX_POSITION_ROPE)
+      EMX_TRY(emxi_rope(ctx, s->qkv, z.qkv, c->num_heads + c->num_kv_heads, c->head_dim, net->rope, places, false));
+    if (c->attn_scale_type != EMX_ATTN_SCALE_NONE)
+      EMX_TRY(emxi_scale_queries(ctx, c, w, s->qkv, z.qkv, s->qkv + z.z, z.qkv, places));
     views a;
     attention_views(net, s, batch, length, EMX_PASS_FORWARD, &a);
     EMX_TRY(emx_attn_forward(ctx, &a.desc, &a.io, net->workspace, net->workspace_bytes));
@@ -168,6 +183,7 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
   const emx_model_config *c = &net->config;
   const sizes z = sizes_of(c);
   const int64_t n = batch * length;
+  const emxi_places places = {.m = n, .length = length};
   emx_ctx *ctx = net->ctx;
   memset(net->g.data, 0, (size_t)net->g.count * sizeof(float)); /* norms and the embedding are added to */
   EMX_TRY(emxi_linear_dw(ctx, net->h_last, net->logits, net->g.head, net->partials, n, z.width, z.vocab, false));
@@ -193,6 +209,10 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
     views a;
     attention_views(net, s, batch, length, EMX_PASS_BACKWARD, &a);
     EMX_TRY(emx_attn_backward(ctx, &a.desc, &a.io, net->workspace, net->workspace_bytes));
+    if (c->attn_scale_type != EMX_ATTN_SCALE_NONE)
+      EMX_TRY(emxi_scale_backward(ctx, c, w, s->qkv, s->qkv + z.z, net->dqkv, net->dqkv + z.z, z.qkv, net->sums, g, places));
+    if (c->position_type == EMX_POSITION_ROPE)
+      EMX_TRY(emxi_rope(ctx, net->dqkv, z.qkv, c->num_heads + c->num_kv_heads, c->head_dim, net->rope, places, true));
     EMX_TRY(emxi_linear_dw(ctx, s->h, net->dqkv, g->wq, net->partials, n, z.width, z.qkv, false));
     EMX_TRY(emxi_linear_dx(ctx, net->dqkv, w->wq, net->dh, n, z.width, z.qkv, false));
     EMX_TRY(emxi_rmsnorm_backward(ctx, s->x, w->input_norm, s->rstd, net->dh, net->dx, g->input_norm, net->partials, n, z.width,

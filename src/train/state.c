@@ -52,6 +52,18 @@ static int describe(const emx_trainer *t, entry e[MAX_ENTRIES]) {
   CONFIG_INT(max_position);
   CONFIG_REAL(rms_norm_eps);
   CONFIG_REAL(entmax_alpha);
+  /* Where they mean something: folders from before these keys existed can still be continued. */
+  if (c->position_type == EMX_POSITION_ROPE) CONFIG_REAL(rope_theta);
+  if (c->attn_scale_type == EMX_ATTN_SCALE_FOCAL) {
+    CONFIG_REAL(focal_temperature);
+    CONFIG_INT(focal_learned);
+  }
+  if (c->alibi_slope_type == EMX_SLOPE_GIVEN) {
+    uint64_t hash = 14695981039346656037u; /* FNV-1a of the numbers' bytes */
+    for (size_t i = 0; i < (size_t)c->alibi_num_heads * sizeof *c->alibi_slopes; i++)
+      hash = (hash ^ ((const unsigned char *)c->alibi_slopes)[i]) * 1099511628211u;
+    ENTRY("config.alibi_slopes", "the configuration's alibi_slopes (their hash)", "%016" PRIx64, hash);
+  }
   OPTION_INT(save_dtype);
   OPTION_INT(steps);
   OPTION_INT(warmup);

@@ -25,7 +25,8 @@ const uint8_t *emxi_data_draw(const emxi_data *d, int64_t length, uint64_t seed,
 /* ---- network (net.c) */
 typedef struct emxi_saved {        /* what the backward pass needs of one layer */
   float *x, *rstd, *h;             /* [N,W] input of the layer, [N], [N,W] normalised */
-  float *qkv;                      /* [N,(H+2G)D]: one product with wq, wk, wv, which are neighbours in the flat array */
+  float *qkv;                      /* [N,(H+2G)D + 2E]: one product with wq, wk, wv, theta_w, theta_v, neighbours in the flat array;
+                                      then q and k are turned (RoPE) and q is multiplied by theta, in place. 2E: ASEntmax */
   float *tau, *o;                  /* [B,H,T], [N,H D] */
   float *x_mid, *rstd_mid, *h_mid; /* after the attention */
   float *gate, *up;                /* [N,F] */
@@ -36,6 +37,8 @@ typedef struct emxi_net {
   emx_model_config config;
   emxi_weights w, g; /* views: weights and their gradient */
   float *slopes;     /* [H] */
+  float *rope;       /* [T,D], RoPE */
+  double *sums;      /* of theta's gradient */
   emxi_saved *layers;
   float *x_last, *rstd_last, *h_last; /* of the last norm */
   float *logits, *nll;                /* [N,V], [N] */

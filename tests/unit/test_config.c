@@ -167,16 +167,14 @@ static void test_bad_values(void **state) {
   refuse("tie_word_embeddings", "1", "true or false");
   refuse("position_type", "\"sinus\"", "nape, alibi, nope");
   refuse("position_type", "1", "not a string");
-  refuse("alibi_slope_type", "\"cubic\"", "linear, exp");
+  refuse("alibi_slope_type", "\"cubic\"", "linear, exp, given");
   refuse("model_type", "\"llama\"", "libentmax");
   refuse("architectures", "[\"LlamaForCausalLM\"]", "LibentmaxForCausalLM");
   refuse("architectures", "\"LibentmaxForCausalLM\"", "LibentmaxForCausalLM");
   refuse("hidden_act", "\"gelu\"", "silu");
   refuse("tokenizer", "\"bpe\"", "byte");
-  /* Reserved is not the same as wrong. */
-  assert_int_equal(with("position_type", "\"rope\"", &c), EMX_ERR_UNSUPPORTED);
-  assert_int_equal(with("attn_scale_type", "\"asentmax\"", &c), EMX_ERR_UNSUPPORTED);
-  assert_int_equal(with("attn_scale_type", "\"ssmax\"", &c), EMX_ERR_UNSUPPORTED);
+  refuse("attn_scale_type", "\"sqrt\"", "none, ssmax, asentmax, focal");
+  refuse("attn_scale_type", "0", "not a string");
   /* Allowed: whole numbers for reals, unknown keys, absent constants. */
   assert_int_equal(with("entmax_alpha", "2", &c), EMX_OK);
   assert_true(c.entmax_alpha == 2);
@@ -224,8 +222,6 @@ static void test_check(void **state) {
   assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
   c = tiny, c.position_type = -1;
   assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
-  c = tiny, c.position_type = EMX_POSITION_ROPE;
-  assert_int_equal(emx_model_config_check(&c), EMX_ERR_UNSUPPORTED);
   c = tiny, c.num_layers = 0;
   assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
   assert_non_null(strstr(emx_last_error(), "num_hidden_layers"));

@@ -53,11 +53,37 @@ static void ref_linear(const double *x, const float *w, int in, int out, double 
     for (int i = 0; i < in; i++) y[o] += (double)w[o * in + i] * x[i];
   }
 }
+/* theta of head `head` at position t, h its normed state */
+static double ref_theta(const emxi_layer *y, int head, const double *h, int t) {
+  const int first = config.position_type == EMX_POSITION_NAPE ? config.alibi_num_heads : 0, e = head - first;
+  const double n = log(t + 2.0);
+  if (e < 0 || config.attn_scale_type == EMX_ATTN_SCALE_NONE) return 1;
+  if (config.attn_scale_type == EMX_ATTN_SCALE_SSMAX) return y->theta_b[e] * n;
+  if (config.attn_scale_type == EMX_ATTN_SCALE_FOCAL)
+    return 1 / (config.focal_learned ? exp(y->theta_b[e]) : config.focal_temperature);
+  double b, g;
+  ref_linear(h, y->theta_w + e * W, W, 1, &b);
+  ref_linear(h, y->theta_v + e * W, W, 1, &g);
+  return 1 + log(1 + exp(b + y->theta_b[e])) * pow(n, 2 * tanh(g + y->theta_c[e]));
+}
+static void ref_rope(double *x, int heads, int t) {
+  for (int head = 0; config.position_type == EMX_POSITION_ROPE && head < heads; head++)
+    for (int d = 0; d < D / 2; d++) {
+      double *a = x + head * D + d, *b = a + D / 2, angle = t / pow(config.rope_theta, 2. * d / D), keep = *a;
+      *a = keep * cos(angle) - *b * sin(angle);
+      *b = keep * sin(angle) + *b * cos(angle);
+    }
+}
+static double ref_slope(int head) {
+  const int heads = config.position_type == EMX_POSITION_NAPE    ? config.alibi_num_heads
+                    : config.position_type == EMX_POSITION_ALIBI ? H
+                                                                 : 0;
+  return head >= heads ? 0 : config.alibi_slope_type == EMX_SLOPE_GIVEN ? config.alibi_slopes[head] : 1. / (head + 1);
+}
 static void reference(void) {
   static double x[N][W];
   emxi_weights w;
   assert_int_equal(emxi_weights_create(&config, weights, &w), EMX_OK);
-  static const double slope[H] = {1, .5, 0, 0};
   for (int t = 0; t < N; t++)
     for (int i = 0; i < W; i++) x[t][i] = w.embed[tokens[t] * W + i];
   for (int l = 0; l < L; l++) {
@@ -68,6 +94,10 @@ static void reference(void) {
       ref_linear(h, y->wq, W, H * D, q[t]);
       ref_linear(h, y->wk, W, G * D, k[t]);
       ref_linear(h, y->wv, W, G * D, v[t]);
+      ref_rope(q[t], H, t);
+      ref_rope(k[t], G, t);
+      for (int head = 0; head < H; head++)
+        for (int d = 0; d < D; d++) q[t][head * D + d] *= ref_theta(y, head, h, t);
     }
     for (int t = 0; t < N; t++) {
       double a[H * D] = {0}, out[W], g[F], u[F];
@@ -78,7 +108,7 @@ static void reference(void) {
         for (int j = 0; j <= t; j++) {
           s[j] = 0;
           for (int d = 0; d < D; d++) s[j] += q[t][head * D + d] * k[j][kv * D + d];
-          s[j] = s[j] / sqrt(D) - slope[head] * (t - j);
+          s[j] = s[j] / sqrt(D) - ref_slope(head) * (t - j);
         }
         emxi_oracle_entmax(s, t + 1, config.entmax_alpha, p, &support);
         for (int j = 0; j <= t; j++)
@@ -102,6 +132,24 @@ static void reference(void) {
   emxi_weights_destroy(&w);
 }
 
+/* Weights for the configuration. Norms near one, projections that keep the size of their input; queries and keys larger, so that
+ * supports are small; theta's parameters of size one. */
+static void make_weights(void) {
+  const int64_t count = emx_model_config_parameters(&config);
+  free(weights);
+  weights = malloc((size_t)count * sizeof *weights);
+  assert_non_null(weights);
+  emxi_normals(3, 0, weights, count);
+  for (int64_t i = 0; i < emxi_param_tensors(&config); i++) {
+    emxi_param p;
+    emxi_param_at(&config, i, &p);
+    float scale = p.start == EMXI_START_NORM ? .1f
+                  : !p.decay                 ? .5f
+                             : 1 / sqrtf((float)p.shape[1]) * (strstr(p.name, "q_proj") || strstr(p.name, "k_proj") ? 1.7f : 1);
+    for (int64_t j = 0; j < p.count; j++)
+      weights[p.offset + j] = weights[p.offset + j] * scale + (p.start == EMXI_START_NORM ? 1 : 0);
+  }
+}
 static int setup(void **state) {
   (void)state;
   if (!mkdtemp(folder)) return 1;
@@ -115,18 +163,7 @@ static int setup(void **state) {
   config.head_dim = D;
   config.alibi_num_heads = 2;
   config.tie_word_embeddings = 0;
-  const int64_t count = emx_model_config_parameters(&config);
-  weights = malloc((size_t)count * sizeof *weights);
-  if (!weights) return 1;
-  emxi_normals(3, 0, weights, count);
-  for (int64_t i = 0; i < emxi_param_tensors(&config); i++) {
-    emxi_param p;
-    emxi_param_at(&config, i, &p);
-    /* Norms near one, projections that keep the size of their input; queries and keys larger, so that supports are small. */
-    float scale =
-        !p.decay ? .1f : 1 / sqrtf((float)p.shape[1]) * (strstr(p.name, "q_proj") || strstr(p.name, "k_proj") ? 1.7f : 1);
-    for (int64_t j = 0; j < p.count; j++) weights[p.offset + j] = weights[p.offset + j] * scale + (p.decay ? 0 : 1);
-  }
+  make_weights();
   uint32_t r[4];
   for (int i = 0; i < N; i++) {
     emxi_philox(11, 0, (uint64_t)i, r);
@@ -620,6 +657,73 @@ static void test_tap(void **state) {
   emx_session_destroy(s);
 }
 
+/* Every scale and position type: prefill in chunks and step by step, after a fork and after a truncation, against the reference, and
+ * the same bits for any number of threads. */
+static void test_scales_and_positions(void **state) {
+  (void)state;
+  static double plain[N][V];
+  static const struct {
+    const char *name;
+    int32_t position, scale, slopes, learned;
+  } cases[] = {{"nape, asentmax", EMX_POSITION_NAPE, EMX_ATTN_SCALE_ASENTMAX, EMX_SLOPE_LINEAR, 0},
+               {"rope, asentmax", EMX_POSITION_ROPE, EMX_ATTN_SCALE_ASENTMAX, EMX_SLOPE_LINEAR, 0},
+               {"nape, given, ssmax", EMX_POSITION_NAPE, EMX_ATTN_SCALE_SSMAX, EMX_SLOPE_GIVEN, 0},
+               {"alibi, learned focal", EMX_POSITION_ALIBI, EMX_ATTN_SCALE_FOCAL, EMX_SLOPE_LINEAR, 1},
+               {"nope, focal", EMX_POSITION_NOPE, EMX_ATTN_SCALE_FOCAL, EMX_SLOPE_LINEAR, 0},
+               {"rope", EMX_POSITION_ROPE, EMX_ATTN_SCALE_NONE, EMX_SLOPE_LINEAR, 0}};
+  const emx_model_config before = config;
+  memcpy(plain, want_logits, sizeof plain);
+  emx_ctx *single = context(1);
+  assert_non_null(single);
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    config = before;
+    config.position_type = cases[i].position;
+    config.attn_scale_type = cases[i].scale;
+    config.alibi_slope_type = cases[i].slopes;
+    config.focal_learned = cases[i].learned;
+    config.alibi_slopes[0] = 0.3, config.alibi_slopes[1] = 0.07;
+    config.rope_theta = 100;
+    make_weights();
+    reference();
+    assert_int_equal(save(), EMX_OK);
+    emx_model *m, *m1;
+    assert_int_equal(emx_model_open(ctx, folder, &m), EMX_OK);
+    assert_int_equal(emx_model_open(single, folder, &m1), EMX_OK);
+    float logits[V], nll[N], row[2][V];
+    emx_session *s = session(m, EMX_F32, 7, 2 * N), *one = session(m1, EMX_F32, 7, N), *f;
+    prefill(s, 0, 40, nll, logits); /* chunks begin inside of a tile of rows and of a page */
+    expect_near(logits, want_logits[39], TIGHT, cases[i].name, 39);
+    assert_int_equal(emx_session_fork(s, &f), EMX_OK);
+    for (int t = 40; t < N; t++) {
+      decode(s, t, logits);
+      expect_near(logits, want_logits[t], TIGHT, cases[i].name, t);
+    }
+    prefill(f, 40, 30, NULL, logits);
+    expect_near(logits, want_logits[69], TIGHT, cases[i].name, 69);
+    assert_int_equal(emx_session_truncate(f, 51), EMX_OK);
+    decode(f, 51, logits);
+    expect_near(logits, want_logits[51], TIGHT, cases[i].name, 51);
+    prefill(f, 52, 20, NULL, row[0]);
+    prefill(one, 0, 40, NULL, NULL);
+    prefill(one, 40, 30, NULL, NULL);
+    assert_int_equal(emx_session_truncate(one, 51), EMX_OK);
+    decode(one, 51, row[1]);
+    assert_memory_equal(logits, row[1], sizeof logits);
+    prefill(one, 52, 20, NULL, row[1]);
+    assert_memory_equal(row[0], row[1], sizeof row[0]);
+    emx_session_destroy(one);
+    emx_session_destroy(f);
+    emx_session_destroy(s);
+    emx_model_close(m);
+    emx_model_close(m1);
+  }
+  emx_ctx_destroy(single);
+  config = before;
+  make_weights();
+  memcpy(want_logits, plain, sizeof plain);
+  assert_int_equal(save(), EMX_OK);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_against_reference),
@@ -635,6 +739,7 @@ int main(void) {
       cmocka_unit_test(test_out_of_memory),
       cmocka_unit_test(test_tap),
       cmocka_unit_test(test_softmax),
+      cmocka_unit_test(test_scales_and_positions),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -119,21 +119,71 @@ static void product64(const double *w, const double *x, int64_t out, int64_t in,
     y[o] = sum;
   }
 }
-/* Place of a parameter in the flat array, by name. */
+/* Place of a parameter in the flat array, by its name with or without ".weight". The list is that of the last configuration. */
 static const double *named(const emx_model_config *c, const double *w, int layer, const char *name) {
+  static emx_model_config listed;
+  static emxi_param list[40];
+  static int64_t n;
   char full[96];
-  emxi_param p;
-  if (layer < 0)
-    snprintf(full, sizeof full, "%s.weight", name);
-  else
-    snprintf(full, sizeof full, "model.layers.%d.%s.weight", layer, name);
-  for (int64_t i = 0; i < emxi_param_tensors(c); i++) {
-    emxi_param_at(c, i, &p);
-    if (!strcmp(p.name, full)) return w + p.offset;
+  if (memcmp(&listed, c, sizeof listed)) {
+    listed = *c;
+    n = emxi_param_tensors(c);
+    assert_true(n <= 40);
+    for (int64_t i = 0; i < n; i++) emxi_param_at(c, i, &list[i]);
   }
+  if (layer < 0)
+    snprintf(full, sizeof full, "%s", name);
+  else
+    snprintf(full, sizeof full, "model.layers.%d.%s", layer, name);
+  const size_t length = strlen(full);
+  for (int64_t i = 0; i < n; i++)
+    if (!strncmp(list[i].name, full, length) && (!list[i].name[length] || !strcmp(list[i].name + length, ".weight")))
+      return w + list[i].offset;
   fail_msg("no parameter %s", full);
   return NULL;
 }
+/* theta of head a for the query at position t whose normed state is h, from its definition. */
+static double theta64(const emx_model_config *c, const double *w, int l, int64_t a, const double *h, int64_t t) {
+  const int64_t W = c->hidden_size, first = c->position_type == EMX_POSITION_NAPE ? c->alibi_num_heads : 0, e = a - first;
+  const double n = log((double)t + 2);
+  if (e < 0) return 1;
+  switch (c->attn_scale_type) {
+    case EMX_ATTN_SCALE_ASENTMAX: {
+      double b = named(c, w, l, "self_attn.beta_proj.bias")[e], g = named(c, w, l, "self_attn.gamma_proj.bias")[e];
+      for (int64_t i = 0; i < W; i++) {
+        b += named(c, w, l, "self_attn.beta_proj.weight")[e * W + i] * h[i];
+        g += named(c, w, l, "self_attn.gamma_proj.weight")[e * W + i] * h[i];
+      }
+      return 1 + log(1 + exp(b)) * pow(n, 2 * tanh(g));
+    }
+    case EMX_ATTN_SCALE_SSMAX: return named(c, w, l, "self_attn.ssmax_scale")[e] * n;
+    case EMX_ATTN_SCALE_FOCAL:
+      return 1 / (c->focal_learned ? exp(named(c, w, l, "self_attn.focal_log_temperature")[e]) : c->focal_temperature);
+    default: return 1;
+  }
+}
+static double slope64(const emx_model_config *c, int64_t a) {
+  const int64_t heads = c->position_type == EMX_POSITION_NAPE    ? c->alibi_num_heads
+                        : c->position_type == EMX_POSITION_ALIBI ? 99
+                                                                 : 0;
+  return a >= heads                               ? 0
+         : c->alibi_slope_type == EMX_SLOPE_GIVEN ? c->alibi_slopes[a]
+         : c->alibi_slope_type == EMX_SLOPE_EXP   ? pow(2, -(double)a)
+                                                  : 1.0 / (double)(a + 1);
+}
+/* Rotary positions as complex numbers: pair (d, d + D/2) times e^(i t base^(-2d/D)). */
+static void rope64(const emx_model_config *c, double *x, int64_t heads, int64_t t) {
+  const int64_t D = c->head_dim;
+  if (c->position_type != EMX_POSITION_ROPE) return;
+  for (int64_t a = 0; a < heads; a++)
+    for (int64_t d = 0; d < D / 2; d++) {
+      const double angle = (double)t / pow(c->rope_theta, 2 * (double)d / (double)D), re = x[a * D + d],
+                   im = x[a * D + d + D / 2];
+      x[a * D + d] = re * cos(angle) - im * sin(angle);
+      x[a * D + d + D / 2] = re * sin(angle) + im * cos(angle);
+    }
+}
+
 /* Sum of the losses of one sequence; nll: optional [n]. */
 static double forward64(const emx_model_config *c, const double *w, const int32_t *tokens, const int32_t *targets, int64_t n,
                         double *nll) {
@@ -149,12 +199,16 @@ static double forward64(const emx_model_config *c, const double *w, const int32_
       product64(named(c, w, l, "self_attn.q_proj"), h, H * D, W, q[t], false);
       product64(named(c, w, l, "self_attn.k_proj"), h, G * D, W, k[t], false);
       product64(named(c, w, l, "self_attn.v_proj"), h, G * D, W, v[t], false);
+      rope64(c, q[t], H, t);
+      rope64(c, k[t], G, t);
+      for (int64_t a = 0; a < H; a++)
+        for (int64_t i = 0; i < D; i++) q[t][a * D + i] *= theta64(c, w, l, a, h, t);
     }
     for (int64_t t = 0; t < n; t++) {
       double o[MAX_W] = {0}, s[MAX_T], p[MAX_T];
       for (int64_t a = 0; a < H; a++) {
         const int64_t kv = a / (H / G);
-        const double slope = a < c->alibi_num_heads ? 1.0 / (double)(a + 1) : 0;
+        const double slope = slope64(c, a);
         for (int64_t j = 0; j <= t; j++) {
           s[j] = -slope * (double)(t - j);
           for (int64_t i = 0; i < D; i++) s[j] += q[t][a * D + i] * k[j][kv * D + i] / sqrt((double)D);
@@ -190,62 +244,91 @@ static double forward64(const emx_model_config *c, const double *w, const int32_
 
 /* Losses and gradients of the f32 passes against float64: relative to the largest gradient of the tensor, a few hundred roundings
  * of 6e-8 through two layers stay below 2e-4; a wrong term shows at 1e-1. Central differences with h = 1e-5 are good to ~1e-9. */
+static void check_gradient(const emx_model_config *config, const char *what) {
+  const emx_model_config c = *config;
+  emx_train_opts o = short_run();
+  o.long_length = o.long_every = 0;
+  o.batch = 2;
+  emx_trainer *t = create(two, &c, &o);
+  const int64_t n = o.batch * o.length, count = t->net.w.count;
+  double *w = emxi_alloc((size_t)count * sizeof *w), nll[32], loss, sum = 0;
+  emxi_normals(5, 0, t->net.w.data, count); /* away from the small weights of the start, where everything is linear */
+  for (int64_t i = 0; i < count; i++) w[i] = t->net.w.data[i] *= 0.4f;
+  for (int64_t i = 0; i < n; i++) {
+    t->net.tokens[i] = (int32_t)((i * 7 + i * i) % 23);
+    t->net.targets[i] = (int32_t)((i * 5 + 3) % 23);
+  }
+  assert_int_equal(emxi_net_forward(&t->net, o.batch, o.length, true, &loss), EMX_OK);
+  for (int b = 0; b < 2; b++)
+    sum += forward64(&c, w, t->net.tokens + b * o.length, t->net.targets + b * o.length, o.length, nll + b * o.length);
+  for (int64_t i = 0; i < n; i++)
+    if (!(fabs(nll[i] - t->net.nll[i]) < 1e-4))
+      fail_msg("%s, alpha %g: nll[%d] %g, float64 %g", what, c.entmax_alpha, (int)i, t->net.nll[i], nll[i]);
+  assert_true(fabs(loss - sum / (double)n) < 2e-5);
+  assert_int_equal(emxi_net_backward(&t->net, o.batch, o.length), EMX_OK);
+  for (int64_t p = 0; p < emxi_param_tensors(&c); p++) {
+    emxi_param info;
+    emxi_param_at(&c, p, &info);
+    const float *g = t->net.g.data + info.offset;
+    double top = 0;
+    for (int64_t i = 0; i < info.count; i++) top = fmax(top, fabs((double)g[i]));
+    assert_true(top > 1e-4);
+    for (int s = 0; s < 4; s++) {
+      uint32_t word[4];
+      emxi_philox(9, (uint64_t)p, (uint64_t)s, word);
+      double *at = &w[info.offset + word[0] % info.count];
+      const double keep = *at, h = 1e-5;
+      double difference = 0;
+      for (int side = -1; side <= 1; side += 2) {
+        *at = keep + side * h;
+        for (int b = 0; b < 2; b++)
+          difference += side * forward64(&c, w, t->net.tokens + b * o.length, t->net.targets + b * o.length, o.length, NULL);
+      }
+      *at = keep;
+      difference /= 2 * h * (double)n;
+      const double got = t->net.g.data[at - w];
+      if (!(fabs(got - difference) <= 2e-4 * top))
+        fail_msg("%s, alpha %g %s[%d]: %g, differences %g, largest %g", what, c.entmax_alpha, info.name,
+                 (int)(at - w - info.offset), got, difference, top);
+    }
+  }
+  emxi_free(w);
+  emx_trainer_destroy(t);
+}
 static void test_gradient(void **state) {
   (void)state;
   static const double alphas[] = {1, 1.5, 2, 1.25};
   for (int a = 0; a < 4; a++)
     for (int tied = 0; tied < 2; tied++) {
       emx_model_config c = tiny(alphas[a]);
-      emx_train_opts o = short_run();
       c.tie_word_embeddings = tied;
-      o.long_length = o.long_every = 0;
-      o.batch = 2;
-      emx_trainer *t = create(two, &c, &o);
-      const int64_t n = o.batch * o.length, count = t->net.w.count;
-      double *w = emxi_alloc((size_t)count * sizeof *w), nll[32], loss, sum = 0;
-      emxi_normals(5, 0, t->net.w.data, count); /* away from the small weights of the start, where everything is linear */
-      for (int64_t i = 0; i < count; i++) w[i] = t->net.w.data[i] *= 0.4f;
-      for (int64_t i = 0; i < n; i++) {
-        t->net.tokens[i] = (int32_t)((i * 7 + i * i) % 23);
-        t->net.targets[i] = (int32_t)((i * 5 + 3) % 23);
-      }
-      assert_int_equal(emxi_net_forward(&t->net, o.batch, o.length, true, &loss), EMX_OK);
-      for (int b = 0; b < 2; b++)
-        sum += forward64(&c, w, t->net.tokens + b * o.length, t->net.targets + b * o.length, o.length, nll + b * o.length);
-      for (int64_t i = 0; i < n; i++)
-        if (!(fabs(nll[i] - t->net.nll[i]) < 1e-4))
-          fail_msg("alpha %g: nll[%d] %g, float64 %g", alphas[a], (int)i, t->net.nll[i], nll[i]);
-      assert_true(fabs(loss - sum / (double)n) < 2e-5);
-      assert_int_equal(emxi_net_backward(&t->net, o.batch, o.length), EMX_OK);
-      for (int64_t p = 0; p < emxi_param_tensors(&c); p++) {
-        emxi_param info;
-        emxi_param_at(&c, p, &info);
-        const float *g = t->net.g.data + info.offset;
-        double top = 0;
-        for (int64_t i = 0; i < info.count; i++) top = fmax(top, fabs((double)g[i]));
-        assert_true(top > 1e-4);
-        for (int s = 0; s < 4; s++) {
-          uint32_t word[4];
-          emxi_philox(9, (uint64_t)p, (uint64_t)s, word);
-          double *at = &w[info.offset + word[0] % info.count];
-          const double keep = *at, h = 1e-5;
-          double difference = 0;
-          for (int side = -1; side <= 1; side += 2) {
-            *at = keep + side * h;
-            for (int b = 0; b < 2; b++)
-              difference += side * forward64(&c, w, t->net.tokens + b * o.length, t->net.targets + b * o.length, o.length, NULL);
-          }
-          *at = keep;
-          difference /= 2 * h * (double)n;
-          const double got = t->net.g.data[at - w];
-          if (!(fabs(got - difference) <= 2e-4 * top))
-            fail_msg("alpha %g %s[%d]: %g, differences %g, largest %g", alphas[a], info.name, (int)(at - w - info.offset), got,
-                     difference, top);
-        }
-      }
-      emxi_free(w);
-      emx_trainer_destroy(t);
+      check_gradient(&c, "plain");
     }
+}
+/* The same for every scale and position type. */
+static void test_gradient_scales(void **state) {
+  (void)state;
+  static const struct {
+    const char *name;
+    int32_t position, scale, slopes, learned;
+    double alpha;
+  } cases[] = {{"nape, asentmax", EMX_POSITION_NAPE, EMX_ATTN_SCALE_ASENTMAX, EMX_SLOPE_LINEAR, 0, 1.5},
+               {"rope, asentmax", EMX_POSITION_ROPE, EMX_ATTN_SCALE_ASENTMAX, EMX_SLOPE_LINEAR, 0, 1.25},
+               {"nope, ssmax", EMX_POSITION_NOPE, EMX_ATTN_SCALE_SSMAX, EMX_SLOPE_LINEAR, 0, 1},
+               {"nape, given, ssmax", EMX_POSITION_NAPE, EMX_ATTN_SCALE_SSMAX, EMX_SLOPE_GIVEN, 0, 1.5},
+               {"alibi, exp, learned focal", EMX_POSITION_ALIBI, EMX_ATTN_SCALE_FOCAL, EMX_SLOPE_EXP, 1, 1.5},
+               {"rope, focal", EMX_POSITION_ROPE, EMX_ATTN_SCALE_FOCAL, EMX_SLOPE_LINEAR, 0, 1.5},
+               {"rope", EMX_POSITION_ROPE, EMX_ATTN_SCALE_NONE, EMX_SLOPE_LINEAR, 0, 1.5}};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    emx_model_config c = tiny(cases[i].alpha);
+    c.position_type = cases[i].position;
+    c.attn_scale_type = cases[i].scale;
+    c.alibi_slope_type = cases[i].slopes;
+    c.focal_learned = cases[i].learned;
+    c.alibi_slopes[0] = 0.7, c.alibi_slopes[1] = 0.05;
+    c.rope_theta = 50;
+    check_gradient(&c, cases[i].name);
+  }
 }
 
 static void test_evaluate(void **state) {
@@ -673,7 +756,7 @@ static void test_invalid(void **state) {
   fill_files();
 #define REFUSED(status, word)                                                                 \
   do {                                                                                        \
-    assert_int_equal(emx_trainer_create(one, &bad, &other, &corpus, &t), status);               \
+    assert_int_equal(emx_trainer_create(one, &bad, &other, &corpus, &t), status);             \
     assert_null(t);                                                                           \
     if (!strstr(emx_last_error(), word)) fail_msg("'%s' lacks '%s'", emx_last_error(), word); \
   } while (0)
@@ -776,11 +859,13 @@ static void test_no_memory(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_gradient),      cmocka_unit_test(test_evaluate), cmocka_unit_test(test_data),
-      cmocka_unit_test(test_learning_rate), cmocka_unit_test(test_adamw),    cmocka_unit_test(test_initial_weights),
-      cmocka_unit_test(test_learns),        cmocka_unit_test(test_resume),   cmocka_unit_test(test_resume_errors),
-      cmocka_unit_test(test_nonfinite),     cmocka_unit_test(test_cancel),   cmocka_unit_test(test_invalid),
-      cmocka_unit_test(test_no_memory),
+      cmocka_unit_test(test_gradient_scales), cmocka_unit_test(test_gradient),
+      cmocka_unit_test(test_evaluate),        cmocka_unit_test(test_data),
+      cmocka_unit_test(test_learning_rate),   cmocka_unit_test(test_adamw),
+      cmocka_unit_test(test_initial_weights), cmocka_unit_test(test_learns),
+      cmocka_unit_test(test_resume),          cmocka_unit_test(test_resume_errors),
+      cmocka_unit_test(test_nonfinite),       cmocka_unit_test(test_cancel),
+      cmocka_unit_test(test_invalid),         cmocka_unit_test(test_no_memory),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }
