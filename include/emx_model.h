@@ -148,6 +148,48 @@ typedef struct emx_session_stats {
 EMX_API emx_status emx_session_get_stats(const emx_session *s, emx_session_stats *stats); /* set struct_size first */
 EMX_API void emx_session_reset_stats(emx_session *s);
 
+/* Logits [vocab] after the last token, as the call that appended it gave them. STATE for an empty session and after a truncation. */
+EMX_API emx_status emx_session_logits(emx_session *s, float *logits);
+
+/* --------------------------------------------------------------------------------------------------------- cache files
+ *
+ * safetensors with a checksum over every byte (docs/design.md, "Cache files"). Written like emx_checkpoint_write: a full disk, a folder
+ * that cannot be written to and a cancelled call leave the old file. Read with every size checked, streamed into free pages: whatever is
+ * wrong with a file - damaged, truncated, hostile, of another kind, model or shape - the cache is as it was before the call.
+ * progress (may be NULL) counts bytes; it may call emx_ctx_cancel, nothing else on this context.
+ * Errors of saving: INVALID, STATE (no such sequence), UNSUPPORTED (a GPU's cache), IO, NOMEM, CANCELLED. Of loading also: FORMAT (damaged,
+ * not a cache, another kind), UNSUPPORTED (a later version), INVALID (another model, too few ids), DTYPE, SHAPE, STATE (too few
+ * free pages or sequences; the detail has the numbers). */
+enum { EMX_CACHE_KV = 1, EMX_CACHE_SESSION = 2 };
+
+/* Saves n sequences of a cache; pages that they share are stored once and shared again when they are loaded. */
+EMX_API emx_status emx_kv_save(const emx_kv *kv, const int32_t *seqs, int32_t n, const char *path, emx_progress_fn progress, void *user);
+/* Adds the sequences of a file to a cache of the same dtype, page size, heads and head dim; layout, summaries and pool may differ. Summaries
+ * are rebuilt from the keys, with the bits that they had if the CPU is of the same kind. seqs [room] takes the new ids, in the order of
+ * the save, *n their number. */
+EMX_API emx_status emx_kv_load(emx_kv *kv, const char *path, int32_t *seqs, int32_t room, int32_t *n, emx_progress_fn progress,
+                               void *user);
+/* All layers of a session and the state that continuing needs: a session that loads it goes on with the same bits. */
+EMX_API emx_status emx_session_save(emx_session *s, const char *path, emx_progress_fn progress, void *user);
+/* Into an empty session (else STATE) of the same model, by a hash of configuration and weights, of the same kv_dtype and page_size. The
+ * selector and the statistics are not part of a file. */
+EMX_API emx_status emx_session_load(emx_session *s, const char *path, emx_progress_fn progress, void *user);
+
+/* What the header of a cache file says. The data and the checksum are not looked at. */
+typedef struct emx_cache_info {
+  uint32_t struct_size;
+  int32_t kind; /* EMX_CACHE_* */
+  int32_t version;
+  int32_t dtype, layers, kv_heads, head_dim, page_size, seqs;
+  int32_t reserved;
+  int64_t pages;  /* a layer: what loading takes from the pool */
+  int64_t tokens; /* of all sequences */
+  char model[65]; /* session: hash of configuration and weights, in hexadecimal; else "" */
+} emx_cache_info;
+EMX_API emx_status emx_cache_get_info(const char *path, emx_cache_info *info); /* set info->struct_size first */
+
+/* ------------------------------------------------------------------------------------------------------------ sampling */
+
 typedef struct emx_sample_opts {
   uint32_t struct_size;
   int32_t top_k;        /* 0: all */

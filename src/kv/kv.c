@@ -340,6 +340,23 @@ emx_status emx_seq_destroy(emx_kv *kv, int32_t seq) {
   EMXI_LOCKED(kv->ctx, destroy_seq(kv, seq));
 }
 
+void emxi_kv_adopt(emx_kv *kv, const emxi_kv_image *image, int32_t *seqs) {
+  const int32_t *number = image->tables;
+  for (int32_t q = 0; q < image->seqs; q++) {
+    if (seqs[q] < 0) (void)open_seq(kv, "emxi_kv_adopt", &seqs[q]);
+    emxi_kv_seq *s = &kv->seqs[seqs[q]];
+    s->length = image->lengths[q];
+    s->n_pages = emxi_kv_pages_of(kv, s->length);
+    for (int64_t i = 0; i < s->n_pages; i++) {
+      const int32_t page = emxi_kv_next_page(kv, *number++);
+      table_of(kv, seqs[q])[i] = page;
+      kv->refs[page]++;
+    }
+  }
+  for (int64_t i = 0; i < image->pages; i++) kv->sum_tokens[emxi_kv_next_page(kv, i)] = image->described[i];
+  kv->n_free -= image->pages;
+}
+
 static emx_status seq_length(const emx_kv *kv, int32_t seq, int64_t *length) {
   EMX_TRY(check_seq(kv, seq, "emx_seq_length"));
   *length = kv->seqs[seq].length;

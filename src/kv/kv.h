@@ -111,6 +111,18 @@ emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, c
 /* Shape and dtype of new tokens; *t their number. */
 emx_status emxi_kv_check_new(const emx_ctx *ctx, const emx_kv *kv, int32_t batch, const emx_tensor *k_new,
                              const emx_tensor *v_new, int32_t layout, const char *who, int32_t *t);
+/* What a cache file brings: sequences over the next free pages, whose contents and summaries are in place. */
+typedef struct emxi_kv_image {
+  int64_t pages;            /* at most n_free */
+  const int32_t *described; /* [pages] tokens that the summaries of each describe */
+  int32_t seqs;
+  const int32_t *lengths; /* [seqs] */
+  const int32_t *tables;  /* pages of the first sequence, of the second, ...: numbers below `pages`, each used at least once */
+} emxi_kv_image;
+/* The i-th page that will be handed out, i < n_free: where page i of an image belongs. */
+static inline int32_t emxi_kv_next_page(const emx_kv *kv, int64_t i) { return kv->free_list[kv->n_free - 1 - i]; }
+/* seqs [image->seqs]: empty sequences, or -1, which becomes a new one; there must be room for those. */
+EMXI_SHARED void emxi_kv_adopt(emx_kv *kv, const emxi_kv_image *image, int32_t *seqs);
 /* emx_seq_truncate without checks. */
 void emxi_kv_truncate(emx_kv *kv, int32_t seq, int64_t length);
 

@@ -5,13 +5,10 @@
 #include "model.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <jansson.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -26,143 +23,6 @@ static const struct {
   int32_t dtype;
 } dtypes[] = {{"F32", EMX_F32}, {"F16", EMX_F16}, {"BF16", EMX_BF16}, {"F64", EMX_F64}, {"I32", EMX_I32}};
 enum { DTYPES = sizeof dtypes / sizeof *dtypes };
-
-/* ---- files */
-
-char *emxi_path_join(const char *folder, const char *name) {
-  size_t n = strlen(folder), size = n + strlen(name) + 2;
-  char *path = emxi_alloc(size);
-  if (path) snprintf(path, size, "%s%s%s", folder, n && folder[n - 1] == '/' ? "" : "/", name);
-  return path;
-}
-
-/* A regular file for reading; O_NONBLOCK so that a FIFO cannot hang the caller. */
-static emx_status open_file(const char *path, int *out, size_t *size) {
-  int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) return emxi_fail(EMX_ERR_IO, "%s: %s", path, strerror(errno));
-  struct stat st;
-  emx_status status = EMX_OK;
-  if (fstat(fd, &st))
-    status = emxi_fail(EMX_ERR_IO, "%s: %s", path, strerror(errno));
-  else if (S_ISDIR(st.st_mode))
-    status = emxi_fail(EMX_ERR_IO, "%s: is a directory", path);
-  else if (!S_ISREG(st.st_mode))
-    status = emxi_fail(EMX_ERR_IO, "%s: not a regular file", path);
-  if (status) {
-    close(fd);
-    return status;
-  }
-  *out = fd;
-  *size = (size_t)st.st_size;
-  return EMX_OK;
-}
-
-emx_status emxi_file_read(const char *path, size_t max, char **data, size_t *size) {
-  int fd;
-  size_t n, done = 0;
-  EMX_TRY(open_file(path, &fd, &n));
-  emx_status status = EMX_OK;
-  char *text = NULL;
-  if (n > max)
-    status = emxi_fail(EMX_ERR_FORMAT, "%s: %zu bytes, at most %zu are expected", path, n, max);
-  else if (!(text = emxi_alloc(n)))
-    status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", path, n);
-  while (!status && done < n) {
-    ssize_t got = read(fd, text + done, n - done);
-    if (got > 0)
-      done += (size_t)got;
-    else if (!got)
-      status = emxi_fail(EMX_ERR_IO, "%s: ends after %zu of %zu bytes", path, done, n);
-    else if (errno != EINTR)
-      status = emxi_fail(EMX_ERR_IO, "%s: %s", path, strerror(errno));
-  }
-  close(fd);
-  if (status) {
-    emxi_free(text);
-    return status;
-  }
-  *data = text;
-  *size = n;
-  return EMX_OK;
-}
-
-static int write_all(int fd, const char *data, size_t size) {
-  while (size) {
-    ssize_t n = write(fd, data, size < ((size_t)1 << 30) ? size : (size_t)1 << 30);
-    if (n < 0) {
-      if (errno == EINTR) continue;
-      return errno;
-    }
-    data += n;
-    size -= (size_t)n;
-  }
-  return 0;
-}
-
-/* What a rename onto `path` may replace: nothing, or a regular file. A link is followed, so that it stays a link; a device, a pipe or a
- * folder is left alone. *target is the caller's to free. */
-static emx_status replaceable(const char *path, char **target) {
-  struct stat st;
-  if (lstat(path, &st)) {
-    if (errno != ENOENT) return emxi_fail(EMX_ERR_IO, "%s: %s", path, strerror(errno));
-  } else if (S_ISLNK(st.st_mode)) {
-    *target = realpath(path, NULL);
-    if (!*target) return emxi_fail(EMX_ERR_IO, "%s: a link to nothing that could be written: %s", path, strerror(errno));
-    if (!stat(*target, &st) && S_ISREG(st.st_mode)) return EMX_OK;
-    free(*target);
-    return emxi_fail(EMX_ERR_IO, "%s: a link to something that is no regular file; it is left alone", path);
-  } else if (!S_ISREG(st.st_mode)) {
-    return emxi_fail(EMX_ERR_IO, "%s: no regular file; it is left alone", path);
-  }
-  *target = strdup(path);
-  return *target ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "%s: no memory for a path", path);
-}
-
-static emx_status replace(const char *path, const emxi_bytes *spans, int64_t n) {
-  static atomic_uint serial; /* two threads of this process may save at the same time */
-  size_t size = strlen(path) + 64;
-  char *temporary = emxi_alloc(size);
-  if (!temporary) return emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", path, size);
-  int fd = -1;
-  /* Names left behind by a crashed process with our id, or planted by somebody, are stepped over, never written through. */
-  for (int attempt = 0; attempt < 100 && fd < 0 && (!attempt || errno == EEXIST); attempt++) {
-    snprintf(temporary, size, "%s.%ld-%u.tmp", path, (long)getpid(), atomic_fetch_add(&serial, 1));
-    fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0666);
-  }
-  if (fd < 0) {
-    emx_status status = emxi_fail(EMX_ERR_IO, "%s: %s", temporary, strerror(errno));
-    emxi_free(temporary);
-    return status;
-  }
-  int error = 0;
-  for (int64_t i = 0; i < n && !error; i++) error = write_all(fd, spans[i].data, spans[i].size);
-  if (!error && fsync(fd)) error = errno;
-  if (close(fd) && !error) error = errno;
-  if (!error && rename(temporary, path)) error = errno;
-  emx_status status = EMX_OK;
-  if (error) {
-    unlink(temporary);
-    status = emxi_fail(EMX_ERR_IO, "%s: %s; nothing was changed", path, strerror(error));
-  } else { /* The new name survives a power cut where the file system can promise that; the file itself is in place either way. */
-    char *slash = strrchr(temporary, '/');
-    if (slash) slash[slash == temporary] = 0;
-    fd = open(slash ? temporary : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd >= 0) {
-      fsync(fd);
-      close(fd);
-    }
-  }
-  emxi_free(temporary);
-  return status;
-}
-
-emx_status emxi_file_replace(const char *path, const emxi_bytes *spans, int64_t n) {
-  char *target = NULL;
-  EMX_TRY(replaceable(path, &target));
-  emx_status status = replace(target, spans, n);
-  free(target);
-  return status;
-}
 
 /* ---- reading */
 
@@ -186,6 +46,8 @@ struct emx_checkpoint {
   index_entry *index; /* [count], by name */
   int64_t count;
 };
+
+bool emxi_json_nomem(const json_error_t *e) { return !e->text[0] || json_error_code(e) == json_error_out_of_memory; }
 
 /* Names in messages: whatever a file says, no control characters reach a terminal. */
 static const char *plain(const char *name, char out[96]) {
@@ -235,7 +97,7 @@ static emx_status parse_tensor(const char *who, json_t *v, const char *data, uin
     return emxi_fail(EMX_ERR_FORMAT, "%s: tensor %s: %lld bytes, dtype and shape need %zu", who, name, f - b, bytes);
   e->begin = (uint64_t)b;
   e->end = (uint64_t)f;
-  e->tensor = emx_tensor_view((void *)(data + b), dtypes[d].dtype, (int32_t)ndim, dims);
+  e->tensor = emx_tensor_view(data ? (void *)(data + b) : NULL, dtypes[d].dtype, (int32_t)ndim, dims);
   return EMX_OK;
 }
 
@@ -250,21 +112,29 @@ static int by_name(const void *a, const void *b) {
   return strcmp(((const index_entry *)a)->name, ((const index_entry *)b)->name);
 }
 
-static emx_status parse(const char *who, const char *data, size_t size, emx_checkpoint *ck) {
-  if (size < 8) return emxi_fail(EMX_ERR_FORMAT, "%s: %zu bytes: too short for a safetensors file", who, size);
-  uint64_t header_size;
-  memcpy(&header_size, data, 8);
+/* Length of the header, from the first 8 bytes of a file of `size`. */
+static emx_status header_length(const char *who, const char first[8], uint64_t size, uint64_t *out) {
+  uint64_t header_size = 0;
+  memcpy(&header_size, first, 8);
   if (header_size > HEADER_MAX)
     return emxi_fail(EMX_ERR_FORMAT, "%s: a header of %llu bytes, at most %llu are allowed: not a safetensors file?", who,
                      (unsigned long long)header_size, (unsigned long long)HEADER_MAX);
   if (header_size > size - 8)
-    return emxi_fail(EMX_ERR_FORMAT, "%s: a header of %llu bytes in a file of %zu: truncated?", who,
-                     (unsigned long long)header_size, size);
-  if (!header_size || data[8] != '{') return emxi_fail(EMX_ERR_FORMAT, "%s: the header does not start with '{'", who);
+    return emxi_fail(EMX_ERR_FORMAT, "%s: a header of %llu bytes in a file of %llu: truncated?", who,
+                     (unsigned long long)header_size, (unsigned long long)size);
+  *out = header_size;
+  return EMX_OK;
+}
+
+/* data may be NULL: tensors without data, for a file that is streamed. */
+static emx_status parse(const char *who, const char *header, uint64_t header_size, const char *data, uint64_t data_size,
+                        emx_checkpoint *ck) {
+  if (!header_size || header[0] != '{') return emxi_fail(EMX_ERR_FORMAT, "%s: the header does not start with '{'", who);
   json_error_t e;
-  ck->header = json_loadb(data + 8, (size_t)header_size, JSON_REJECT_DUPLICATES, &e);
+  ck->header = json_loadb(header, (size_t)header_size, JSON_REJECT_DUPLICATES, &e);
   if (!ck->header) {
     char text[96];
+    if (emxi_json_nomem(&e)) return emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", who);
     return emxi_fail(EMX_ERR_FORMAT, "%s: header, byte %d: %s", who, e.position, plain(e.text, text));
   }
   json_t *metadata = json_object_get(ck->header, METADATA), *v;
@@ -279,13 +149,12 @@ static emx_status parse(const char *who, const char *data, size_t size, emx_chec
   ck->index = emxi_calloc(n * sizeof *ck->index);
   if (!ck->entries || !ck->index)
     return emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", who, n * (sizeof *ck->entries + sizeof *ck->index));
-  const uint64_t data_size = size - 8 - header_size;
   json_object_foreach(ck->header, key, v) {
     if (!strcmp(key, METADATA)) continue;
     entry *t = &ck->entries[ck->count];
     t->name = key;
     t->order = ck->count;
-    EMX_TRY(parse_tensor(who, v, data + 8 + header_size, data_size, t));
+    EMX_TRY(parse_tensor(who, v, data, data_size, t));
     ck->count++;
   }
   qsort(ck->entries, n, sizeof *ck->entries, by_place);
@@ -306,16 +175,11 @@ static emx_status parse(const char *who, const char *data, size_t size, emx_chec
   return EMX_OK;
 }
 
-static emx_status open_bytes(const char *who, void *map, const void *data, size_t size, emx_checkpoint **out) {
+static emx_status open_parts(const char *who, const char *header, uint64_t header_size, const char *data, uint64_t data_size,
+                             emx_checkpoint **out) {
   emx_checkpoint *ck = emxi_calloc(sizeof *ck);
-  emx_status status;
-  if (!ck) {
-    if (map) munmap(map, size);
-    return emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", who, sizeof *ck);
-  }
-  ck->map = map;
-  ck->map_size = size;
-  status = parse(who, data, size, ck);
+  if (!ck) return emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", who, sizeof *ck);
+  emx_status status = parse(who, header, header_size, data, data_size, ck);
   if (status)
     emx_checkpoint_close(ck);
   else
@@ -323,11 +187,35 @@ static emx_status open_bytes(const char *who, void *map, const void *data, size_
   return status;
 }
 
+static emx_status open_bytes(const char *who, const char *data, size_t size, emx_checkpoint **out) {
+  uint64_t header_size = 0;
+  if (size < 8) return emxi_fail(EMX_ERR_FORMAT, "%s: %zu bytes: too short for a safetensors file", who, size);
+  EMX_TRY(header_length(who, data, size, &header_size));
+  return open_parts(who, data + 8, header_size, data + 8 + header_size, size - 8 - header_size, out);
+}
+
+emx_status emxi_checkpoint_header(emxi_source *source, emx_checkpoint **out) {
+  char first[8], *header;
+  uint64_t header_size = 0;
+  if (source->left < 8)
+    return emxi_fail(EMX_ERR_FORMAT, "%s: %llu bytes: too short for a safetensors file", source->path,
+                     (unsigned long long)source->left);
+  const uint64_t size = source->left;
+  EMX_TRY(emxi_source_get(source, first, 8));
+  EMX_TRY(header_length(source->path, first, size, &header_size));
+  if (!(header = emxi_alloc((size_t)header_size)))
+    return emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %llu bytes", source->path, (unsigned long long)header_size);
+  emx_status status = emxi_source_get(source, header, (size_t)header_size);
+  if (!status) status = open_parts(source->path, header, header_size, NULL, source->left, out);
+  emxi_free(header);
+  return status;
+}
+
 emx_status emx_checkpoint_open(const char *path, emx_checkpoint **out) {
   if (!path || !out) return emxi_fail(EMX_ERR_INVALID, "emx_checkpoint_open: %s is NULL", path ? "out" : "path");
   int fd;
   size_t size;
-  EMX_TRY(open_file(path, &fd, &size));
+  EMX_TRY(emxi_file_open(path, &fd, &size));
   if (!size) {
     close(fd);
     return emxi_fail(EMX_ERR_FORMAT, "%s: empty file", path);
@@ -336,12 +224,21 @@ emx_status emx_checkpoint_open(const char *path, emx_checkpoint **out) {
   int error = errno;
   close(fd);
   if (map == MAP_FAILED) return emxi_fail(EMX_ERR_IO, "%s: cannot map %zu bytes: %s", path, size, strerror(error));
-  return open_bytes(path, map, map, size, out);
+  emx_checkpoint *ck = NULL;
+  emx_status status = open_bytes(path, map, size, &ck);
+  if (status) {
+    munmap(map, size);
+    return status;
+  }
+  ck->map = map;
+  ck->map_size = size;
+  *out = ck;
+  return EMX_OK;
 }
 
 emx_status emx_checkpoint_open_memory(const void *data, size_t size, emx_checkpoint **out) {
   if ((!data && size) || !out) return emxi_fail(EMX_ERR_INVALID, "emx_checkpoint_open_memory: %s is NULL", out ? "data" : "out");
-  return open_bytes("safetensors", NULL, data, size, out);
+  return open_bytes("safetensors", data, size, out);
 }
 
 void emx_checkpoint_close(emx_checkpoint *ck) {
@@ -407,78 +304,125 @@ static emx_status check_named(const char *path, const emx_named_tensor *t, int64
       return emxi_fail(EMX_ERR_SHAPE, "%s: tensor %s is too large", path, t->name);
   }
   *bytes = empty ? 0 : n;
-  if (!empty && !x->data) return emxi_fail(EMX_ERR_INVALID, "%s: tensor %s has no data", path, t->name);
   *dtype = dtypes[d].name;
   return EMX_OK;
 }
 
-/* Fills the header object and, behind spans[0..1], one span a tensor. Wide dtypes come first: without holes, which the format
- * does not have, that is what aligns every tensor to its dtype. */
-static emx_status layout(const char *path, const emx_named_tensor *tensors, int64_t n, json_t *header, emxi_bytes *spans) {
-  size_t at = 0;
+/* Order of writing: wide dtypes first, which aligns every tensor to its dtype without the holes that the format does not have. */
+static void by_width(const emx_named_tensor *tensors, int64_t n, emx_named_tensor *out) {
   int64_t used = 0;
-  for (size_t width = 8; width >= 2; width /= 2)
+  for (size_t width = 8; width; width /= 2)
     for (int64_t i = 0; i < n; i++) {
-      const emx_named_tensor *t = &tensors[i];
-      size_t bytes = 0, end;
-      const char *dtype = NULL;
-      EMX_TRY(check_named(path, t, i, &bytes, &dtype));
-      if (emx_dtype_size(t->tensor.dtype) != width) continue;
-      if (!emxi_add(at, bytes, &end) || end > PTRDIFF_MAX) return emxi_fail(EMX_ERR_SHAPE, "%s: too many bytes", path);
-      if (json_object_get(header, t->name)) return emxi_fail(EMX_ERR_INVALID, "%s: two tensors are named %s", path, t->name);
-      json_t *shape = json_array();
-      int bad = 0;
-      for (int d = 0; d < t->tensor.ndim; d++) bad |= json_array_append_new(shape, json_integer(t->tensor.shape[d]));
-      json_t *v =
-          json_pack("{s:s, s:o, s:[I,I]}", "dtype", dtype, "shape", shape, "data_offsets", (json_int_t)at, (json_int_t)end);
-      if (bad || json_object_set_new(header, t->name, v))
-        return emxi_fail(EMX_ERR_INVALID, "%s: the name of tensor %lld is not UTF-8, or no memory", path, (long long)i);
-      spans[2 + used++] = (emxi_bytes){t->tensor.data, bytes};
-      at = end;
+      const size_t size = emx_dtype_size(tensors[i].tensor.dtype);
+      if (size == width || (width == 1 && !size)) out[used++] = tensors[i]; /* an unknown dtype is refused later */
     }
+}
+
+/* Names and extents into the header object, one after the other. */
+static emx_status describe(const char *path, const emx_named_tensor *tensors, int64_t n, json_t *header) {
+  size_t at = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const emx_named_tensor *t = &tensors[i];
+    size_t bytes = 0, end;
+    const char *dtype = NULL;
+    EMX_TRY(check_named(path, t, i, &bytes, &dtype));
+    if (!emxi_add(at, bytes, &end) || end > PTRDIFF_MAX) return emxi_fail(EMX_ERR_SHAPE, "%s: too many bytes", path);
+    if (json_object_get(header, t->name)) return emxi_fail(EMX_ERR_INVALID, "%s: two tensors are named %s", path, t->name);
+    json_t *shape = json_array();
+    int bad = 0;
+    for (int d = 0; d < t->tensor.ndim; d++) bad |= json_array_append_new(shape, json_integer(t->tensor.shape[d]));
+    json_t *v =
+        bad ? (json_decref(shape), NULL)
+            : json_pack("{s:s, s:o, s:[I,I]}", "dtype", dtype, "shape", shape, "data_offsets", (json_int_t)at, (json_int_t)end);
+    if (json_object_set_new(header, t->name, v)) return emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
+    at = end;
+  }
   return EMX_OK;
+}
+
+/* Well-formed UTF-8 (Unicode 15, table 3-7), which is what JSON strings are made of. */
+static bool is_utf8(const char *text) {
+  for (const unsigned char *s = (const unsigned char *)text; *s;) {
+    const unsigned char c = *s++,
+                        low = c == 0xe0   ? 0xa0
+                              : c == 0xf0 ? 0x90
+                                          : 0x80,
+                        high = c == 0xed   ? 0x9f
+                               : c == 0xf4 ? 0x8f
+                                           : 0xbf;
+    const int more = c < 0x80 ? 0 : c >= 0xc2 && c <= 0xdf ? 1 : c >= 0xe0 && c <= 0xef ? 2 : c >= 0xf0 && c <= 0xf4 ? 3 : -1;
+    if (more < 0 || (more && (*s < low || *s > high))) return false;
+    for (int i = 0; i < more; i++)
+      if ((*s++ & 0xc0) != 0x80) return false;
+  }
+  return true;
+}
+
+emx_status emxi_checkpoint_head(const char *path, const emx_named_tensor *tensors, int64_t n, const char *const *metadata,
+                                int64_t n_metadata, char **out, size_t *size) {
+  for (int64_t i = 0; i < n; i++)
+    if (tensors[i].name && !is_utf8(tensors[i].name))
+      return emxi_fail(EMX_ERR_INVALID, "%s: the name of tensor %lld is not UTF-8", path, (long long)i);
+  json_t *header = json_object(), *strings = json_object();
+  char *text = NULL;
+  emx_status status = header && strings ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
+  for (int64_t i = 0; i < n_metadata && !status; i++) {
+    const char *key = metadata[2 * i], *value = metadata[2 * i + 1];
+    if (!key || !value || !is_utf8(key) || !is_utf8(value) || json_object_get(strings, key))
+      status = emxi_fail(EMX_ERR_INVALID, "%s: metadata pair %lld is NULL, not UTF-8 or repeats a key", path, (long long)i);
+    else if (json_object_set_new(strings, key, json_string(value)))
+      status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
+  }
+  if (!status && n_metadata && json_object_set(header, METADATA, strings))
+    status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
+  if (!status) status = describe(path, tensors, n, header);
+  if (!status && !(text = json_dumps(header, JSON_COMPACT)))
+    status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
+  json_decref(strings);
+  json_decref(header);
+  if (status) return status;
+  /* spaces up to the next multiple of 64 bytes, where the data starts */
+  const size_t length = strlen(text), total = (8 + length + EMXI_ALIGN - 1) / EMXI_ALIGN * EMXI_ALIGN;
+  const uint64_t header_size = total - 8;
+  char *head = NULL;
+  if (header_size > HEADER_MAX)
+    status = emxi_fail(EMX_ERR_INVALID, "%s: a header of %llu bytes is more than readers accept", path,
+                       (unsigned long long)header_size);
+  else if (!(head = emxi_alloc(total)))
+    status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", path, total);
+  else {
+    memcpy(head, &header_size, 8);
+    memcpy(head + 8, text, length);
+    memset(head + 8 + length, ' ', total - 8 - length);
+    *out = head;
+    *size = total;
+  }
+  free(text);
+  return status;
 }
 
 emx_status emx_checkpoint_write(const char *path, const emx_named_tensor *tensors, int64_t n, const char *const *metadata,
                                 int64_t n_metadata) {
   if (!path || (n && !tensors) || n < 0 || (n_metadata && !metadata) || n_metadata < 0)
     return emxi_fail(EMX_ERR_INVALID, "emx_checkpoint_write: a NULL argument or a negative count");
-  size_t bytes;
-  if (!emxi_mul((size_t)n + 2, sizeof(emxi_bytes), &bytes)) return emxi_fail(EMX_ERR_INVALID, "%s: too many tensors", path);
-  json_t *header = json_object(), *strings = json_object();
-  emxi_bytes *spans = emxi_calloc(bytes);
-  char *text = NULL, *padded = NULL;
-  emx_status status = header && strings && spans ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
-  for (int64_t i = 0; i < n_metadata && !status; i++) {
-    const char *key = metadata[2 * i], *value = metadata[2 * i + 1];
-    if (!key || !value || json_object_get(strings, key) || json_object_set_new(strings, key, json_string(value)))
-      status = emxi_fail(EMX_ERR_INVALID, "%s: metadata pair %lld is NULL, not UTF-8 or repeats a key", path, (long long)i);
+  size_t each = sizeof(emxi_bytes) + sizeof(emx_named_tensor), bytes;
+  if (!emxi_mul((size_t)n + 1, each, &bytes)) return emxi_fail(EMX_ERR_INVALID, "%s: too many tensors", path);
+  emx_named_tensor *order = emxi_alloc(bytes);
+  if (!order) return emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", path, bytes);
+  emxi_bytes *spans = (emxi_bytes *)(order + n);
+  char *head = NULL;
+  by_width(tensors, n, order);
+  emx_status status = emxi_checkpoint_head(path, order, n, metadata, n_metadata, &head, &spans[0].size);
+  spans[0].data = head;
+  for (int64_t i = 0; i < n && !status; i++) {
+    const emx_tensor *x = &order[i].tensor;
+    size_t size = emx_dtype_size(x->dtype);
+    for (int d = 0; d < x->ndim; d++) size *= (size_t)x->shape[d];
+    if (size && !x->data) status = emxi_fail(EMX_ERR_INVALID, "%s: tensor %s has no data", path, order[i].name);
+    spans[i + 1] = (emxi_bytes){x->data, size};
   }
-  if (!status && n_metadata && json_object_set(header, METADATA, strings))
-    status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
-  if (!status) status = layout(path, tensors, n, header, spans);
-  if (!status && !(text = json_dumps(header, JSON_COMPACT)))
-    status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
-  if (!status) { /* spaces up to the next multiple of 64 bytes, where the data starts */
-    size_t length = strlen(text);
-    uint64_t header_size = (8 + length + EMXI_ALIGN - 1) / EMXI_ALIGN * EMXI_ALIGN - 8;
-    if (header_size > HEADER_MAX)
-      status = emxi_fail(EMX_ERR_INVALID, "%s: a header of %llu bytes is more than readers accept", path,
-                         (unsigned long long)header_size);
-    else if (!(padded = emxi_alloc((size_t)header_size)))
-      status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %llu bytes", path, (unsigned long long)header_size);
-    else {
-      memcpy(padded, text, length);
-      memset(padded + length, ' ', (size_t)header_size - length);
-      spans[0] = (emxi_bytes){&header_size, sizeof header_size};
-      spans[1] = (emxi_bytes){padded, (size_t)header_size};
-      status = emxi_file_replace(path, spans, n + 2);
-    }
-  }
-  emxi_free(padded);
-  free(text);
-  emxi_free(spans);
-  json_decref(strings);
-  json_decref(header);
+  if (!status) status = emxi_file_replace(path, spans, n + 1);
+  emxi_free(head);
+  emxi_free(order);
   return status;
 }

@@ -246,7 +246,9 @@ emx_status emxi_config_read(const char *folder, emx_model_config *c) {
     reader r = {path, json_loadb(text, size, JSON_REJECT_DUPLICATES, &e)};
     emx_model_config read;
     emx_model_config_init(&read);
-    if (!r.root)
+    if (!r.root && emxi_json_nomem(&e))
+      status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its text", path);
+    else if (!r.root)
       status = emxi_fail(EMX_ERR_FORMAT, "%s: line %d: %s", path, e.line, e.text);
     else if (!json_is_object(r.root))
       status = emxi_fail(EMX_ERR_FORMAT, "%s: not a JSON object", path);
@@ -262,13 +264,7 @@ emx_status emxi_config_read(const char *folder, emx_model_config *c) {
 
 /* ---- writing */
 
-emx_status emxi_config_write(const char *folder, const emx_model_config *c, int32_t save_dtype) {
-  EMX_TRY(emx_model_config_check(c));
-  const char *dtype = save_dtype == EMX_F32    ? "float32"
-                      : save_dtype == EMX_F16  ? "float16"
-                      : save_dtype == EMX_BF16 ? "bfloat16"
-                                               : NULL;
-  if (!dtype) return emxi_fail(EMX_ERR_DTYPE, "config.json: dtype %d, expected f32, f16 or bf16", save_dtype);
+char *emxi_config_text(const emx_model_config *c, const char *dtype) {
   json_t *root = json_pack("{s:s, s:[s]}", "model_type", "libentmax", "architectures", "LibentmaxForCausalLM");
   int bad = !root;
   for (int i = 0; i < INTEGERS; i++)
@@ -295,7 +291,17 @@ emx_status emxi_config_write(const char *folder, const emx_model_config *c, int3
   bad |= json_object_set_new(root, "tokenizer", json_string("byte"));
   char *text = bad ? NULL : json_dumps(root, JSON_INDENT(2));
   json_decref(root);
-  char *path = emxi_path_join(folder, "config.json");
+  return text;
+}
+
+emx_status emxi_config_write(const char *folder, const emx_model_config *c, int32_t save_dtype) {
+  EMX_TRY(emx_model_config_check(c));
+  const char *dtype = save_dtype == EMX_F32    ? "float32"
+                      : save_dtype == EMX_F16  ? "float16"
+                      : save_dtype == EMX_BF16 ? "bfloat16"
+                                               : NULL;
+  if (!dtype) return emxi_fail(EMX_ERR_DTYPE, "config.json: dtype %d, expected f32, f16 or bf16", save_dtype);
+  char *text = emxi_config_text(c, dtype), *path = emxi_path_join(folder, "config.json");
   emx_status status = EMX_OK;
   if (!text || !path)
     status = emxi_fail(EMX_ERR_NOMEM, "config.json: no memory for its text");

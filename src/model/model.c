@@ -2,6 +2,8 @@
  * A model folder, opened. */
 #include "model.h"
 
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 emx_status emx_model_open(emx_ctx *ctx, const char *folder, emx_model **out) {
@@ -46,4 +48,19 @@ emx_status emx_model_get_config(const emx_model *model, emx_model_config *config
   EMXI_CHECK_STRUCT(config, emx_model_config);
   *config = model->config;
   return EMX_OK;
+}
+
+const char *emxi_model_identity(emx_model *model) {
+  if (model->identity[0]) return model->identity;
+  char *config = emxi_config_text(&model->config, "float32"); /* in memory the weights are f32, whatever the file holds */
+  if (!config) return NULL;
+  emxi_hash hash;
+  uint8_t digest[EMXI_HASH_SIZE];
+  emxi_hash_init(&hash);
+  emxi_hash_add(&hash, config, strlen(config) + 1);
+  emxi_hash_add(&hash, model->w.data, (size_t)model->w.count * sizeof *model->w.data);
+  emxi_hash_end(&hash, digest);
+  for (int i = 0; i < EMXI_HASH_SIZE; i++) snprintf(model->identity + 2 * i, 3, "%02x", digest[i]);
+  free(config);
+  return model->identity;
 }

@@ -55,6 +55,8 @@ int32_t emxi_scaled_heads(const emx_model_config *c);
 
 /* config.json of a folder. save_dtype is a record of what model.safetensors holds (torch_dtype). Writing is atomic. */
 emx_status emxi_config_read(const char *folder, emx_model_config *c);
+/* The text of config.json, for free(); NULL when out of memory. */
+char *emxi_config_text(const emx_model_config *c, const char *dtype);
 emx_status emxi_config_write(const char *folder, const emx_model_config *c, int32_t save_dtype);
 
 /* data (flat, f32) as a checkpoint of dtype f32, f16 or bf16, rounded to nearest; atomic. */
@@ -65,7 +67,39 @@ emx_status emxi_weights_load(const emx_checkpoint *ck, const emx_model_config *c
 /* The check of emxi_weights_load alone, before memory is taken for the data. */
 emx_status emxi_weights_check(const emx_checkpoint *ck, const emx_model_config *c);
 
-/* Replaces a file as a whole or not at all: temporary name in the same folder, fsync, rename. */
+/* BLAKE2b with a digest of 256 bits (RFC 7693): `b2sum -l 256`. */
+typedef struct emxi_hash {
+  uint64_t h[8], bytes;
+  uint8_t block[128];
+  size_t used; /* of block */
+} emxi_hash;
+enum { EMXI_HASH_SIZE = 32 };
+void emxi_hash_init(emxi_hash *hash);
+void emxi_hash_add(emxi_hash *hash, const void *data, size_t size);
+void emxi_hash_end(emxi_hash *hash, uint8_t digest[EMXI_HASH_SIZE]);
+
+/* ---- files (file.c) */
+/* A regular file for reading, and its size. Anything else is refused; a FIFO does not hang. */
+emx_status emxi_file_open(const char *path, int *fd, size_t *size);
+
+/* A file that is read from front to back; `left` bytes are still to come. */
+typedef struct emxi_source {
+  const char *path; /* for messages */
+  int fd;
+  uint64_t left;
+  emxi_hash *hash; /* of what is read; or NULL */
+} emxi_source;
+emx_status emxi_source_get(emxi_source *source, void *out, size_t size);
+
+/* Replaces a file as a whole or not at all: temporary name in the same folder, fsync, rename. A body that fails leaves the old file. */
+typedef struct emxi_sink {
+  const char *path;
+  int fd;
+  emxi_hash *hash; /* of what is written; or NULL */
+} emxi_sink;
+emx_status emxi_sink_put(emxi_sink *sink, const void *data, size_t size);
+typedef emx_status (*emxi_write_fn)(void *arg, emxi_sink *sink);
+emx_status emxi_file_write(const char *path, emxi_write_fn body, void *arg);
 typedef struct emxi_bytes {
   const void *data;
   size_t size;
@@ -76,6 +110,14 @@ emx_status emxi_file_read(const char *path, size_t max, char **data, size_t *siz
 /* "folder/name" in memory for emxi_free; NULL when out of memory. */
 char *emxi_path_join(const char *folder, const char *name);
 
+/* jansson gave up for lack of memory. Where it is short of memory inside of a string, it says that the text is wrong. */
+struct json_error_t;
+bool emxi_json_nomem(const struct json_error_t *e);
+/* The header of a safetensors file that is streamed: tensors without data. The source is at the first byte of data afterwards. */
+emx_status emxi_checkpoint_header(emxi_source *source, emx_checkpoint **out);
+/* The first bytes of a file of these tensors in this order, up to the data, for emxi_free. Their data is not looked at. */
+emx_status emxi_checkpoint_head(const char *path, const emx_named_tensor *tensors, int64_t n, const char *const *metadata,
+                                int64_t n_metadata, char **head, size_t *size);
 /* Place of a tensor in file order, -1 if it is not there. */
 int64_t emxi_checkpoint_index(const emx_checkpoint *ck, const char *name);
 
@@ -83,7 +125,10 @@ struct emx_model {
   emx_ctx *ctx;
   emx_model_config config;
   emxi_weights w;
+  char identity[2 * EMXI_HASH_SIZE + 1]; /* of the configuration and the weights, in hexadecimal; "" until it is asked for */
 };
+/* The context's lock is held. NULL when out of memory. */
+const char *emxi_model_identity(emx_model *model);
 
 /* What layer `layer` attended with, seen after it did: queries q [m,H,D] of tokens first .. first+m-1 as they meet the keys (f32, scores
  * are q.k/sqrt(D) plus the bias), their keys and values k, v [m,G,D] before the cache rounds them, and the cache, which holds them. */

@@ -6,6 +6,7 @@
  * Queries stay f32 over a cache of any dtype, in prefill and in decode alike, so both compute the same scores. */
 #define _POSIX_C_SOURCE 200809L
 #include "base/num.h"
+#include "cache.h"
 #include "model.h"
 #include "nn.h"
 #include "scale.h"
@@ -603,4 +604,61 @@ emx_status emx_session_get_stats(const emx_session *s, emx_session_stats *stats)
 }
 void emx_session_reset_stats(emx_session *s) {
   if (s) s->stats = (emx_session_stats){.struct_size = sizeof s->stats};
+}
+
+/* ---- the last state, and files */
+
+static emx_status last_logits(emx_session *s, float *logits) {
+  session_pool *p = s->pool;
+  if (!s->last_known)
+    return emxi_fail(EMX_ERR_STATE, "emx_session_logits: the session is %s", s->length ? "cut: its last state is gone" : "empty");
+  EMX_TRY(head(p, s->last, 1));
+  memcpy(logits, p->logits, (size_t)p->model->config.vocab_size * sizeof *logits);
+  return EMX_OK;
+}
+emx_status emx_session_logits(emx_session *s, float *logits) {
+  if (!s || !logits) return emxi_fail(EMX_ERR_INVALID, "emx_session_logits: %s is NULL", s ? "logits" : "the session");
+  EMXI_LOCKED(s->pool->model->ctx, last_logits(s, logits));
+}
+
+static emx_status cache_of(emx_session *s, const char *who, emx_progress_fn progress, void *user, emxi_cache *c) {
+  session_pool *p = s->pool;
+  *c = (emxi_cache){.kind = EMX_CACHE_SESSION,
+                    .ctx = p->model->ctx,
+                    .kv = p->kv,
+                    .layers = p->model->config.num_layers,
+                    .n_seqs = 1,
+                    .seqs = s->seqs,
+                    .model = emxi_model_identity(p->model),
+                    .width = p->model->config.hidden_size,
+                    .max_tokens = p->max_tokens,
+                    .last = s->last,
+                    .last_known = s->last_known,
+                    .progress = progress,
+                    .user = user};
+  return c->model ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "%s: no memory for the configuration's text", who);
+}
+static emx_status save(emx_session *s, const char *path, emx_progress_fn progress, void *user) {
+  emxi_cache c;
+  EMX_TRY(cache_of(s, "emx_session_save", progress, user, &c));
+  return emxi_cache_save(&c, path);
+}
+emx_status emx_session_save(emx_session *s, const char *path, emx_progress_fn progress, void *user) {
+  if (!s || !path) return emxi_fail(EMX_ERR_INVALID, "emx_session_save: %s is NULL", s ? "path" : "the session");
+  EMXI_LOCKED(s->pool->model->ctx, save(s, path, progress, user));
+}
+
+static emx_status load(emx_session *s, const char *path, emx_progress_fn progress, void *user) {
+  emxi_cache c;
+  if (s->length)
+    return emxi_fail(EMX_ERR_STATE, "emx_session_load: the session has %lld tokens, it must be empty", (long long)s->length);
+  EMX_TRY(cache_of(s, "emx_session_load", progress, user, &c));
+  EMX_TRY(emxi_cache_load(&c, path));
+  s->length = c.length;
+  s->last_known = c.last_known;
+  return EMX_OK;
+}
+emx_status emx_session_load(emx_session *s, const char *path, emx_progress_fn progress, void *user) {
+  if (!s || !path) return emxi_fail(EMX_ERR_INVALID, "emx_session_load: %s is NULL", s ? "path" : "the session");
+  EMXI_LOCKED(s->pool->model->ctx, load(s, path, progress, user));
 }
