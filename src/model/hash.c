@@ -45,7 +45,7 @@ static void compress(uint64_t h[8], const uint8_t *block, uint64_t bytes, bool l
     MIX(2, 7, 8, 13, sigma[r][12], sigma[r][13]);  \
     MIX(3, 4, 9, 14, sigma[r][14], sigma[r][15]);  \
   } while (0)
-  ROUND(0); /* written out: the indices become constants, which makes it twice as fast */
+  ROUND(0); /* written out, so that the indices are constants */
   ROUND(1);
   ROUND(2);
   ROUND(3);
