@@ -30,7 +30,11 @@ demo:
 	cmake --build $(BUILD)
 	scripts/demo.sh $(BUILD)
 
+# The source archive of the last commit, in $(BUILD).
+dist:
+	scripts/dist.sh $(BUILD)
+
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all install uninstall test demo clean
+.PHONY: all install uninstall test demo dist clean
