@@ -11,16 +11,18 @@ typedef struct options {
   cli_common common;
   cli_select select;
   cli_session session;
-  const char *model, *prompt, *file;
+  const char *model, *prompt, *file, *load, *save;
   int64_t n;
   emx_sample_opts sample;
 } options;
-enum { KEY_TEMP = 1, KEY_TOP_K, KEY_TOP_P, KEY_SEED };
+enum { KEY_TEMP = 1, KEY_TOP_K, KEY_TOP_P, KEY_SEED, KEY_LOAD, KEY_SAVE };
 static const struct argp_option option_table[] = {
     {"model", 'm', "DIR", 0, "The model folder", 1},
     {"prompt", 'p', "TEXT", 0, "The prompt", 1},
     {"file", 'f', "FILE", 0, "Read the prompt from FILE (- is standard input)", 1},
-    {"predict", 'n', "N", 0, "Tokens to generate (default 128)", 1},
+    {"predict", 'n', "N", 0, "Tokens to generate (default 128; 0 with --cache-save: only read the prompt)", 1},
+    {"cache-load", KEY_LOAD, "FILE", 0, "Go on from a saved cache; a prompt is appended to it", 1},
+    {"cache-save", KEY_SAVE, "FILE", 0, "Save the cache after the prompt, and again at the end or at Ctrl-C", 1},
     {NULL, 0, NULL, 0, "Sampling:", 2},
     {"temp", KEY_TEMP, "T", 0, "Temperature (default 0: the most probable token)", 2},
     {"top-k", KEY_TOP_K, "K", 0, "Only the K most probable tokens (default 0: all)", 2},
@@ -41,7 +43,9 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
       return 0;
     case 'p': o->prompt = arg; return 0;
     case 'f': o->file = arg; return 0;
-    case 'n': o->n = cli_int(state, "-n", arg, 1, 1 << 30); return 0;
+    case 'n': o->n = cli_int(state, "-n", arg, 0, 1 << 30); return 0;
+    case KEY_LOAD: o->load = arg; return 0;
+    case KEY_SAVE: o->save = arg; return 0;
     case KEY_TEMP: o->sample.temperature = (float)cli_real(state, "--temp", arg, 0, 100); return 0;
     case KEY_TOP_K: o->sample.top_k = (int32_t)cli_int(state, "--top-k", arg, 0, INT32_MAX); return 0;
     case KEY_TOP_P:
@@ -52,7 +56,8 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
       if (!o->model) argp_error(state, "-m DIR is required");
-      if (!o->prompt && !o->file) argp_error(state, "one of -p TEXT and -f FILE is required");
+      if (!o->prompt && !o->file && !o->load) argp_error(state, "one of -p TEXT, -f FILE and --cache-load FILE is required");
+      if (!o->n && !o->save) argp_error(state, "-n is 0, expected 1 or more without --cache-save");
       if (o->prompt && o->file) argp_error(state, "only one of -p TEXT and -f FILE may be given");
       return 0;
     case ARGP_KEY_SUCCESS:
@@ -95,10 +100,15 @@ int cmd_generate(int argc, char **argv) {
       .children = children,
       .doc =
           "Continues a prompt. The text goes to standard output as it is made, statistics to standard error; "
-          "with --json only one object at the end."};
+          "with --json only one object at the end.\v"
+          "A saved cache holds the prompt and what was generated. A run that loads it goes on as the run that saved it would have "
+          "done, with the same seed too: what is drawn depends on the seed and the position. It needs the same model; page size and "
+          "dtype are the file's."};
   options o = {.n = 128};
   cli_select_init(&o.select);
   cli_session_init(&o.session);
+  o.session.page = 0; /* not given: the file's, or the default */
+  o.session.kv_dtype = 0;
   emx_sample_opts_init(&o.sample);
   cli_parse(&argp, argc, argv, &o);
 
@@ -109,39 +119,61 @@ int cmd_generate(int argc, char **argv) {
   float *logits = NULL;
   size_t size = 0;
   int code = CLI_OK;
+  if (o.save && (code = cli_check_out(o.save))) return code;
   if (o.file) {
     if ((code = cli_read_file(o.file, &prompt, &size))) return code;
-  } else {
+  } else if (o.prompt) {
     size = strlen(o.prompt);
   }
-  if (!size) {
+  if (!size && (o.file || o.prompt)) {
     code = cli_fail("the prompt is empty");
     goto done;
   }
   if ((code = cli_context(&o.common, &ctx))) goto done;
   CLI_TRY(emx_model_open(ctx, o.model, &model));
   emx_model_config config = {.struct_size = sizeof config};
+  emx_cache_info info = {.struct_size = sizeof info};
   CLI_TRY(emx_model_get_config(model, &config));
-  if ((code = session_open(model, &o.session, (int64_t)size + o.n, &session))) goto done;
+  if (o.load) CLI_TRY(emx_cache_get_info(o.load, &info));
+  cli_session defaults;
+  cli_session_init(&defaults);
+  if (!o.session.page) o.session.page = o.load ? info.page_size : defaults.page;
+  if (!o.session.kv_dtype) o.session.kv_dtype = o.load ? info.dtype : defaults.kv_dtype;
+  if ((code = session_open(model, &o.session, info.tokens + (int64_t)size + o.n, &session))) goto done;
   CLI_TRY(emx_session_set_select(session, o.select.desc));
   logits = malloc((size_t)config.vocab_size * sizeof *logits);
-  text = malloc((size_t)o.n);
+  text = malloc((size_t)o.n + 1);
   if (!logits || !text) {
     code = cli_nomem((size_t)o.n, "the text");
     goto done;
   }
-  if ((code = session_prefill(session, &config, o.file ? prompt : o.prompt, size, NULL, logits, "prefill"))) goto done;
+  if (o.load && (code = session_load(session, o.load, "load"))) goto done;
+  if (size) {
+    if ((code = session_prefill(session, &config, o.file ? prompt : o.prompt, size, NULL, logits, "prefill"))) goto done;
+    if (o.save && (code = session_save(session, o.save, "save"))) goto done;
+  } else {
+    CLI_TRY(emx_session_logits(session, logits));
+  }
 
+  const int64_t start = emx_session_length(session);
   int64_t made = 0;
   while (made < o.n) {
     int32_t token;
-    CLI_TRY(emx_sample(logits, config.vocab_size, &o.sample, made, &token));
+    CLI_TRY(emx_sample(logits, config.vocab_size, &o.sample, start + made, &token));
     text[made++] = (char)token;
     if (!o.common.json && (putchar(token) == EOF || (code = cli_flush()))) break;
     if (made == o.n) break;
     if ((code = cli_status(emx_session_decode(session, token, logits)))) break;
   }
-  if (!o.common.json) putchar('\n');
+  if (!o.common.json && o.n) putchar('\n');
+  if (o.save && made && (code == CLI_OK || code == CLI_INTERRUPTED)) { /* with the last token, which nothing was drawn after */
+    if (code) emx_ctx_resume(ctx);
+    int saved = CLI_OK;
+    if (emx_session_length(session) < start + made)
+      saved = cli_status(emx_session_decode(session, (unsigned char)text[made - 1], logits));
+    if (!saved) saved = session_save(session, o.save, "save");
+    if (!code) code = saved;
+  }
   int stats = code == CLI_OK || code == CLI_INTERRUPTED ? print_stats(&o, session, text, made) : CLI_OK;
   if (!code) code = stats ? stats : cli_flush();
 done:

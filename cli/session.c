@@ -61,6 +61,25 @@ int session_prefill(emx_session *s, const emx_model_config *config, const char *
   return code;
 }
 
+static void show_bytes(void *user, int64_t done, int64_t total) {
+  cli_progress *p = user;
+  cli_progress_text(p, done >> 20, total >> 20, "MB, %.0f MB/s", (double)done / 1048576 / fmax(cli_seconds() - p->start, 1e-9));
+}
+int session_save(emx_session *s, const char *path, const char *label) {
+  cli_progress progress;
+  cli_progress_init(&progress, label);
+  int code = cli_status(emx_session_save(s, path, show_bytes, &progress));
+  cli_progress_end(&progress);
+  return code;
+}
+int session_load(emx_session *s, const char *path, const char *label) {
+  cli_progress progress;
+  cli_progress_init(&progress, label);
+  int code = cli_status(emx_session_load(s, path, show_bytes, &progress));
+  cli_progress_end(&progress);
+  return code;
+}
+
 int session_summarize(const emx_session *s, session_summary *out) {
   emx_session_stats t = {.struct_size = sizeof t};
   int code = cli_status(emx_session_get_stats(s, &t));

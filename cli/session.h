@@ -20,6 +20,10 @@ int session_open(emx_model *model, const cli_session *opts, int64_t tokens, emx_
 int session_prefill(emx_session *s, const emx_model_config *config, const char *text, size_t n, float *nll, float *logits,
                     const char *label);
 
+/* Cache files, with a progress bar. */
+int session_save(emx_session *s, const char *path, const char *label);
+int session_load(emx_session *s, const char *path, const char *label);
+
 typedef struct session_summary {
   double tok_per_s, attn_ms_per_tok, bytes_share, support_mean, delta_bound_max, certified_share;
 } session_summary;
