@@ -418,6 +418,7 @@ typedef struct emx_decode_io {
   const emx_tensor *bound;         /* [B,H,S] f32, emx_select: see emx_report.max_unread */
   emx_report *reports;             /* row (b,h,s) at index (b*H + h)*S + s; NULL: none */
   int64_t report_stride;           /* bytes between reports; 0: 64 */
+  const emx_tensor *alphas;        /* [H] f64, optional: each query head's alpha, instead of `alpha`; ranges as there */
 } emx_decode_io;
 EMX_API void emx_decode_io_init_sized(emx_decode_io *io, size_t size); /* alpha 1.5 */
 #define emx_decode_io_init(io) emx_decode_io_init_sized((io), sizeof *(io))

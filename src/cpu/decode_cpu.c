@@ -21,7 +21,7 @@
 
 void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t rows, bool with_lists) {
   const int64_t pages = emxi_kv_pages_of(d->kv, d->max_len);
-  const bool lists = with_lists && d->alpha > 1.0 && !d->select_only, sparse = d->select.kind != EMX_SELECT_ALL;
+  const bool lists = with_lists && (d->per_head || d->alpha > 1.0) && !d->select_only, sparse = d->select.kind != EMX_SELECT_ALL;
   *w = (emxi_work){0};
   w->q = emxi_arena_take(a, rows * EMXI_QLD, sizeof(float));
   w->o = emxi_arena_take(a, rows * EMXI_QLD, sizeof(double));
@@ -137,7 +137,7 @@ static void keep_block(emxi_item *it, int r, int64_t start, int64_t n) {
   if (m > row->m) {
     row->m = m;
     row->bad |= m == INFINITY;
-    row->below = emxi_below(m, it->d->alpha);
+    row->below = emxi_below(m, row->alpha);
   }
   if (row->bad) return;
   const float thr = row->below < row->floor ? row->below : row->floor;
@@ -206,8 +206,9 @@ static void stream(emxi_item *it) {
     if (it->row[r].visible > end) end = it->row[r].visible;
   for (int64_t bytes = 0; bytes < EMXI_PREFETCH; bytes += kv->P * kv->D * (int64_t)emx_dtype_size(kv->dtype)) prefetch_next(it);
   for (int64_t start = 0; start < end; start += EMXI_BLOCK) {
-    if (it->d->alpha == 1.0 && start % EMXI_CHUNK == 0)
+    if (start % EMXI_CHUNK == 0)
       for (int r = 0; r < it->rows; r++) {
+        if (it->row[r].alpha != 1.0) continue;
         it->row[r].chunk = (emxi_partial){.m = -INFINITY};
         memset(w->part + r * EMXI_QLD, 0, (size_t)kv->D * sizeof(float));
       }
@@ -216,14 +217,15 @@ static void stream(emxi_item *it) {
     if (found) score_block(it, start, counts);
     for (int r = 0; found && r < it->rows; r++) {
       if (!counts[r] || it->row[r].bad) continue;
-      if (it->d->alpha == 1.0)
+      if (it->row[r].alpha == 1.0)
         softmax_block(it, r, start, counts[r]);
       else
         keep_block(it, r, start, counts[r]);
     }
-    if (it->d->alpha == 1.0 && ((start + EMXI_BLOCK) % EMXI_CHUNK == 0 || start + EMXI_BLOCK >= end))
+    if ((start + EMXI_BLOCK) % EMXI_CHUNK == 0 || start + EMXI_BLOCK >= end)
       for (int r = 0; r < it->rows; r++)
-        emxi_cpu_softmax_merge(kv->D, &it->row[r], &it->row[r].chunk, w->part + r * EMXI_QLD, w->o + r * EMXI_QLD);
+        if (it->row[r].alpha == 1.0)
+          emxi_cpu_softmax_merge(kv->D, &it->row[r], &it->row[r].chunk, w->part + r * EMXI_QLD, w->o + r * EMXI_QLD);
     if (emxi_cancelled(it->ctx)) return;
   }
 }
@@ -241,7 +243,7 @@ static double gather(emxi_item *it, int r, const emxi_solution *sol, int64_t *su
   for (int64_t i = 0; i < sol->support; i += EMXI_BLOCK) {
     emxi_solution part = *sol;
     part.support = sol->support - i < EMXI_BLOCK ? sol->support - i : EMXI_BLOCK;
-    emxi_weights(it->k, it->d->alpha, &part, list + i, w->weight);
+    emxi_weights(it->k, it->row[r].alpha, &part, list + i, w->weight);
     /* a small power of a small number may be zero in float: such a token is not in the support, and its value is not touched */
     const int64_t c = it->k->keep(w->weight, pos + i, 0, part.support, 0.0f, w->weight, w->index);
     for (int64_t j = 0; j < c; j++) w->offset[j] = value_offset(it, w->index[j]);
@@ -260,17 +262,17 @@ static double gather(emxi_item *it, int r, const emxi_solution *sol, int64_t *su
 }
 
 /* EMX_TAU_CORRECTED: steps on the candidates from the estimate, inside [m-1, m] (relative: t in [-1, 0]). */
-static double corrected(const emxi_item *it, const float *list, int64_t n, double m, double t, int steps) {
+static double corrected(const emxi_item *it, double alpha, const float *list, int64_t n, double m, double t, int steps) {
   double lo = -1, hi = 0;
   t = fmin(fmax(t, lo), hi);
   for (int i = 0; i < steps; i++) {
     double f, g;
-    emxi_power_sums(it->k, it->d->alpha, list, n, m, t, &f, &g);
+    emxi_power_sums(it->k, alpha, list, n, m, t, &f, &g);
     if (f >= 1.0)
       lo = t;
     else
       hi = t;
-    const double next = t + (f - 1.0) * (it->d->alpha - 1.0) / g; /* not finite where nothing is active */
+    const double next = t + (f - 1.0) * (alpha - 1.0) / g; /* not finite where nothing is active */
     t = next > lo && next < hi ? next : 0.5 * (lo + hi);
   }
   return t;
@@ -308,7 +310,7 @@ static void count_reads(emxi_item *it, int r) {
 void emxi_cpu_finish_row(emxi_item *it, int r) {
   const emxi_decode *d = it->d;
   emxi_row *row = &it->row[r];
-  const double a = d->alpha - 1.0, unit = d->alpha == 1.0 ? 1.0 : a;
+  const double alpha = row->alpha, a = alpha - 1.0, unit = alpha == 1.0 ? 1.0 : a;
   const bool unread = row->max_unread > -INFINITY;
   double tau = NAN, mass = 0, delta = 0;
   int64_t support = 0;
@@ -316,7 +318,7 @@ void emxi_cpu_finish_row(emxi_item *it, int r) {
   float *list = row->list;
   int32_t *pos = row->pos;
 
-  if (d->alpha == 1.0) {
+  if (alpha == 1.0) {
     if (!row->bad) {
       exact = true;
       support = row->n;
@@ -333,18 +335,18 @@ void emxi_cpu_finish_row(emxi_item *it, int r) {
     if (!row->bad && estimated) {
       sol = (emxi_solution){.m = row->m, .support = row->n, .t = row->n ? row->estimate - a * (double)row->m : 0};
       if (d->select.tau_mode == EMX_TAU_CORRECTED && row->n)
-        sol.t = corrected(it, list, row->n, sol.m, sol.t, d->select.tau_steps ? d->select.tau_steps : 3);
+        sol.t = corrected(it, alpha, list, row->n, sol.m, sol.t, d->select.tau_steps ? d->select.tau_steps : 3);
       tau = row->n ? sol.t + a * sol.m : row->estimate;
       mass = gather(it, r, &sol, &support);
     }
     if (!row->bad &&
         (!estimated || (it->bounds && unread))) { /* an estimated threshold still needs the exact one for its bound */
-      sol = emxi_solve(it->k, d->alpha, list, pos, row->n);
+      sol = emxi_solve(it->k, alpha, list, pos, row->n);
       if (sol.nonfinite)
         row->bad = true;
       else if (!estimated) {
         exact = true;
-        tau = emxi_tau(&sol, d->alpha);
+        tau = emxi_tau(&sol, alpha);
         mass = gather(it, r, &sol, &support);
       }
     }
@@ -352,7 +354,7 @@ void emxi_cpu_finish_row(emxi_item *it, int r) {
       write_row(it, r, 1.0, false);
       if (it->bounds && unread) {
         /* tau of the tokens read, rounded down: T2 for the scores' errors, plus what the solver's own arithmetic may have lost */
-        const double solved = emxi_tau(&sol, d->alpha);
+        const double solved = emxi_tau(&sol, alpha);
         const double low = solved - a * row->slack - 1e-9 * fmax(1.0, fabs(solved)) - (double)sol.support * 0x1p-50;
         if (exact && a * row->max_unread <= low)
           delta = 0;
@@ -383,7 +385,7 @@ void emxi_cpu_finish_row(emxi_item *it, int r) {
   rep.delta_bound = round_up(fmin(delta, 1.0));
   rep.max_unread = unread ? round_up(unit * row->max_unread) : -INFINITY;
   rep.path = row->tokens == row->visible ? EMX_PATH_ALL : EMX_PATH_PAGES;
-  const bool certified = !row->bad && exact && (!unread || (d->alpha > 1.0 && delta == 0));
+  const bool certified = !row->bad && exact && (!unread || (alpha > 1.0 && delta == 0));
   rep.flags = (uint8_t)((certified ? EMX_REPORT_CERTIFIED : 0) | (row->bad ? EMX_REPORT_NONFINITE : 0));
   rep.stopped_by = unread && !certified && d->select.kind == EMX_SELECT_TOPK ? EMX_STOP_BUDGET : EMX_STOP_DONE;
   memcpy(d->reports + (((int64_t)it->b * d->H + row->h) * d->S + row->s) * d->report_stride, &rep, sizeof rep);
@@ -402,7 +404,7 @@ static void write_lists(const emxi_item *it) {
     for (int64_t i = n; i < d->pages_width; i++) list[i] = -1;
     if (d->bound)
       d->bound[it->b * d->bound_stride[0] + row->h * d->bound_stride[1] + row->s * d->bound_stride[2]] =
-          row->max_unread > -INFINITY ? round_up((d->alpha == 1.0 ? 1.0 : d->alpha - 1.0) * row->max_unread) : -INFINITY;
+          row->max_unread > -INFINITY ? round_up((row->alpha == 1.0 ? 1.0 : row->alpha - 1.0) * row->max_unread) : -INFINITY;
   }
 }
 
@@ -451,6 +453,7 @@ void emxi_cpu_open_item(emxi_item *it, emx_ctx *ctx, const emxi_decode *d, emxi_
     const int64_t visible = it->length - d->S + row->s + 1;
     row->visible = visible > 0 ? visible : 0;
     row->slope = d->slopes ? d->slopes[row->h] : 0;
+    row->alpha = emxi_decode_alpha(d, row->h);
     row->m = row->below = row->max_unread = -INFINITY;
     row->floor = INFINITY;
     row->list = w->list + r * w->list_ld;
@@ -477,7 +480,7 @@ static void run_item(void *arg, int64_t i, int32_t worker) {
     emxi_row *row = &it.row[r];
     /* a fixed threshold may lie below m - 1/a, and everything above it has weight */
     if (d->select.tau_mode == EMX_TAU_FIXED && row->has_estimate)
-      row->floor = nextafterf((float)(row->estimate / (d->alpha - 1.0)), -INFINITY);
+      row->floor = nextafterf((float)(row->estimate / (row->alpha - 1.0)), -INFINITY);
   }
   stream(&it);
   if (emxi_cancelled(it.ctx)) return;

@@ -51,6 +51,7 @@ typedef struct emxi_row {
   int32_t h, s;
   int64_t visible; /* keys that the row sees */
   float slope;
+  double alpha;
   bool bad;    /* NaN or +inf in q or in a score: the result is NaN */
   float *list; /* candidate scores, ascending positions */
   int32_t *pos;

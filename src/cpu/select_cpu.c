@@ -182,7 +182,7 @@ static void select_gaussian_row(emxi_item *it, int r) {
   const emx_select_desc *s = &it->d->select;
   emxi_row *row = &it->row[r];
   const float *mu = w->mu + r * w->page_ld, *sigma = w->sigma + r * w->page_ld;
-  const double a = it->d->alpha - 1.0;
+  const double a = row->alpha - 1.0;
   double sum = 0, sum_var = 0, sum_upper = 0, sum_square = 0;
   int64_t n = 0;
   for (int64_t p = 0; p < it->pages; p++)
@@ -205,7 +205,7 @@ static void select_gaussian_row(emxi_item *it, int r) {
   double tau;
   if (row->slope == 0) { /* one normal for all tokens */
     const float m1 = (float)mean, s1 = (float)spread;
-    tau = emxi_gauss_tau(it->d->alpha, (double)n * it->d->kv->P, &m1, &s1, 1);
+    tau = emxi_gauss_tau(row->alpha, (double)n * it->d->kv->P, &m1, &s1, 1);
   } else { /* pages differ by position: a mixture; pages that cannot matter are skipped inside */
     int64_t c = 0;
     float *mixed_mu = w->pick, *mixed_sigma = w->spread;
@@ -214,7 +214,7 @@ static void select_gaussian_row(emxi_item *it, int r) {
         mixed_mu[c] = mu[p];
         mixed_sigma[c++] = sigma[p];
       }
-    tau = emxi_gauss_tau(it->d->alpha, it->d->kv->P, mixed_mu, mixed_sigma, c);
+    tau = emxi_gauss_tau(row->alpha, it->d->kv->P, mixed_mu, mixed_sigma, c);
   }
   const double excess = tau / a - sum_upper / (double)n;
   const double margin = fmax((double)s->safety_margin * spread, (double)s->excess_margin * fmax(excess, 0));
@@ -306,14 +306,14 @@ void emxi_cpu_select(emxi_item *it) {
 /* H = F over the candidates + P times F over the upper bounds of unread pages that reach above t; slope: the sum of y^(b-1). */
 typedef struct root {
   const emxi_item *it;
+  double alpha;
   const float *list, *far;
   int64_t n, n_far;
 } root;
 static double total(const root *x, double t, double *slope) {
-  const double alpha = x->it->d->alpha;
   double f, g, f2, g2;
-  emxi_power_sums(x->it->k, alpha, x->list, x->n, 0, t, &f, &g);
-  emxi_power_sums(x->it->k, alpha, x->far, x->n_far, 0, t, &f2, &g2);
+  emxi_power_sums(x->it->k, x->alpha, x->list, x->n, 0, t, &f, &g);
+  emxi_power_sums(x->it->k, x->alpha, x->far, x->n_far, 0, t, &f2, &g2);
   *slope = g + x->it->d->kv->P * g2;
   return f + x->it->d->kv->P * f2;
 }
@@ -321,9 +321,9 @@ static double total(const root *x, double t, double *slope) {
 double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n, double tau_low) {
   const emxi_row *row = &it->row[r];
   const emxi_work *w = it->w;
-  const double a = it->d->alpha - 1.0;
+  const double a = row->alpha - 1.0;
   if (!n || !(row->max_unread < INFINITY) || !(row->slack < INFINITY) || !(tau_low > -INFINITY)) return 1;
-  root x = {.it = it, .list = list, .n = n, .far = w->pick};
+  root x = {.it = it, .alpha = row->alpha, .list = list, .n = n, .far = w->pick};
   for (int64_t p = 0; p < it->pages; p++) { /* every unread page is counted with P tokens, which is enough or more */
     const float u = w->upper[r * w->page_ld + p];
     if (!w->chosen[r * w->page_ld + p] && a * (double)u > tau_low) w->pick[x.n_far++] = u;
@@ -331,7 +331,7 @@ double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n
   /* H(tau_low) >= 1 up to rounding and H = 0 at the right end. Newton on H^(1/b), a norm, stays left of the root (alpha <= 2). */
   double lo = tau_low, hi = a * fmax((double)row->m, row->max_unread), slope;
   const double tol = 1e-10 * (1.0 + fabs(lo));
-  for (int i = 0; i < 50 && it->d->alpha <= 2.0; i++) {
+  for (int i = 0; i < 50 && row->alpha <= 2.0; i++) {
     const double f = total(&x, lo, &slope), step = (f - pow(f, 1.0 - a)) / slope;
     if (!(step > tol) || !(lo + step < hi)) break;
     lo += step;
@@ -348,7 +348,7 @@ double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n
   /* The candidates' true scores may be lower by the slack: F_true(t) >= F(t + a slack), and the root found with computed scores may be
    * lower than the true one by as much again. */
   double f, g;
-  emxi_power_sums(it->k, it->d->alpha, list, n, 0, hi + 2 * a * row->slack + 1e-12 * (1 + fabs(hi)), &f, &g);
+  emxi_power_sums(it->k, row->alpha, list, n, 0, hi + 2 * a * row->slack + 1e-12 * (1 + fabs(hi)), &f, &g);
   return fmin(fmax(1.0 - f + 1e-12 + (double)n * 0x1p-50, 0.0), 1.0);
 }
 

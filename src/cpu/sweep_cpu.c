@@ -39,6 +39,7 @@ typedef struct sweep {
   float *part;                  /* [slots, H, QLD], alpha = 1 */
   float *list;                  /* [slots, H, SEGMENT], alpha > 1; of one sequence: row by row, chunk by chunk */
   int32_t *pos;
+  bool values;          /* some head has alpha = 1: values are read along with the keys */
   int32_t first_b;      /* sequences in flight start here */
   int32_t rows, blocks; /* step 2: rows of an item, items of a KV head */
 } sweep;
@@ -56,12 +57,11 @@ static void score_pages(const sweep *s, const bench *w, const int32_t *table, in
                         bool more) {
   const emx_kv *kv = s->d->kv;
   const int32_t group = s->d->H / kv->G;
-  const bool values = s->d->alpha == 1.0;
   for (int64_t at = 0; at < n; at += kv->P) {
     const int64_t page = (start + at) / kv->P, count = n - at < kv->P ? n - at : kv->P;
     const bool last = at + kv->P >= n;
     for (int32_t g = 0; g < kv->G; g++) {
-      if (last && values) /* what comes next */
+      if (last && s->values) /* what comes next */
         emxi_prefetch_rows(emxi_kv_v(kv, table[start / kv->P], g, 0), kv->v_token, kv, kv->P);
       else if (!last || more)
         emxi_prefetch_rows(emxi_kv_k(kv, table[page + 1], g, 0), kv->k_token, kv, kv->P);
@@ -89,6 +89,7 @@ static void add_pages(const sweep *s, const bench *w, const int32_t *table, int6
         emxi_prefetch_rows(emxi_kv_k(kv, table[page + 1], g, 0), kv->k_token, kv, kv->P);
       const void *values = emxi_kv_v(kv, 0, g, 0);
       for (int32_t h = g * group; h < (g + 1) * group; h++) {
+        if (emxi_decode_alpha(s->d, h) != 1.0) continue;
         const float *weight = w->weight + h * EMXI_SLD + w->count[H + h];
         const int32_t *index = w->index + h * EMXI_SLD;
         const int64_t *offset = w->offset;
@@ -114,7 +115,7 @@ static void read_chunk(void *arg, int64_t slot, int32_t worker) {
   const int32_t *table = emxi_decode_entry(d, b, &length);
   const int64_t from = (int64_t)chunk * EMXI_CHUNK, to = length - from < EMXI_CHUNK ? length : from + EMXI_CHUNK;
   emxi_partial *partial = s->partial + slot * H;
-  float *part = d->alpha == 1.0 ? s->part + slot * H * EMXI_QLD : NULL;
+  float *part = s->values ? s->part + slot * H * EMXI_QLD : NULL;
   for (int32_t h = 0; h < H; h++) {
     emxi_row row = {.h = h};
     emxi_cpu_load_query(s->k, d, b, &row, w->q + h * EMXI_QLD);
@@ -129,7 +130,8 @@ static void read_chunk(void *arg, int64_t slot, int32_t worker) {
       emxi_partial *c = &partial[h];
       float *score = w->score + h * EMXI_SLD;
       if (s->k->min(score, n) == -INFINITY) emxi_cpu_overflows(d->kv, table, h / (H / d->kv->G), score, NULL, start, n);
-      if (part) {
+      const double alpha = emxi_decode_alpha(d, h);
+      if (alpha == 1.0) {
         w->count[h] = w->count[H + h] = 0;
         if (c->bad || !emxi_cpu_softmax_block(s->k, d->kv->D, score, n, c, part + h * EMXI_QLD, w->weight + h * EMXI_SLD))
           continue;
@@ -141,7 +143,7 @@ static void read_chunk(void *arg, int64_t slot, int32_t worker) {
       const float m = s->k->max(score, n);
       if (m > c->m) c->m = m;
       const int64_t at = segment(s, b, chunks_of(length), h, chunk) + c->n;
-      c->n += s->k->keep(score, NULL, (int32_t)start, n, emxi_below(c->m, d->alpha), s->list + at, s->pos + at);
+      c->n += s->k->keep(score, NULL, (int32_t)start, n, emxi_below(c->m, alpha), s->list + at, s->pos + at);
     }
     if (part) add_pages(s, w, table, start, n, more, part);
   }
@@ -160,7 +162,7 @@ static void finish_item(void *arg, int64_t i, int32_t worker) {
   for (int r = 0; r < it.rows; r++) {
     emxi_row *row = &it.row[r];
     const emxi_partial *c = s->partial + s->first_slot[it.b] * H + row->h;
-    if (d->alpha == 1.0) {
+    if (row->alpha == 1.0) {
       const float *part = s->part + (s->first_slot[it.b] * H + row->h) * EMXI_QLD;
       for (int64_t k = 0; k < chunks; k++) {
         emxi_cpu_softmax_merge(d->kv->D, row, &c[k * H], part + k * H * EMXI_QLD, it.w->o + r * EMXI_QLD);
@@ -169,7 +171,7 @@ static void finish_item(void *arg, int64_t i, int32_t worker) {
     } else {
       for (int64_t k = 0; k < chunks; k++) row->m = c[k * H].m > row->m ? c[k * H].m : row->m;
       row->bad |= row->m == INFINITY;
-      const float below = emxi_below(row->m, d->alpha);
+      const float below = emxi_below(row->m, row->alpha);
       row->list = s->list + segment(s, it.b, chunks, row->h, 0);
       row->pos = s->pos + segment(s, it.b, chunks, row->h, 0);
       for (int64_t k = 0; k < chunks; k++) /* to the left: never over what has not been read */
@@ -210,11 +212,12 @@ emx_status emxi_cpu_sweep(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena)
   s.slot_chunk = emxi_arena_take(arena, s.slots, sizeof(int32_t));
   s.first_slot = emxi_arena_take(arena, d->B, sizeof(int64_t));
   s.partial = emxi_arena_take(arena, cells, sizeof *s.partial);
-  s.part = emxi_arena_take(arena, d->alpha == 1.0 ? cells * EMXI_QLD : 0, sizeof(float));
-  s.list = emxi_arena_take(arena, d->alpha > 1.0 ? cells * SEGMENT : 0, sizeof(float));
-  s.pos = emxi_arena_take(arena, d->alpha > 1.0 ? cells * SEGMENT : 0, sizeof(int32_t));
+  s.part = emxi_arena_take(arena, d->per_head || d->alpha == 1.0 ? cells * EMXI_QLD : 0, sizeof(float));
+  s.list = emxi_arena_take(arena, d->per_head || d->alpha > 1.0 ? cells * SEGMENT : 0, sizeof(float));
+  s.pos = emxi_arena_take(arena, d->per_head || d->alpha > 1.0 ? cells * SEGMENT : 0, sizeof(int32_t));
   if (!arena->base) return EMX_OK;
   EMX_TRY(emxi_arena_check(arena, "emx_decode"));
+  for (int32_t h = 0; h < H; h++) s.values |= emxi_decode_alpha(d, h) == 1.0;
 
   for (int32_t b = 0; b < d->B;) { /* as many sequences as there are slots for */
     int64_t used = 0;

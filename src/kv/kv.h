@@ -135,7 +135,9 @@ typedef struct emxi_decode {
   bool select_only;
   int32_t B, H, S;
   emx_select_desc select;
+  bool per_head; /* alphas is or will be set: heads with and without a threshold may come together */
   double alpha;
+  const double *alphas; /* [H] or NULL: `alpha` for all; emxi_decode_alpha() */
   float scale;
   int64_t max_len; /* longest sequence of the batch: sizes the workspace */
   const char *q;
@@ -153,6 +155,7 @@ typedef struct emxi_decode {
   int64_t report_stride;
 } emxi_decode;
 
+static inline double emxi_decode_alpha(const emxi_decode *d, int32_t h) { return d->alphas ? d->alphas[h] : d->alpha; }
 static inline const int32_t *emxi_decode_entry(const emxi_decode *d, int32_t b, int64_t *length) {
   const int32_t *table = emxi_kv_entry(d->kv, d->batch, b, length);
   if (!d->batch->seqs) *length += d->added;

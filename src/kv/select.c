@@ -13,7 +13,14 @@ void emx_decode_io_init_sized(emx_decode_io *io, size_t size) {
   emxi_struct_init(io, size, &defaults, sizeof defaults);
 }
 
-static emx_status check_select(const emx_kv *kv, const emx_select_desc *s, double alpha, const char *who) {
+/* What the selector can do with a head's alpha. */
+static emx_status check_alpha(const emx_select_desc *s, double alpha, const char *who) {
+  EMX_TRY(emxi_alpha_check(alpha, who));
+  if (s->kind == EMX_SELECT_GAUSSIAN && alpha == 1.0)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: GAUSSIAN needs alpha > 1; use TOPK for softmax", who);
+  return EMX_OK;
+}
+static emx_status check_select(const emx_kv *kv, const emx_select_desc *s, const char *who) {
   switch (s->kind) {
     case EMX_SELECT_ALL:
     case EMX_SELECT_PAGES: break;
@@ -23,7 +30,6 @@ static emx_status check_select(const emx_kv *kv, const emx_select_desc *s, doubl
         return emxi_fail(EMX_ERR_STATE, "%s: TOPK needs a cache with EMX_SUMMARY_MINMAX", who);
       break;
     case EMX_SELECT_GAUSSIAN:
-      if (alpha == 1.0) return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: GAUSSIAN needs alpha > 1; use TOPK for softmax", who);
       if (!(kv->summaries & EMX_SUMMARY_MOMENTS))
         return emxi_fail(EMX_ERR_STATE, "%s: GAUSSIAN needs a cache with EMX_SUMMARY_MOMENTS", who);
       if (!(s->max_quantile > 0 && s->max_quantile < 1))
@@ -60,9 +66,9 @@ emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_de
   if (kv->ctx != ctx) return emxi_fail(EMX_ERR_INVALID, "%s: the cache was made from another context", who);
   if (io->layout != EMX_LAYOUT_BHND && io->layout != EMX_LAYOUT_BNHD)
     return emxi_fail(EMX_ERR_INVALID, "%s: unknown layout %d", who, io->layout);
-  EMX_TRY(emxi_alpha_check(io->alpha, who));
+  if (!io->alphas) EMX_TRY(check_alpha(select, io->alpha, who));
   if (!isfinite(io->scale)) return emxi_fail(EMX_ERR_INVALID, "%s: scale is %g", who, io->scale);
-  EMX_TRY(check_select(kv, select, io->alpha, who));
+  EMX_TRY(check_select(kv, select, who));
   EMX_TRY(emxi_tensor_check(ctx, io->q, 4, who, "q"));
   const emx_tensor *q = io->q;
   if (q->dtype != EMX_F32 && q->dtype != EMX_F16 && q->dtype != EMX_BF16)
@@ -77,11 +83,18 @@ emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_de
   if (q->shape[token] != 1 && select->kind != EMX_SELECT_ALL)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: %lld query tokens per sequence; this version takes one, or any number with ALL",
                      who, (long long)q->shape[token]);
+  if (io->alphas) {
+    EMX_TRY(emxi_tensor_layout(ctx, io->alphas, 1, who, "alphas"));
+    EMX_TRY(emxi_tensor_shape(io->alphas, 1, &q->shape[head], who, "alphas"));
+    if (io->alphas->dtype != EMX_F64)
+      return emxi_fail(EMX_ERR_DTYPE, "%s: alphas is %s, expected f64", who, emx_dtype_name(io->alphas->dtype));
+  }
   *out = (emxi_decode){.kv = kv,
                        .B = (int32_t)q->shape[0],
                        .H = (int32_t)q->shape[head],
                        .S = (int32_t)q->shape[token],
                        .select = *select,
+                       .per_head = io->alphas != NULL,
                        .alpha = io->alpha,
                        .scale = io->scale == 0 ? 1.0f / sqrtf((float)kv->D) : io->scale,
                        .q = q->data,
@@ -96,6 +109,11 @@ emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_
   emxi_decode *d = out;
   const int head = io->layout == EMX_LAYOUT_BHND ? 1 : 2;
   d->select_only = select_only;
+  if (io->alphas) {
+    EMX_TRY(emxi_tensor_check(ctx, io->alphas, 1, who, "alphas"));
+    d->alphas = io->alphas->data;
+    for (int32_t h = 0; h < d->H; h++) EMX_TRY(check_alpha(select, d->alphas[h], who));
+  }
   if (io->alibi_slopes) {
     int64_t shape[1] = {d->H};
     EMX_TRY(emxi_tensor_expect(ctx, io->alibi_slopes, 1, shape, who, "alibi_slopes"));
