@@ -22,6 +22,7 @@ typedef struct emxi_backend {
   void (*memory_free)(emx_ctx *ctx, void *p);
   emx_status (*entmax_forward)(emx_ctx *ctx, const struct emxi_rows *rows);
   emx_status (*entmax_backward)(emx_ctx *ctx, const struct emxi_rows *rows);
+  emx_status (*entmax_loss)(emx_ctx *ctx, const struct emxi_rows *rows);
   /* EMX_OK, or EMX_ERR_UNSUPPORTED with the reason and the nearest thing that is supported. */
   emx_status (*attn_supports)(emx_ctx *ctx, const struct emxi_attn *attn);
   /* Counts with an arena that has no base, computes with one that has. */

@@ -90,6 +90,7 @@ const emxi_backend emxi_backend_cpu = {
     .memory_free = cpu_memory_free,
     .entmax_forward = emxi_cpu_entmax_forward,
     .entmax_backward = emxi_cpu_entmax_backward,
+    .entmax_loss = emxi_cpu_entmax_loss,
     .attn_supports = emxi_cpu_attn_supports,
     .attn_run = emxi_cpu_attn_run,
     .kv_write = emxi_cpu_kv_write,

@@ -8,6 +8,7 @@
 
 emx_status emxi_cpu_entmax_forward(emx_ctx *ctx, const struct emxi_rows *rows);
 emx_status emxi_cpu_entmax_backward(emx_ctx *ctx, const struct emxi_rows *rows);
+emx_status emxi_cpu_entmax_loss(emx_ctx *ctx, const struct emxi_rows *rows);
 emx_status emxi_cpu_attn_supports(emx_ctx *ctx, const struct emxi_attn *attn);
 emx_status emxi_cpu_attn_run(emx_ctx *ctx, const struct emxi_attn *attn, emxi_arena *arena);
 emx_status emxi_cpu_kv_write(emx_ctx *ctx, const struct emxi_kv_write *write);

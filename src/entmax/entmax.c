@@ -3,9 +3,10 @@
 #include "entmax.h"
 
 #include "base/backend.h"
+#include "base/num.h"
 
 void emx_entmax_desc_init_sized(emx_entmax_desc *desc, size_t size) {
-  const emx_entmax_desc defaults = {.alpha = 1.5};
+  const emx_entmax_desc defaults = {.alpha = 1.5, .budget = 1};
   emxi_struct_init(desc, size, &defaults, sizeof defaults);
 }
 
@@ -14,7 +15,7 @@ void emx_entmax_io_init_sized(emx_entmax_io *io, size_t size) {
   emxi_struct_init(io, size, &defaults, sizeof defaults);
 }
 
-static emx_status check_rows(emx_ctx *ctx, const emx_tensor *t, const emx_tensor *like, const char *who, const char *name) {
+emx_status emxi_rows_check(emx_ctx *ctx, const emx_tensor *t, const emx_tensor *like, const char *who, const char *name) {
   if (like) {
     EMX_TRY(emxi_tensor_expect(ctx, t, 2, like->shape, who, name));
     if (t->dtype != like->dtype)
@@ -30,46 +31,82 @@ static emx_status check_rows(emx_ctx *ctx, const emx_tensor *t, const emx_tensor
   return EMX_OK;
 }
 
-/* Empty rows may have no data at all, and NULL takes no offset: they all start at one place that is never read. */
 static char nothing;
-static void *row_data(const emx_tensor *t) { return t->shape[1] ? t->data : &nothing; }
-static int64_t row_stride(const emx_tensor *t) { return t->shape[1] ? t->stride[0] : 0; }
+void *emxi_rows_data(const emx_tensor *t) { return t->shape[1] ? t->data : &nothing; }
+int64_t emxi_rows_stride(const emx_tensor *t) { return t->shape[1] ? t->stride[0] : 0; }
+
+emx_status emxi_rows_values(emx_ctx *ctx, const emx_tensor *t, int64_t rows, const char *who, const char *name, void **data,
+                            int32_t *dtype) {
+  if (!t) return EMX_OK;
+  EMX_TRY(emxi_tensor_expect(ctx, t, 1, &rows, who, name));
+  if (t->dtype != EMX_F32 && t->dtype != EMX_F64) return emxi_fail(EMX_ERR_DTYPE, "%s: %s must be f32 or f64", who, name);
+  *dtype = t->dtype;
+  *data = t->data;
+  return EMX_OK;
+}
+
+emx_status emxi_rows_support(emx_ctx *ctx, const emx_tensor *t, emxi_rows *r, const char *who) {
+  if (!t) return EMX_OK;
+  EMX_TRY(emxi_tensor_expect(ctx, t, 1, &r->rows, who, "support"));
+  if (t->dtype != EMX_I32) return emxi_fail(EMX_ERR_DTYPE, "%s: support must be i32", who);
+  r->support = t->data;
+  return EMX_OK;
+}
+
+emx_status emxi_map_check(emx_ctx *ctx, const emx_entmax_desc *desc, const char *who) {
+  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "%s: ctx is NULL", who);
+  EMX_TRY(emxi_struct_check(desc, sizeof *desc, who, "emx_entmax_desc"));
+  static const char *const names[] = {"", "normmax", "budget"};
+  if (desc->kind < EMX_MAP_ENTMAX || desc->kind > EMX_MAP_BUDGET)
+    return emxi_fail(EMX_ERR_INVALID, "%s: map kind %d; there are EMX_MAP_ENTMAX, _NORMMAX and _BUDGET", who, desc->kind);
+  if (desc->kind == EMX_MAP_BUDGET && !(desc->budget > 0 && desc->budget < INFINITY))
+    return emxi_fail(EMX_ERR_INVALID, "%s: budget is %g, expected a positive number", who, desc->budget);
+  EMX_TRY(emxi_alpha_check(desc->alpha, who));
+  if (desc->kind != EMX_MAP_ENTMAX && desc->alpha == 1)
+    return emxi_fail(EMX_ERR_INVALID, "%s: %s needs alpha above 1, at least 1.000001", who, names[desc->kind]);
+  return EMX_OK;
+}
+
+/* One alpha a row: every one of them is looked at before any output is written. */
+static emx_status check_alphas(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *t, emxi_rows *r, const char *who) {
+  void *alphas = NULL;
+  EMX_TRY(emxi_rows_values(ctx, t, r->rows, who, "alpha", &alphas, &r->alphas_dtype));
+  r->alphas = alphas;
+  for (int64_t i = 0; r->alphas && i < r->rows; i++) {
+    const double alpha = emxi_load(r->alphas, r->alphas_dtype, i);
+    if ((alpha == 1 && desc->kind == EMX_MAP_ENTMAX) || (alpha >= 1 + 1e-6 && alpha <= 4)) continue;
+    return emxi_fail(EMX_ERR_INVALID, "%s: alpha of row %lld is %.9g, expected %s1.000001 to 4", who, (long long)i, alpha,
+                     desc->kind == EMX_MAP_ENTMAX ? "1 or " : "");
+  }
+  return EMX_OK;
+}
 
 static emx_status check(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io, const char *who) {
-  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "%s: ctx is NULL", who);
-  EMXI_CHECK_STRUCT(desc, emx_entmax_desc);
-  EMXI_CHECK_STRUCT(io, emx_entmax_io);
-  if (desc->kind != EMX_MAP_ENTMAX)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: map kind %d; this version has EMX_MAP_ENTMAX", who, desc->kind);
-  return emxi_alpha_check(desc->alpha, who);
+  EMX_TRY(emxi_map_check(ctx, desc, who));
+  return emxi_struct_check(io, sizeof *io, who, "emx_entmax_io");
 }
 
 static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io) {
   static const char who[] = "emx_entmax_forward";
-  const emx_tensor *x = io->x, *p = io->p, *tau = io->tau, *support = io->support;
-  EMX_TRY(check_rows(ctx, x, NULL, who, "x"));
-  EMX_TRY(check_rows(ctx, p, x, who, "p"));
-  emxi_rows r = {.alpha = desc->alpha,
+  const emx_tensor *x = io->x, *p = io->p;
+  EMX_TRY(emxi_rows_check(ctx, x, NULL, who, "x"));
+  EMX_TRY(emxi_rows_check(ctx, p, x, who, "p"));
+  emxi_rows r = {.kind = desc->kind,
+                 .alpha = desc->alpha,
+                 .budget = desc->budget,
                  .rows = x->shape[0],
                  .n = x->shape[1],
                  .dtype = x->dtype,
-                 .x = row_data(x),
-                 .p = row_data(p),
-                 .ldx = row_stride(x),
-                 .ldp = row_stride(p)};
-  if (tau) {
-    EMX_TRY(emxi_tensor_expect(ctx, tau, 1, x->shape, who, "tau"));
-    if (tau->dtype != EMX_F32 && tau->dtype != EMX_F64) return emxi_fail(EMX_ERR_DTYPE, "%s: tau must be f32 or f64", who);
-    r.tau = tau->data;
-    r.tau_dtype = tau->dtype;
-    r.inc_tau = 1;
-  }
-  if (support) {
-    EMX_TRY(emxi_tensor_expect(ctx, support, 1, x->shape, who, "support"));
-    if (support->dtype != EMX_I32) return emxi_fail(EMX_ERR_DTYPE, "%s: support must be i32", who);
-    r.support = support->data;
-    r.inc_support = 1;
-  }
+                 .x = emxi_rows_data(x),
+                 .p = emxi_rows_data(p),
+                 .ldx = emxi_rows_stride(x),
+                 .ldp = emxi_rows_stride(p)};
+  if (r.kind == EMX_MAP_BUDGET && r.n && r.budget > (double)r.n)
+    return emxi_fail(EMX_ERR_INVALID, "%s: budget is %g, rows have %lld scores of weight at most 1", who, r.budget,
+                     (long long)r.n);
+  EMX_TRY(check_alphas(ctx, desc, io->alpha, &r, who));
+  EMX_TRY(emxi_rows_values(ctx, io->tau, r.rows, who, "tau", &r.tau, &r.tau_dtype));
+  EMX_TRY(emxi_rows_support(ctx, io->support, &r, who));
   return ctx->backend->entmax_forward(ctx, &r);
 }
 
@@ -81,25 +118,29 @@ emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const e
 static emx_status backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io) {
   static const char who[] = "emx_entmax_backward";
   const emx_tensor *p = io->p, *dp = io->dp, *dx = io->dx;
-  EMX_TRY(check_rows(ctx, p, NULL, who, "p"));
-  EMX_TRY(check_rows(ctx, dp, p, who, "dp"));
-  EMX_TRY(check_rows(ctx, dx, p, who, "dx"));
-  emxi_rows r = {.alpha = desc->alpha,
+  EMX_TRY(emxi_rows_check(ctx, p, NULL, who, "p"));
+  EMX_TRY(emxi_rows_check(ctx, dp, p, who, "dp"));
+  EMX_TRY(emxi_rows_check(ctx, dx, p, who, "dx"));
+  emxi_rows r = {.kind = desc->kind,
+                 .alpha = desc->alpha,
+                 .budget = desc->budget,
                  .rows = p->shape[0],
                  .n = p->shape[1],
                  .dtype = p->dtype,
-                 .x = row_data(dp),
-                 .p_in = row_data(p),
-                 .p = row_data(dx),
-                 .ldx = row_stride(dp),
-                 .ldp_in = row_stride(p),
-                 .ldp = row_stride(dx)};
+                 .x = emxi_rows_data(dp),
+                 .p_in = emxi_rows_data(p),
+                 .p = emxi_rows_data(dx),
+                 .ldx = emxi_rows_stride(dp),
+                 .ldp_in = emxi_rows_stride(p),
+                 .ldp = emxi_rows_stride(dx)};
+  EMX_TRY(check_alphas(ctx, desc, io->alpha, &r, who));
+  EMX_TRY(emxi_rows_values(ctx, io->d_alpha, r.rows, who, "d_alpha", &r.d_alpha, &r.d_alpha_dtype));
+  if (r.d_alpha && r.kind != EMX_MAP_ENTMAX)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: d_alpha is there for EMX_MAP_ENTMAX", who);
   return ctx->backend->entmax_backward(ctx, &r);
 }
 
 emx_status emx_entmax_backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io) {
   EMX_TRY(check(ctx, desc, io, "emx_entmax_backward"));
-  if (desc->alpha != 1.0 && desc->alpha != 1.5 && desc->alpha != 2.0)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_entmax_backward: alpha is %g; this version has 1, 1.5 and 2", desc->alpha);
   EMXI_LOCKED(ctx, backward(ctx, desc, io));
 }

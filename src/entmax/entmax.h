@@ -1,27 +1,56 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Resolved arguments of the row mapping, and the float64 oracle. */
+ * Resolved arguments of the row mapping and its losses, and the float64 oracles. */
 #ifndef EMXI_ENTMAX_H
 #define EMXI_ENTMAX_H
 
 #include "base/base.h"
 
+#include <math.h>
+
+/* Rows are [rows,n] with a pitch; one value a row is contiguous. */
 typedef struct emxi_rows {
-  double alpha;
+  int32_t kind; /* EMX_MAP_* */
+  double alpha, budget;
+  const void *alphas; /* [rows], optional: instead of alpha */
+  int32_t alphas_dtype;
   int64_t rows, n;
   int32_t dtype; /* of x, p, dp, dx */
-  const void *x; /* forward: scores; backward: dp */
+  const void *x; /* forward, loss: scores; backward: dp */
   const void *p_in;
-  void *p;       /* forward: weights; backward: dx */
+  void *p; /* forward: weights; backward, loss: dx */
   int64_t ldx, ldp_in, ldp;
   void *tau; /* optional */
   int32_t tau_dtype;
-  int64_t inc_tau;
   int32_t *support; /* optional */
-  int64_t inc_support;
+  void *d_alpha;    /* optional */
+  int32_t d_alpha_dtype;
+  /* losses; support counts here too */
+  void *loss; /* [rows]; NULL: no loss is asked for */
+  int32_t loss_dtype;
+  const int32_t *target; /* [rows], each in 0..n-1 or ignore_index */
+  int32_t ignore_index;
+  const void *d_loss; /* one value (inc 0) or [rows] (inc 1), optional */
+  int32_t d_loss_dtype;
+  int64_t inc_d_loss;
+  double scale; /* of all gradients, and of the sum in total */
+  void *total;  /* one value, optional */
+  int32_t total_dtype;
 } emxi_rows;
+
+/* Weights under this one are noise of the threshold's rounding: y = p^(alpha-1) is under the spacing of doubles at 1. */
+static inline double emxi_weight_floor(double alpha) { return alpha > 1 ? exp2(-52.0 / (alpha - 1.0)) : 0; }
 
 /* Float64 oracle: bisection on [m-1, m] in x = (alpha-1) s until the interval collapses, then the closed form (alpha 1.5, 2) on the
  * support found; alpha = 1 is softmax. Any alpha in [1, 4]. p[n] optional; returns tau (alpha = 1: NaN), the support in *support. */
 double emxi_oracle_entmax(const double *s, int64_t n, double alpha, double *p, int64_t *support);
+/* Checks that the entries share. One value a row, f32 or f64: t may be NULL, then nothing is set. */
+emx_status emxi_rows_check(emx_ctx *ctx, const emx_tensor *t, const emx_tensor *like, const char *who, const char *name);
+emx_status emxi_rows_values(emx_ctx *ctx, const emx_tensor *t, int64_t n, const char *who, const char *name, void **data,
+                            int32_t *dtype);
+emx_status emxi_rows_support(emx_ctx *ctx, const emx_tensor *t, emxi_rows *r, const char *who);
+emx_status emxi_map_check(emx_ctx *ctx, const emx_entmax_desc *desc, const char *who);
+/* Empty rows may have no data at all, and NULL takes no offset: they all start at one place that is never read. */
+void *emxi_rows_data(const emx_tensor *t);
+int64_t emxi_rows_stride(const emx_tensor *t);
 
 #endif
