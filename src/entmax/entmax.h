@@ -43,6 +43,14 @@ static inline double emxi_weight_floor(double alpha) { return alpha > 1 ? exp2(-
 /* Float64 oracle: bisection on [m-1, m] in x = (alpha-1) s until the interval collapses, then the closed form (alpha 1.5, 2) on the
  * support found; alpha = 1 is softmax. Any alpha in [1, 4]. p[n] optional; returns tau (alpha = 1: NaN), the support in *support. */
 double emxi_oracle_entmax(const double *s, int64_t n, double alpha, double *p, int64_t *support);
+/* The others by bisection alone; at least one finite score, no NaN or +inf, and for the budget at least that many finite ones. */
+double emxi_oracle_normmax(const double *s, int64_t n, double alpha, double *p);
+double emxi_oracle_budget(const double *s, int64_t n, double alpha, double budget, double *p);
+/* Fenchel-Young loss by its definition, H(p) + p.(s - s_target); p[n] is the map. */
+double emxi_oracle_loss(const double *s, int64_t n, int32_t kind, double alpha, int64_t target, double *p);
+/* J^T g by the formulas of emx.h over the whole row, in long double. */
+void emxi_oracle_backward(const double *p, const double *g, int64_t n, int32_t kind, double alpha, double *dx);
+
 /* Checks that the entries share. One value a row, f32 or f64: t may be NULL, then nothing is set. */
 emx_status emxi_rows_check(emx_ctx *ctx, const emx_tensor *t, const emx_tensor *like, const char *who, const char *name);
 emx_status emxi_rows_values(emx_ctx *ctx, const emx_tensor *t, int64_t n, const char *who, const char *name, void **data,
