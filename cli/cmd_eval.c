@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * emx eval: bits per byte of a text, its curve against position, and what a selector changes. */
 #define _GNU_SOURCE
-#include "cli.h"
-#include "session.h"
+#include "eval.h"
 #include "svg.h"
 
 #include "model/model.h"
@@ -10,13 +9,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_MODELS = 4 };
-
 typedef struct options {
   cli_common common;
   cli_select select;
   cli_session session;
-  const char *models[MAX_MODELS], *file, *svg, *dump;
+  eval_cells cells;
+  eval_ruler_options ruler;
+  const char *models[EVAL_MAX_MODELS], *file, *svg, *dump;
   int n_models, layer;
   int64_t bucket, n;
   bool selecting;
@@ -26,7 +25,7 @@ static const struct argp_option option_table[] = {
     {"model", 'm', "DIR", 0, "The model folder; up to four, each measured and drawn beside the others", 1},
     {"file", 'f', "FILE", 0, "The text", 1},
     {"curve", KEY_CURVE, "BUCKET", 0, "Also bits per byte against position, in buckets of so many bytes", 1},
-    {"svg", KEY_SVG, "FILE", 0, "Draw the curve", 1},
+    {"svg", KEY_SVG, "FILE", 0, "Draw the curve, or the cells of --ruler", 1},
     {"dump", KEY_DUMP, "FILE.safetensors", 0,
      "Write what a layer attends with in the first window of -c bytes: q [N,H,D], k and v [N,G,D], alibi_slopes [H], f32, as "
      "`emx decode "
@@ -41,10 +40,12 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case ARGP_KEY_INIT:
       state->child_inputs[0] = &o->session;
       state->child_inputs[1] = &o->select;
-      state->child_inputs[2] = &o->common;
+      state->child_inputs[2] = &o->cells;
+      state->child_inputs[3] = &o->ruler;
+      state->child_inputs[4] = &o->common;
       return 0;
     case 'm':
-      if (o->n_models == MAX_MODELS) argp_error(state, "at most %d models", MAX_MODELS);
+      if (o->n_models == EVAL_MAX_MODELS) argp_error(state, "at most %d models", EVAL_MAX_MODELS);
       o->models[o->n_models++] = arg;
       return 0;
     case 'f': o->file = arg; return 0;
@@ -55,7 +56,15 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case 'n': o->n = cli_int(state, "-n", arg, 1, 1 << 20); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
-      if (!o->n_models || !o->file) argp_error(state, "-m DIR and -f FILE are required");
+      if (!o->n_models && !o->ruler.show) argp_error(state, "-m DIR is required");
+      if (o->ruler.n_tasks) {
+        const char *other = o->bucket ? "--curve" : o->dump ? "--dump" : o->n ? "-n" : o->session.ctx ? "-c" : NULL;
+        if (other) argp_error(state, "%s is about bits per byte, not about --ruler", other);
+        return 0;
+      }
+      if (!o->file) argp_error(state, "-f FILE is required");
+      if (o->cells.set) argp_error(state, "%s needs --ruler", o->cells.set);
+      if (!o->n) o->n = 256;
       if (o->session.ctx == 1) argp_error(state, "-c is 1, expected at least 2: a window's first byte is not scored");
       if (o->dump && o->n_models > 1) argp_error(state, "--dump takes one model");
       if (o->layer >= 0 && !o->dump) argp_error(state, "--layer needs --dump");
@@ -157,14 +166,18 @@ static int score(emx_model *model, const options *o, const emx_model_config *con
   return code;
 }
 
+const char *eval_model_name(const char *folder) {
+  const char *slash = strrchr(folder, '/');
+  return slash && slash[1] ? slash + 1 : folder;
+}
+
 /* The curves of all models, named by their folders. */
 static int draw_curves(const options *o, const curve *curves) {
-  svg_series series[MAX_MODELS] = {{0}};
-  double *points[MAX_MODELS] = {0};
+  svg_series series[EVAL_MAX_MODELS] = {{0}};
+  double *points[EVAL_MAX_MODELS] = {0};
   int code = CLI_OK;
   for (int m = 0; m < o->n_models && !code; m++) {
     const curve *c = &curves[m];
-    const char *slash = strrchr(o->models[m], '/');
     double *x = points[m] = calloc((size_t)c->buckets * 2, sizeof *x), *y = x + c->buckets;
     int n = 0;
     if (!x) {
@@ -176,7 +189,7 @@ static int draw_curves(const options *o, const curve *curves) {
         x[n] = ((double)i + 0.5) * (double)c->width;
         y[n++] = c->bits[i] / (double)c->count[i];
       }
-    series[m] = (svg_series){.name = slash && slash[1] ? slash + 1 : o->models[m], .x = x, .y = y, .n = n, .dots = n < 60};
+    series[m] = (svg_series){.name = eval_model_name(o->models[m]), .x = x, .y = y, .n = n, .dots = n < 60};
   }
   const svg_chart chart = {.title = "Bits per byte against position",
                            .x_label = "position (bytes)",
@@ -293,20 +306,29 @@ done:
 }
 
 int cmd_eval(int argc, char **argv) {
-  static const struct argp_child children[] = {
-      {&cli_session_argp, 0, NULL, 0}, {&cli_select_argp, 0, NULL, 0}, {&cli_common_argp, 0, NULL, 0}, {0}};
+  static const struct argp_child children[] = {{&cli_session_argp, 0, NULL, 0}, {&cli_select_argp, 0, NULL, 0},
+                                               {&eval_cells_argp, 0, NULL, 0},  {&eval_ruler_argp, 0, NULL, 0},
+                                               {&cli_common_argp, 0, NULL, 0},  {0}};
   static const struct argp argp = {
       .options = option_table,
       .parser = parse,
       .children = children,
       .doc =
-          "Measures bits per byte of a text in windows of -c bytes (default: the length of training), with dense attention.\v"
+          "Measures bits per byte of a text in windows of -c bytes (default: the length of training), with dense attention; or, "
+          "with "
+          "--ruler, how a byte model answers questions on long contexts.\v"
           "With --select it also prefills the first -c bytes but the last N, and decodes those N one by one with each selector "
           "beside "
           "ALL (with --json one line a selector and budget): kl (mean KL divergence of the next-token distributions, nats) and "
-          "top1 (share "
-          "of equal first choices)."};
-  options o = {.n = 256, .layer = -1};
+          "top1 (share of equal first choices).\n\n"
+          "--ruler asks for words of six letters that no text holds. The context is read at once, the question and the answers "
+          "go "
+          "through the selector (default: all). exact: the greedy continuation is the answer; found: share of the words that "
+          "occur in it; choice: share of the words that are likelier than all distractors; gain: share of the words whose "
+          "log-likelihood the context raises more than that of any distractor; both have a chance level; margin: that rise "
+          "(nats) "
+          "over the best of the distractors. docs/ruler.md"};
+  options o = {.layer = -1};
   cli_select_init(&o.select);
   o.select.n = 0; /* nothing is compared unless --select says so */
   cli_session_init(&o.session);
@@ -315,13 +337,20 @@ int cmd_eval(int argc, char **argv) {
   emx_ctx *ctx = NULL;
   char *text = NULL;
   size_t size = 0;
-  curve curves[MAX_MODELS] = {{0}};
+  curve curves[EVAL_MAX_MODELS] = {{0}};
   int code = o.dump ? cli_check_out(o.dump) : CLI_OK;
-  if (code || (code = cli_read_file(o.file, &text, &size))) return code;
-  if (size < 2)
+  if (code || (o.file && (code = cli_read_file(o.file, &text, &size)))) return code;
+  if (o.file && size < 2)
     code = cli_fail("%s has %zu bytes, at least 2 are needed", o.file, size);
   else
     code = cli_context(&o.common, &ctx);
+  if (o.ruler.n_tasks) {
+    const eval_common e = {ctx, o.models, o.n_models, &o.session, &o.select, &o.cells, o.svg, o.common.json};
+    if (!code) code = eval_ruler(&e, &o.ruler, text, size);
+    free(text);
+    emx_ctx_destroy(ctx);
+    return code;
+  }
   for (int m = 0; m < o.n_models && !code; m++) code = measure(&o, ctx, o.models[m], text, size, &curves[m]);
   if (!code && o.svg) code = draw_curves(&o, curves);
   if (!code) code = cli_flush();

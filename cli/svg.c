@@ -75,6 +75,13 @@ static void text(FILE *f, double x, double y, const char *anchor, const char *st
   fputs("</text>\n", f);
 }
 
+static void begin(FILE *f, int width, int height) {
+  fprintf(f,
+          "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"sans-serif\" "
+          "font-size=\"12\" fill=\"#222\">\n<rect width=\"%d\" height=\"%d\" fill=\"white\"/>\n",
+          width, height, width, height, width, height);
+}
+
 static void draw(FILE *f, const svg_chart *c) {
   const double w = WIDTH - LEFT - RIGHT, h = HEIGHT - TOP - BOTTOM;
   axis x = {NAN, NAN, c->log_x}, y = {NAN, NAN, c->log_y};
@@ -84,10 +91,7 @@ static void draw(FILE *f, const svg_chart *c) {
   }
   settle(&x);
   settle(&y);
-  fprintf(f,
-          "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%d\" viewBox=\"0 0 %d %d\" font-family=\"sans-serif\" "
-          "font-size=\"12\" fill=\"#222\">\n<rect width=\"%d\" height=\"%d\" fill=\"white\"/>\n",
-          WIDTH, HEIGHT, WIDTH, HEIGHT, WIDTH, HEIGHT);
+  begin(f, WIDTH, HEIGHT);
   text(f, LEFT, 26, "start", " font-size=\"15\" font-weight=\"bold\"", c->title);
   double at[16];
   char label[32];
@@ -137,11 +141,46 @@ static void draw(FILE *f, const svg_chart *c) {
   fputs("</svg>\n", f);
 }
 
+static void draw_heat(FILE *f, const svg_heat *h) {
+  enum { CELL_W = 58, CELL_H = 24, NAMES = 130, GAP = 26, HEAD = 74, FOOT = 50 };
+  const int panel = CELL_W * h->n_columns + GAP, width = NAMES + panel * h->n_panels, height = HEAD + CELL_H * h->n_rows + FOOT;
+  begin(f, width < 640 ? 640 : width, height);
+  text(f, 12, 26, "start", " font-size=\"15\" font-weight=\"bold\"", h->title);
+  for (int r = 0; r < h->n_rows; r++) text(f, NAMES - 8, HEAD + CELL_H * (r + 0.5) + 4, "end", "", h->rows[r]);
+  for (int p = 0; p < h->n_panels; p++) {
+    const int left = NAMES + panel * p;
+    text(f, left, HEAD - 12, "start", " font-weight=\"bold\"", h->panels[p]);
+    for (int c = 0; c < h->n_columns; c++)
+      text(f, left + CELL_W * (c + 0.5), HEAD + CELL_H * h->n_rows + 16, "middle", "", h->columns[c]);
+    for (int r = 0; r < h->n_rows; r++)
+      for (int c = 0; c < h->n_columns; c++) {
+        const double v = h->values[(p * h->n_rows + r) * h->n_columns + c], raw = (v - h->floor[r]) / (1 - h->floor[r]),
+                     u = raw > 0 ? raw : 0;
+        char label[16];
+        /* from white to the first colour of the line charts */
+        fprintf(f, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"rgb(%.0f,%.0f,%.0f)\" stroke=\"#ccc\"/>\n",
+                left + CELL_W * c, HEAD + CELL_H * r, CELL_W, CELL_H, 255 - 244 * u, 255 - 144 * u, 255 - 71 * u);
+        snprintf(label, sizeof label, "%.0f", 100 * v);
+        text(f, left + CELL_W * (c + 0.5), HEAD + CELL_H * (r + 0.5) + 4, "middle", u > 0.55 ? " fill=\"white\"" : "", label);
+      }
+  }
+  text(f, NAMES, height - 12, "start", "", h->x_label);
+  fputs("</svg>\n", f);
+}
+
+static int finish(FILE *f, const char *path) {
+  int bad = ferror(f);
+  return fclose(f) || bad ? cli_fail("cannot write %s: %s", path, strerror(errno)) : CLI_OK;
+}
 int svg_write(const char *path, const svg_chart *chart) {
   FILE *f = fopen(path, "w");
   if (!f) return cli_fail("cannot write %s: %s", path, strerror(errno));
   draw(f, chart);
-  int bad = ferror(f);
-  if (fclose(f) || bad) return cli_fail("cannot write %s: %s", path, strerror(errno));
-  return CLI_OK;
+  return finish(f, path);
+}
+int svg_write_heat(const char *path, const svg_heat *heat) {
+  FILE *f = fopen(path, "w");
+  if (!f) return cli_fail("cannot write %s: %s", path, strerror(errno));
+  draw_heat(f, heat);
+  return finish(f, path);
 }

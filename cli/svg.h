@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Line charts as SVG: the loss of a training, bits per byte against position, error against bytes read. */
+ * Pictures as SVG. Line charts: the loss of a training, bits per byte against position, error against bytes read. Heat maps: tests by
+ * length and depth. */
 #ifndef EMX_CLI_SVG_H
 #define EMX_CLI_SVG_H
 
@@ -21,5 +22,15 @@ typedef struct svg_chart {
 
 /* CLI_OK, or CLI_ERROR with a message. */
 int svg_write(const char *path, const svg_chart *chart);
+
+/* Shares in [0, 1] as tables side by side: white at a row's floor and below it, blue at 1, the number in the cell. */
+typedef struct svg_heat {
+  const char *title, *x_label;
+  const char *const *panels, *const *rows, *const *columns; /* names */
+  int n_panels, n_rows, n_columns;
+  const double *values; /* [panels, rows, columns] */
+  const double *floor;  /* [rows] */
+} svg_heat;
+int svg_write_heat(const char *path, const svg_heat *heat);
 
 #endif

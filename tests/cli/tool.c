@@ -1,10 +1,12 @@
 /* Makes and judges the files of the CLI tests.
  *   tool make FILE DTYPE T H G N D [nan]      q [T,H,D], k, v [N,G,D] of normals, and alibi_slopes [H]; nan: one key is NaN
  *   tool check FILE OUT ALPHA                 tensor o of OUT against float64 attention over FILE: prints the relative L2 error
+ *   tool ruler MODEL TASK LENGTH I            sample I of eval --ruler with seed 1: prints choice, gain, margin and chance
  *   tool kl MODEL TEXT CTX N BUDGET           what eval --select topk says of the last N of CTX bytes: prints mean KL and top1 */
 #include "base/base.h"
 #include "base/num.h"
 #include "entmax/entmax.h"
+#include "train/ruler.h"
 
 #include <emx_model.h>
 
@@ -131,9 +133,67 @@ static int kl(int argc, char **argv) {
   return 0;
 }
 
+/* ln p(text[from..n)) of a whole session's prefill, from its losses. */
+static double log_p(emx_model *m, const char *text, int from, int n) {
+  enum { MOST = 4096 };
+  int32_t tokens[MOST];
+  float nll[MOST];
+  emx_session *s;
+  double sum = 0;
+  emx_session_opts o;
+  emx_session_opts_init(&o);
+  o.kv_dtype = EMX_F32;
+  o.max_tokens = n;
+  if (n > MOST || emx_session_create(m, &o, &s)) exit(fail("session"));
+  for (int i = 0; i < n; i++) tokens[i] = (unsigned char)text[i];
+  if (emx_session_prefill(s, tokens, n, nll, NULL, NULL, NULL)) exit(fail("prefill"));
+  for (int i = from; i < n; i++) sum -= nll[i];
+  emx_session_destroy(s);
+  return sum;
+}
+/* Every choice in its full text, no forks, no decoding. */
+static int ruler(int argc, char **argv) {
+  if (argc < 6) return fail("ruler needs MODEL TASK LENGTH I");
+  emxi_ruler_spec spec = {.length = atoi(argv[4]), .depth = -1, .seed = 1};
+  while (strcmp(emxi_ruler_name(spec.task), argv[3])) spec.task++;
+  emxi_ruler_sample q;
+  emx_ctx *c;
+  emx_model *m;
+  if (emx_ctx_create(NULL, &c) || emx_model_open(c, argv[2], &m) || emxi_ruler_make(&spec, atoi(argv[5]), &q))
+    return fail("open");
+  char text[4096];
+  double choice = 0, gain = 0, margin = 0, chance = 0;
+  int n = (int)q.length;
+  memcpy(text, q.prompt, (size_t)n);
+  for (int a = 0; a < q.n_answers; a++) {
+    const emxi_ruler_answer *x = &q.answers[a];
+    double w[EMXI_RULER_CHOICES], g[EMXI_RULER_CHOICES], best_w = -INFINITY, best_g = -INFINITY;
+    for (int i = 0; i < x->n_choices; i++) {
+      memcpy(text + n, x->choices[i], EMXI_RULER_WORD);
+      w[i] = log_p(m, text, n, n + EMXI_RULER_WORD);
+      const int skip = (int)q.question;
+      g[i] = w[i] - log_p(m, text + skip, n - skip, n - skip + EMXI_RULER_WORD);
+      if (i != x->right) best_w = fmax(best_w, w[i]), best_g = fmax(best_g, g[i]);
+    }
+    choice += w[x->right] > best_w;
+    gain += g[x->right] > best_g;
+    margin += g[x->right] - best_g;
+    chance += 1.0 / x->n_choices;
+    memcpy(text + n, x->choices[x->right], EMXI_RULER_WORD);
+    memcpy(text + n + EMXI_RULER_WORD, ", ", 2);
+    n += EMXI_RULER_WORD + 2;
+  }
+  printf("%.9g %.9g %.9g %.9g\n", choice / q.n_answers, gain / q.n_answers, margin / q.n_answers, chance / q.n_answers);
+  emxi_ruler_free(&q);
+  emx_model_close(m);
+  emx_ctx_destroy(c);
+  return 0;
+}
+
 int main(int argc, char **argv) {
   if (argc > 1 && !strcmp(argv[1], "make")) return make(argc, argv);
   if (argc > 1 && !strcmp(argv[1], "check")) return check(argc, argv);
   if (argc > 1 && !strcmp(argv[1], "kl")) return kl(argc, argv);
+  if (argc > 1 && !strcmp(argv[1], "ruler")) return ruler(argc, argv);
   return fail("unknown command");
 }
