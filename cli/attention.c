@@ -5,7 +5,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { KEY_POSITION = 1200, KEY_ALIBI_HEADS, KEY_SLOPES, KEY_ROPE_THETA, KEY_SCALE, KEY_TEMPERATURE, KEY_LEARN_TEMPERATURE };
+enum {
+  KEY_POSITION = 1200,
+  KEY_ALIBI_HEADS,
+  KEY_SLOPES,
+  KEY_ROPE_THETA,
+  KEY_SCALE,
+  KEY_TEMPERATURE,
+  KEY_LEARN_TEMPERATURE,
+  KEY_LEARN_ALPHA
+};
 static const struct argp_option option_table[] = {
     {"position", KEY_POSITION, "T", 0,
      "nape (default: some heads with ALiBi, the others without a position), alibi, nope or rope", 0},
@@ -18,6 +27,7 @@ static const struct argp_option option_table[] = {
     {"temperature", KEY_TEMPERATURE, "X", 0, "focal: what scores are divided by (default 0.4)", 0},
     {"learn-temperature", KEY_LEARN_TEMPERATURE, NULL, 0,
      "focal: train one temperature per layer and head, from --temperature on", 0},
+    {"learn-alpha", KEY_LEARN_ALPHA, NULL, 0, "Train one alpha per layer and head between 1.01 and 2, from --alpha on", 0},
     {0}};
 
 static const char *const positions[] = {"nape", "alibi", "nope", "rope", NULL},
@@ -72,6 +82,8 @@ static void finish(const struct argp_state *state, const cli_attention *a) {
   if ((a->temperature || c->focal_learned) && c->attn_scale_type != EMX_ATTN_SCALE_FOCAL)
     argp_error(state, "--%stemperature has no effect with --scale %s", a->temperature ? "" : "learn-",
                cli_scale_name(c->attn_scale_type));
+  if (c->alpha_learned && !(c->entmax_alpha > 1.01 && c->entmax_alpha < 2))
+    argp_error(state, "--alpha is %g: with --learn-alpha it starts between 1.01 and 2, both excluded", c->entmax_alpha);
 }
 
 static error_t parse(int key, char *arg, struct argp_state *state) {
@@ -94,6 +106,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
       a->temperature = true;
       return 0;
     case KEY_LEARN_TEMPERATURE: c->focal_learned = 1; return 0;
+    case KEY_LEARN_ALPHA: c->alpha_learned = 1; return 0;
     case ARGP_KEY_END: finish(state, a); return 0;
   }
   return ARGP_ERR_UNKNOWN;
@@ -113,6 +126,7 @@ int cli_attention_compare(const emx_model_config *was, const emx_model_config *n
     const char *option;
     double was, now;
   } numbers[] = {{"--alibi-heads", was->alibi_num_heads, now->alibi_num_heads},
+                 {"--learn-alpha", was->alpha_learned, now->alpha_learned},
                  {"--rope-theta", was->rope_theta, now->rope_theta},
                  {"--temperature", was->focal_temperature, now->focal_temperature},
                  {"--learn-temperature", was->focal_learned, now->focal_learned}};

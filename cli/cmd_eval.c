@@ -89,6 +89,7 @@ typedef struct dump {
   int64_t room; /* tokens */
   int64_t heads, kv_heads, dim;
   float *q, *k, *v, *slopes;
+  double *alphas; /* [heads], of a model that has learned them */
 } dump;
 
 static emx_status dump_tap(void *user, const emxi_layer_view *view) {
@@ -99,6 +100,7 @@ static emx_status dump_tap(void *user, const emxi_layer_view *view) {
   memcpy(d->k + view->first * narrow, view->k, (size_t)(view->m * narrow) * sizeof *d->k);
   memcpy(d->v + view->first * narrow, view->v, (size_t)(view->m * narrow) * sizeof *d->v);
   for (int64_t h = 0; h < d->heads; h++) d->slopes[h] = view->alibi_slopes ? view->alibi_slopes[h] : 0;
+  if (view->alphas) memcpy(d->alphas, view->alphas, (size_t)d->heads * sizeof *d->alphas);
   return EMX_OK;
 }
 static int dump_open(const options *o, const emx_model_config *config, int64_t tokens, dump *d) {
@@ -109,8 +111,9 @@ static int dump_open(const options *o, const emx_model_config *config, int64_t t
               .kv_heads = config->num_kv_heads,
               .dim = config->head_dim};
   const size_t cells = (size_t)tokens * (size_t)(d->heads + 2 * d->kv_heads) * (size_t)d->dim;
-  d->q = malloc((cells + (size_t)d->heads) * sizeof *d->q); /* one block, tokens fit the session's memory */
-  if (!d->q) return cli_nomem(cells * sizeof *d->q, "activations");
+  d->alphas = malloc((cells + 3 * (size_t)d->heads) * sizeof *d->q); /* one block, tokens fit the session's memory */
+  if (!d->alphas) return cli_nomem(cells * sizeof *d->q, "activations");
+  d->q = (float *)(d->alphas + d->heads);
   d->k = d->q + tokens * d->heads * d->dim;
   d->v = d->k + tokens * d->kv_heads * d->dim;
   d->slopes = d->v + tokens * d->kv_heads * d->dim;
@@ -121,12 +124,13 @@ static int dump_write(const options *o, const emx_model_config *config, const du
   const emx_named_tensor tensors[] = {{"q", emx_tensor_view(d->q, EMX_F32, 3, wide)},
                                       {"k", emx_tensor_view(d->k, EMX_F32, 3, narrow)},
                                       {"v", emx_tensor_view(d->v, EMX_F32, 3, narrow)},
-                                      {"alibi_slopes", emx_tensor_view(d->slopes, EMX_F32, 1, &d->heads)}};
+                                      {"alibi_slopes", emx_tensor_view(d->slopes, EMX_F32, 1, &d->heads)},
+                                      {"alphas", emx_tensor_view(d->alphas, EMX_F64, 1, &d->heads)}};
   char layer[16], alpha[32];
   snprintf(layer, sizeof layer, "%d", d->layer);
   snprintf(alpha, sizeof alpha, "%.17g", config->entmax_alpha);
   const char *const metadata[] = {"layer", layer, "entmax_alpha", alpha};
-  return cli_status(emx_checkpoint_write(o->dump, tensors, sizeof tensors / sizeof *tensors, metadata, 2));
+  return cli_status(emx_checkpoint_write(o->dump, tensors, config->alpha_learned ? 5 : 4, metadata, 2));
 }
 
 /* Windows of `width` bytes, each from an empty cache; a window's first byte has nothing before it and is not scored. */
@@ -161,7 +165,7 @@ static int score(emx_model *model, const options *o, const emx_model_config *con
   }
   cli_progress_end(&progress);
   emx_session_destroy(s);
-  free(d.q);
+  free(d.alphas);
   free(nll);
   return code;
 }

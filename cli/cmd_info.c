@@ -63,6 +63,7 @@ static int show_model(const options *o, emx_ctx *ctx) {
       for (int32_t h = 0; h < c.alibi_num_heads; h++) json_array_append_new(list, json_real(c.alibi_slopes[h]));
       json_object_set_new(j, "alibi_slopes", list);
     }
+    if (c.alpha_learned) json_object_set_new(j, "entmax_alpha_learned", json_true());
     if (rope) json_object_set_new(j, "rope_theta", json_real(c.rope_theta));
     if (focal) {
       json_object_set_new(j, "focal_temperature", json_real(c.focal_temperature));
@@ -72,8 +73,11 @@ static int show_model(const options *o, emx_ctx *ctx) {
     goto done;
   }
   printf("model        %s\nparameters   %lld\nattention    alpha %g%s, %d heads of %d over %d KV heads, scale %s", o->model,
-         (long long)parameters, c.entmax_alpha, c.entmax_alpha == 1 ? " (softmax)" : "", c.num_heads, c.head_dim, c.num_kv_heads,
-         scale);
+         (long long)parameters, c.entmax_alpha,
+         c.alpha_learned       ? " at the start, learned per head"
+         : c.entmax_alpha == 1 ? " (softmax)"
+                               : "",
+         c.num_heads, c.head_dim, c.num_kv_heads, scale);
   if (focal) printf(" (%stemperature %g)", c.focal_learned ? "learned, from " : "", c.focal_temperature);
   printf("\npositions    %s", position);
   if (rope) printf(" (base %g)", c.rope_theta);

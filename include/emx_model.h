@@ -74,11 +74,11 @@ typedef struct emx_model_config {
   int32_t tie_word_embeddings;
   int32_t max_position;      /* length of training, a record; longer contexts are allowed */
   double rms_norm_eps;
-  double entmax_alpha;       /* 1: softmax */
+  double entmax_alpha;       /* 1: softmax; with alpha_learned between 1.01 and 2, both excluded */
   double rope_theta;         /* ROPE: base of the wavelengths; 10000 */
   double focal_temperature;  /* FOCAL: what scores are divided by; 0.4 */
   int32_t focal_learned;     /* FOCAL, 1: a temperature per layer and head, which starts at focal_temperature */
-  int32_t reserved;
+  int32_t alpha_learned;     /* 1: an alpha per layer and head, 1 + sigmoid(a) (Correia et al. 2019), which starts at entmax_alpha */
   double alibi_slopes[EMX_MAX_ALIBI_SLOPES]; /* GIVEN: one per ALiBi head, from 0 */
 } emx_model_config;
 /* 4 layers of width 192, 6 heads of 32 over 3 KV heads, 3 of them ALiBi, gated width 512, bytes, tied head, alpha 1.5. */

@@ -114,6 +114,12 @@ emx_status emx_model_config_check(const emx_model_config *c) {
     return emxi_fail(EMX_ERR_INVALID, "model configuration: rms_norm_eps is %g, expected 0..1", c->rms_norm_eps);
   if (!(c->entmax_alpha >= 1 && c->entmax_alpha <= 4))
     return emxi_fail(EMX_ERR_INVALID, "model configuration: entmax_alpha is %g, expected 1..4", c->entmax_alpha);
+  if (c->alpha_learned != 0 && c->alpha_learned != 1)
+    return emxi_fail(EMX_ERR_INVALID, "model configuration: alpha_learned is %d, expected 0 or 1", c->alpha_learned);
+  if (c->alpha_learned && !(c->entmax_alpha > EMXI_LEAST_ALPHA && c->entmax_alpha < 2))
+    return emxi_fail(EMX_ERR_INVALID,
+                     "model configuration: entmax_alpha is %g, a learned alpha starts between %g and 2, both excluded",
+                     c->entmax_alpha, EMXI_LEAST_ALPHA);
   return EMX_OK;
 }
 
@@ -207,6 +213,7 @@ static emx_status read_fields(const reader *r, emx_model_config *c) {
   for (int i = 0; i < INTEGERS; i++) EMX_TRY(read_integer(r, integers[i].key, integers[i].min, integers[i].max, integer(c, i)));
   EMX_TRY(read_number(r, "rms_norm_eps", 0, 1, &c->rms_norm_eps));
   EMX_TRY(read_number(r, "entmax_alpha", 1, 4, &c->entmax_alpha));
+  if (json_object_get(r->root, "entmax_alpha_learned")) EMX_TRY(read_boolean(r, "entmax_alpha_learned", &c->alpha_learned));
   EMX_TRY(read_boolean(r, "tie_word_embeddings", &c->tie_word_embeddings));
   EMX_TRY(read_name(r, "attn_scale_type", scale_names, 4, &c->attn_scale_type));
   if (c->attn_scale_type == EMX_ATTN_SCALE_FOCAL) {
@@ -274,6 +281,7 @@ char *emxi_config_text(const emx_model_config *c, const char *dtype) {
   bad |= json_object_set_new(root, "hidden_act", json_string("silu"));
   bad |= json_object_set_new(root, "torch_dtype", json_string(dtype));
   bad |= json_object_set_new(root, "entmax_alpha", json_real(c->entmax_alpha));
+  if (c->alpha_learned) bad |= json_object_set_new(root, "entmax_alpha_learned", json_true());
   bad |= json_object_set_new(root, "attn_scale_type", json_string(scale_names[c->attn_scale_type]));
   bad |= json_object_set_new(root, "position_type", json_string(position_names[c->position_type]));
   bad |= json_object_set_new(root, "alibi_num_heads", json_integer(c->alibi_num_heads));

@@ -15,6 +15,7 @@ typedef struct emxi_layer {
   float *wo;                /* [W,H*D] */
   float *post_norm;         /* [W] */
   float *gate, *up, *down;  /* [F,W], [F,W], [W,F] */
+  float *alpha;             /* [H], learned alpha: a of alpha = 1 + sigmoid(a) */
   float *theta_b, *theta_c; /* [E] each. ASEntmax: both; SSMax: b is s; learned focal: b is the temperature's logarithm */
 } emxi_layer;
 
@@ -28,7 +29,7 @@ typedef struct emxi_weights {
   bool owns_data;
 } emxi_weights;
 
-enum { EMXI_START_NORMAL, EMXI_START_RESIDUAL /* onto the residual stream */, EMXI_START_NORM, EMXI_START_SCALE /* theta's */ };
+enum { EMXI_START_NORMAL, EMXI_START_RESIDUAL /* onto the residual stream */, EMXI_START_NORM, EMXI_START_SCALAR /* alpha's and theta's */ };
 typedef struct emxi_param {
   char name[96]; /* Llama's */
   int32_t ndim;
@@ -36,7 +37,7 @@ typedef struct emxi_param {
   int64_t offset, count; /* elements in the flat array */
   bool decay;            /* matrices only */
   int32_t start;         /* EMXI_START_*: how training begins */
-  float value;           /* of all elements at the start; NORM and SCALE */
+  float value;           /* of all elements at the start; NORM and SCALAR */
 } emxi_param;
 
 /* The functions below expect a configuration that emx_model_config_check accepts. */
@@ -50,6 +51,11 @@ void emxi_weights_destroy(emxi_weights *w); /* of a zeroed struct: nothing */
 int32_t emxi_alibi_heads(const emx_model_config *c);
 /* slopes [H] of the ALiBi heads, the others 0. */
 void emxi_alibi_slopes(const emx_model_config *c, float *slopes);
+/* Learned alphas do not come closer to 1: from there on a head is softmax for all that floats can tell, and lists of candidates are as
+ * long as the context. */
+#define EMXI_LEAST_ALPHA 1.01
+/* alphas [H] of a layer's parameters; slopes: optional [H], derivatives to them (0 where alpha is held at EMXI_LEAST_ALPHA). */
+void emxi_learned_alphas(const emx_model_config *c, const emxi_layer *w, double *alphas, double *slopes);
 /* E, heads with a theta: the last ones. */
 int32_t emxi_scaled_heads(const emx_model_config *c);
 
@@ -139,6 +145,7 @@ typedef struct emxi_layer_view {
   int64_t first, m;
   const float *q, *k, *v;
   const float *alibi_slopes; /* [H]; NULL: no bias */
+  const double *alphas;      /* [H]; NULL: the configuration's for all */
 } emxi_layer_view;
 typedef emx_status (*emxi_tap_fn)(void *user, const emxi_layer_view *view);
 /* Called for every layer of every chunk and token of this session (not of its forks) until the tap is NULL; a failure of the tap is

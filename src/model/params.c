@@ -7,7 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { LAYER_TENSORS = 13 /* at most */ };
+enum { LAYER_TENSORS = 14 /* at most */ };
 
 /* One layer's tensors in flat order; cols 0: a vector. */
 typedef struct shape {
@@ -27,21 +27,24 @@ static int layer_shapes(const emx_model_config *c, shape s[LAYER_TENSORS]) {
   TENSOR(wk, "self_attn.k_proj.weight", kv, w, EMXI_START_NORMAL, 0);
   TENSOR(wv, "self_attn.v_proj.weight", kv, w, EMXI_START_NORMAL, 0);
   if (c->attn_scale_type == EMX_ATTN_SCALE_ASENTMAX) {
-    TENSOR(theta_w, "self_attn.beta_proj.weight", e, w, EMXI_START_SCALE, 0);
-    TENSOR(theta_v, "self_attn.gamma_proj.weight", e, w, EMXI_START_SCALE, 0);
+    TENSOR(theta_w, "self_attn.beta_proj.weight", e, w, EMXI_START_SCALAR, 0);
+    TENSOR(theta_v, "self_attn.gamma_proj.weight", e, w, EMXI_START_SCALAR, 0);
   }
   TENSOR(wo, "self_attn.o_proj.weight", w, q, EMXI_START_RESIDUAL, 0);
   TENSOR(post_norm, "post_attention_layernorm.weight", w, 0, EMXI_START_NORM, 1);
   TENSOR(gate, "mlp.gate_proj.weight", f, w, EMXI_START_NORMAL, 0);
   TENSOR(up, "mlp.up_proj.weight", f, w, EMXI_START_NORMAL, 0);
   TENSOR(down, "mlp.down_proj.weight", w, f, EMXI_START_RESIDUAL, 0);
+  if (c->alpha_learned)
+    TENSOR(alpha, "self_attn.entmax_alpha_logit", c->num_heads, 0, EMXI_START_SCALAR,
+           log((c->entmax_alpha - 1) / (2 - c->entmax_alpha)));
   if (c->attn_scale_type == EMX_ATTN_SCALE_ASENTMAX) { /* softplus(b) = 0.05: theta is 1.05 everywhere */
-    TENSOR(theta_b, "self_attn.beta_proj.bias", e, 0, EMXI_START_SCALE, log(expm1(0.05)));
-    TENSOR(theta_c, "self_attn.gamma_proj.bias", e, 0, EMXI_START_SCALE, 0);
+    TENSOR(theta_b, "self_attn.beta_proj.bias", e, 0, EMXI_START_SCALAR, log(expm1(0.05)));
+    TENSOR(theta_c, "self_attn.gamma_proj.bias", e, 0, EMXI_START_SCALAR, 0);
   } else if (c->attn_scale_type == EMX_ATTN_SCALE_SSMAX) { /* theta is 1 at the end of a training sequence */
-    TENSOR(theta_b, "self_attn.ssmax_scale", e, 0, EMXI_START_SCALE, 1 / log(1.0 + c->max_position));
+    TENSOR(theta_b, "self_attn.ssmax_scale", e, 0, EMXI_START_SCALAR, 1 / log(1.0 + c->max_position));
   } else if (c->attn_scale_type == EMX_ATTN_SCALE_FOCAL && c->focal_learned)
-    TENSOR(theta_b, "self_attn.focal_log_temperature", e, 0, EMXI_START_SCALE, log(c->focal_temperature));
+    TENSOR(theta_b, "self_attn.focal_log_temperature", e, 0, EMXI_START_SCALAR, log(c->focal_temperature));
 #undef TENSOR
   return n;
 }
@@ -149,6 +152,14 @@ int32_t emxi_scaled_heads(const emx_model_config *c) {
   return c->attn_scale_type == EMX_ATTN_SCALE_NONE ? 0
          : c->position_type == EMX_POSITION_NAPE   ? c->num_heads - c->alibi_num_heads
                                                    : c->num_heads;
+}
+
+void emxi_learned_alphas(const emx_model_config *c, const emxi_layer *w, double *alphas, double *slopes) {
+  for (int32_t h = 0; h < c->num_heads; h++) {
+    const double s = 1 / (1 + exp(-(double)w->alpha[h])), least = EMXI_LEAST_ALPHA - 1;
+    alphas[h] = 1 + (s > least ? s : least);
+    if (slopes) slopes[h] = s > least ? s * (1 - s) : 0;
+  }
 }
 
 /* ---- on disk */

@@ -31,6 +31,7 @@ typedef struct session_pool {
   float *rope;          /* [chunk,D], RoPE */
   emx_report *reports;  /* [H] */
   bool alibi;           /* some slope is not 0 */
+  double *alphas;       /* [num_layers,H], learned alpha; else NULL */
   void *attn_work, *decode_work;
   size_t attn_size, decode_size;
   float *nll; /* [nll_room] of the prefill that runs */
@@ -70,13 +71,17 @@ static emx_tensor heads_view(float *data, int64_t heads, int64_t m, int64_t d) {
 }
 
 typedef struct tensors {
-  emx_tensor q, k, v, o, slopes;
+  emx_tensor q, k, v, o, slopes, alphas;
 } tensors;
-static tensors tensors_of(const session_pool *p, int64_t m) {
+static tensors tensors_of(const session_pool *p, int32_t l, int64_t m) {
   const emx_model_config *c = &p->model->config;
-  return (tensors){heads_view(p->q, c->num_heads, m, c->head_dim), heads_view(p->k, c->num_kv_heads, m, c->head_dim),
-                   heads_view(p->v, c->num_kv_heads, m, c->head_dim), heads_view(p->a, c->num_heads, m, c->head_dim),
-                   emx_tensor_view(p->slopes, EMX_F32, 1, (int64_t[]){c->num_heads})};
+  double *alphas = p->alphas ? p->alphas + (int64_t)l * c->num_heads : NULL;
+  return (tensors){heads_view(p->q, c->num_heads, m, c->head_dim),
+                   heads_view(p->k, c->num_kv_heads, m, c->head_dim),
+                   heads_view(p->v, c->num_kv_heads, m, c->head_dim),
+                   heads_view(p->a, c->num_heads, m, c->head_dim),
+                   emx_tensor_view(p->slopes, EMX_F32, 1, (int64_t[]){c->num_heads}),
+                   emx_tensor_view(alphas, EMX_F64, 1, (int64_t[]){c->num_heads})};
 }
 static emx_decode_io decode_io(const session_pool *p, const tensors *t) {
   emx_decode_io io;
@@ -88,6 +93,7 @@ static emx_decode_io decode_io(const session_pool *p, const tensors *t) {
   io.v_new = &t->v;
   io.o = &t->o;
   io.alibi_slopes = p->alibi ? &t->slopes : NULL;
+  io.alphas = p->alphas ? &t->alphas : NULL;
   io.reports = p->reports;
   return io;
 }
@@ -139,6 +145,7 @@ static void destroy_pool(session_pool *p) {
   emxi_free(p->kv);
   emxi_free(p->memory);
   emxi_free(p->reports);
+  emxi_free(p->alphas);
   emxi_free(p->attn_work);
   emxi_free(p->decode_work);
   emxi_free(p->nll);
@@ -176,7 +183,9 @@ static emx_status create_pool(emx_model *model, const emx_session_opts *o, sessi
     p->kv = emxi_calloc((size_t)c->num_layers * sizeof(emx_kv *));
     p->memory = emxi_calloc(floats);
     p->reports = emxi_calloc((size_t)c->num_heads * sizeof *p->reports);
-    if (!p->kv || !p->memory || !p->reports) status = emxi_fail(EMX_ERR_NOMEM, "session: no memory for %zu bytes", floats);
+    if (c->alpha_learned) p->alphas = emxi_calloc((size_t)c->num_layers * (size_t)c->num_heads * sizeof *p->alphas);
+    if (!p->kv || !p->memory || !p->reports || (c->alpha_learned && !p->alphas))
+      status = emxi_fail(EMX_ERR_NOMEM, "session: no memory for %zu bytes", floats);
   }
   for (int32_t l = 0; l < c->num_layers && !status; l++) status = emx_kv_create(model->ctx, &kv, &p->kv[l]);
   if (status) {
@@ -185,6 +194,8 @@ static emx_status create_pool(emx_model *model, const emx_session_opts *o, sessi
   }
   carve(p, p->memory);
   emxi_alibi_slopes(c, p->slopes);
+  for (int32_t l = 0; p->alphas && l < c->num_layers; l++)
+    emxi_learned_alphas(c, &model->w.layers[l], p->alphas + (int64_t)l * c->num_heads, NULL);
   for (int32_t h = 0; h < c->num_heads; h++) p->alibi |= p->slopes[h] != 0;
   *out = p;
   return EMX_OK;
@@ -229,7 +240,7 @@ static emx_status set_select(emx_session *s, const emx_select_desc *select) {
   if (select->kind == EMX_SELECT_PAGES)
     return emxi_fail(EMX_ERR_UNSUPPORTED,
                      "emx_session_set_select: every layer and step has its own pages; use emx_decode for page lists");
-  tensors t = tensors_of(p, 1);
+  tensors t = tensors_of(p, 0, 1);
   emx_decode_io io = decode_io(p, &t);
   size_t size;
   EMX_TRY(emx_decode_workspace_size(p->model->ctx, p->kv[0], select, &io, p->max_tokens, &size));
@@ -369,7 +380,7 @@ static double now(void) {
 static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t length) {
   session_pool *p = s->pool;
   emx_ctx *ctx = p->model->ctx;
-  tensors t = tensors_of(p, m);
+  tensors t = tensors_of(p, l, m);
   emx_kv_batch batch;
   emx_kv_batch_init(&batch);
   batch.batch = 1;
@@ -397,6 +408,7 @@ static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t l
   io.block_table = &table;
   io.seqlens_k = &lengths;
   io.alibi_slopes = p->alibi ? &t.slopes : NULL;
+  io.alphas = p->alphas ? &t.alphas : NULL;
   size_t size;
   EMX_TRY(emx_attn_workspace_size(ctx, &desc, &io, EMX_PASS_FORWARD, &size));
   EMX_TRY(grow(&p->attn_work, &p->attn_size, size, "working memory"));
@@ -407,7 +419,7 @@ static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t l
 static emx_status attend_decode(emx_session *s, int32_t l, emx_session_stats *stats) {
   session_pool *p = s->pool;
   const emx_model_config *c = &p->model->config;
-  tensors t = tensors_of(p, 1);
+  tensors t = tensors_of(p, l, 1);
   emx_kv_batch batch;
   emx_kv_batch_init(&batch);
   batch.batch = 1;
@@ -463,7 +475,17 @@ static emx_status forward(emx_session *s, const int32_t *tokens, int64_t m, int6
     if (scaled) EMX_TRY(emxi_scale_queries(ctx, c, y, p->q, qd, p->theta, 2 * scaled, places));
     EMX_TRY(stats ? attend_decode(s, l, stats) : attend_prefill(s, l, m, length));
     if (s->tap) {
-      const emxi_layer_view view = {ctx, p->kv[l], s->seqs[l], l, length, m, p->q, p->k, p->v, p->alibi ? p->slopes : NULL};
+      const emxi_layer_view view = {ctx,
+                                    p->kv[l],
+                                    s->seqs[l],
+                                    l,
+                                    length,
+                                    m,
+                                    p->q,
+                                    p->k,
+                                    p->v,
+                                    p->alibi ? p->slopes : NULL,
+                                    p->alphas ? p->alphas + (int64_t)l * c->num_heads : NULL};
       EMX_TRY(s->tap(s->tap_user, &view));
     }
     EMX_TRY(emxi_linear(ctx, p->a, y->wo, p->x, m, qd, width, true));

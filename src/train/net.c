@@ -23,7 +23,7 @@ static sizes sizes_of(const emx_model_config *c) {
 typedef struct views {
   emx_attn_desc desc;
   emx_attn_io io;
-  emx_tensor q, k, v, o, tau, slopes, d_o, d_q, d_k, d_v;
+  emx_tensor q, k, v, o, tau, slopes, alphas, d_alpha, d_o, d_q, d_k, d_v;
 } views;
 
 static emx_tensor heads(float *p, int64_t batch, int64_t length, int64_t n, int64_t d, int64_t row) {
@@ -44,6 +44,7 @@ static void attention_views(const emxi_net *net, const emxi_saved *s, int64_t ba
   emx_attn_io_init(&a->io);
   /* Offsets of a NULL base are not formed: while counting, any aligned address stands for the memory to come. */
   static float nowhere[1];
+  static double no_alpha[1];
   float *qkv = s ? s->qkv : nowhere, *dqkv = net->dqkv ? net->dqkv : nowhere;
   const int64_t at_k = s ? z.q : 0, at_v = s ? z.q + z.kv : 0, dat_k = net->dqkv ? z.q : 0, dat_v = net->dqkv ? z.q + z.kv : 0;
   a->q = heads(qkv, batch, length, h, d, z.qkv);
@@ -54,6 +55,11 @@ static void attention_views(const emxi_net *net, const emxi_saved *s, int64_t ba
   a->io.q = &a->q;
   a->io.k = &a->k;
   a->io.v = &a->v;
+  if (c->alpha_learned) {
+    a->alphas = emx_tensor_view(net->alphas ? net->alphas : no_alpha, EMX_F64, 1, &h);
+    a->d_alpha = emx_tensor_view(net->d_alpha ? net->d_alpha : no_alpha, EMX_F64, 1, &h);
+    a->io.alphas = &a->alphas;
+  }
   *(a->desc.alpha == 1 ? &a->io.lse : &a->io.tau) = &a->tau;
   a->io.alibi_slopes = &a->slopes;
   if (pass == EMX_PASS_FORWARD) {
@@ -68,6 +74,7 @@ static void attention_views(const emxi_net *net, const emxi_saved *s, int64_t ba
     a->io.d_q = &a->d_q;
     a->io.d_k = &a->d_k;
     a->io.d_v = &a->d_v;
+    if (c->alpha_learned) a->io.d_alpha = &a->d_alpha;
   }
 }
 
@@ -85,6 +92,9 @@ emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shap
   const bool rope = c->position_type == EMX_POSITION_ROPE;
   net->slopes = FLOATS(c->num_heads);
   net->rope = FLOATS(rope ? longest * c->head_dim : 0);
+  net->alphas = emxi_arena_take(arena, c->alpha_learned ? c->num_heads : 0, sizeof(double));
+  net->d_alpha = emxi_arena_take(arena, c->alpha_learned ? c->num_heads : 0, sizeof(double));
+  net->alpha_slopes = emxi_arena_take(arena, c->alpha_learned ? c->num_heads : 0, sizeof(double));
   net->sums = emxi_arena_take(arena, emxi_scale_sums(c, tokens), sizeof(double));
   for (int32_t l = 0; l < c->num_layers; l++) {
     const emxi_saved s = {.x = FLOATS(tokens * z.width),
@@ -161,6 +171,7 @@ emx_status emxi_net_forward(emxi_net *net, int64_t batch, int64_t length, bool w
     if (c->attn_scale_type != EMX_ATTN_SCALE_NONE)
       EMX_TRY(emxi_scale_queries(ctx, c, w, s->qkv, z.qkv, s->qkv + z.z, z.qkv, places));
     views a;
+    if (c->alpha_learned) emxi_learned_alphas(c, w, net->alphas, NULL);
     attention_views(net, s, batch, length, EMX_PASS_FORWARD, &a);
     EMX_TRY(emx_attn_forward(ctx, &a.desc, &a.io, net->workspace, net->workspace_bytes));
     EMX_TRY(emxi_linear_residual(ctx, s->o, w->wo, s->x, s->x_mid, n, z.q, z.width));
@@ -207,8 +218,10 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
     EMX_TRY(emxi_linear_dx(ctx, net->dx, w->wo, net->d_o, n, z.q, z.width, false));
     EMX_TRY(emxi_linear_dw(ctx, s->o, net->dx, g->wo, net->partials, n, z.q, z.width, false));
     views a;
+    if (c->alpha_learned) emxi_learned_alphas(c, w, net->alphas, net->alpha_slopes);
     attention_views(net, s, batch, length, EMX_PASS_BACKWARD, &a);
     EMX_TRY(emx_attn_backward(ctx, &a.desc, &a.io, net->workspace, net->workspace_bytes));
+    for (int32_t h = 0; c->alpha_learned && h < c->num_heads; h++) g->alpha[h] = (float)(net->d_alpha[h] * net->alpha_slopes[h]);
     if (c->attn_scale_type != EMX_ATTN_SCALE_NONE)
       EMX_TRY(emxi_scale_backward(ctx, c, w, s->qkv, s->qkv + z.z, net->dqkv, net->dqkv + z.z, z.qkv, net->sums, g, places));
     if (c->position_type == EMX_POSITION_ROPE)

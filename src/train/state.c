@@ -53,6 +53,7 @@ static int describe(const emx_trainer *t, entry e[MAX_ENTRIES]) {
   CONFIG_REAL(rms_norm_eps);
   CONFIG_REAL(entmax_alpha);
   /* Where they mean something: folders from before these keys existed can still be continued. */
+  if (c->alpha_learned) CONFIG_INT(alpha_learned);
   if (c->position_type == EMX_POSITION_ROPE) CONFIG_REAL(rope_theta);
   if (c->attn_scale_type == EMX_ATTN_SCALE_FOCAL) {
     CONFIG_REAL(focal_temperature);

@@ -39,6 +39,7 @@ typedef struct emxi_net {
   float *slopes;     /* [H] */
   float *rope;       /* [T,D], RoPE */
   double *sums;      /* of theta's gradient */
+  double *alphas, *d_alpha, *alpha_slopes; /* [H] each, learned alpha: of the layer at work */
   emxi_saved *layers;
   float *x_last, *rstd_last, *h_last; /* of the last norm */
   float *logits, *nll;                /* [N,V], [N] */

@@ -130,8 +130,8 @@ static emx_status take_memory(emx_trainer *t) {
 }
 
 /* N(0, 0.02), the projections onto the residual stream smaller by sqrt(2 L), which keeps its variance independent of the depth
- * (Radford et al. 2019); norms 1, theta's parameters constant. The i-th tensor that is not theta's is stream i of the seed: models
- * that differ in theta alone start from the same weights. */
+ * (Radford et al. 2019); norms 1, the parameters of alpha and theta constant. The i-th tensor beside those is stream i of the seed:
+ * models that differ in them alone start from the same weights. */
 static void initial_weights(emx_trainer *t) {
   const double residual = 1 / sqrt(2.0 * t->config.num_layers);
   uint64_t stream = 0;
@@ -139,14 +139,14 @@ static void initial_weights(emx_trainer *t) {
     emxi_param p;
     emxi_param_at(&t->config, i, &p);
     float *w = t->net.w.data + p.offset;
-    if (p.start == EMXI_START_NORM || p.start == EMXI_START_SCALE) {
+    if (p.start == EMXI_START_NORM || p.start == EMXI_START_SCALAR) {
       for (int64_t j = 0; j < p.count; j++) w[j] = p.value;
     } else {
       const float scale = (float)(0.02 * (p.start == EMXI_START_RESIDUAL ? residual : 1));
       emxi_normals(t->opts.seed, stream, w, p.count);
       for (int64_t j = 0; j < p.count; j++) w[j] *= scale;
     }
-    stream += p.start != EMXI_START_SCALE;
+    stream += p.start != EMXI_START_SCALAR;
   }
   const size_t bytes = (size_t)t->net.w.count * sizeof(float);
   memset(t->adamw.m, 0, bytes);

@@ -110,7 +110,7 @@ static void reference(void) {
           for (int d = 0; d < D; d++) s[j] += q[t][head * D + d] * k[j][kv * D + d];
           s[j] = s[j] / sqrt(D) - ref_slope(head) * (t - j);
         }
-        emxi_oracle_entmax(s, t + 1, config.entmax_alpha, p, &support);
+        emxi_oracle_entmax(s, t + 1, y->alpha ? 1 + 1 / (1 + exp(-y->alpha[head])) : config.entmax_alpha, p, &support);
         for (int j = 0; j <= t; j++)
           for (int d = 0; d < D; d++) a[head * D + d] += p[j] * v[j][kv * D + d];
       }
@@ -664,13 +664,16 @@ static void test_scales_and_positions(void **state) {
   static double plain[N][V];
   static const struct {
     const char *name;
-    int32_t position, scale, slopes, learned;
-  } cases[] = {{"nape, asentmax", EMX_POSITION_NAPE, EMX_ATTN_SCALE_ASENTMAX, EMX_SLOPE_LINEAR, 0},
-               {"rope, asentmax", EMX_POSITION_ROPE, EMX_ATTN_SCALE_ASENTMAX, EMX_SLOPE_LINEAR, 0},
-               {"nape, given, ssmax", EMX_POSITION_NAPE, EMX_ATTN_SCALE_SSMAX, EMX_SLOPE_GIVEN, 0},
-               {"alibi, learned focal", EMX_POSITION_ALIBI, EMX_ATTN_SCALE_FOCAL, EMX_SLOPE_LINEAR, 1},
-               {"nope, focal", EMX_POSITION_NOPE, EMX_ATTN_SCALE_FOCAL, EMX_SLOPE_LINEAR, 0},
-               {"rope", EMX_POSITION_ROPE, EMX_ATTN_SCALE_NONE, EMX_SLOPE_LINEAR, 0}};
+    int32_t position, scale, slopes, learned, alpha_learned;
+  } cases[] = {
+      {"nape, asentmax", .position = EMX_POSITION_NAPE, .scale = EMX_ATTN_SCALE_ASENTMAX},
+      {"rope, asentmax", .position = EMX_POSITION_ROPE, .scale = EMX_ATTN_SCALE_ASENTMAX},
+      {"nape, given, ssmax", .position = EMX_POSITION_NAPE, .scale = EMX_ATTN_SCALE_SSMAX, .slopes = EMX_SLOPE_GIVEN},
+      {"alibi, learned focal", .position = EMX_POSITION_ALIBI, .scale = EMX_ATTN_SCALE_FOCAL, .learned = 1},
+      {"nope, focal", .position = EMX_POSITION_NOPE, .scale = EMX_ATTN_SCALE_FOCAL},
+      {"rope", .position = EMX_POSITION_ROPE},
+      {"nape, learned alpha", .position = EMX_POSITION_NAPE, .alpha_learned = 1},
+      {"rope, asentmax, learned alpha", .position = EMX_POSITION_ROPE, .scale = EMX_ATTN_SCALE_ASENTMAX, .alpha_learned = 1}};
   const emx_model_config before = config;
   memcpy(plain, want_logits, sizeof plain);
   emx_ctx *single = context(1);
@@ -681,6 +684,7 @@ static void test_scales_and_positions(void **state) {
     config.attn_scale_type = cases[i].scale;
     config.alibi_slope_type = cases[i].slopes;
     config.focal_learned = cases[i].learned;
+    config.alpha_learned = cases[i].alpha_learned;
     config.alibi_slopes[0] = 0.3, config.alibi_slopes[1] = 0.07;
     config.rope_theta = 100;
     make_weights();

@@ -214,7 +214,9 @@ static double forward64(const emx_model_config *c, const double *w, const int32_
           for (int64_t i = 0; i < D; i++) s[j] += q[t][a * D + i] * k[j][kv * D + i] / sqrt((double)D);
         }
         int64_t support;
-        emxi_oracle_entmax(s, t + 1, c->entmax_alpha, p, &support);
+        const double alpha =
+            c->alpha_learned ? 1 + 1 / (1 + exp(-named(c, w, l, "self_attn.entmax_alpha_logit")[a])) : c->entmax_alpha;
+        emxi_oracle_entmax(s, t + 1, alpha, p, &support);
         for (int64_t j = 0; j <= t; j++)
           for (int64_t i = 0; i < D; i++) o[a * D + i] += p[j] * v[j][kv * D + i];
       }
@@ -312,19 +314,26 @@ static void test_gradient_scales(void **state) {
     const char *name;
     int32_t position, scale, slopes, learned;
     double alpha;
-  } cases[] = {{"nape, asentmax", EMX_POSITION_NAPE, EMX_ATTN_SCALE_ASENTMAX, EMX_SLOPE_LINEAR, 0, 1.5},
-               {"rope, asentmax", EMX_POSITION_ROPE, EMX_ATTN_SCALE_ASENTMAX, EMX_SLOPE_LINEAR, 0, 1.25},
-               {"nope, ssmax", EMX_POSITION_NOPE, EMX_ATTN_SCALE_SSMAX, EMX_SLOPE_LINEAR, 0, 1},
-               {"nape, given, ssmax", EMX_POSITION_NAPE, EMX_ATTN_SCALE_SSMAX, EMX_SLOPE_GIVEN, 0, 1.5},
-               {"alibi, exp, learned focal", EMX_POSITION_ALIBI, EMX_ATTN_SCALE_FOCAL, EMX_SLOPE_EXP, 1, 1.5},
-               {"rope, focal", EMX_POSITION_ROPE, EMX_ATTN_SCALE_FOCAL, EMX_SLOPE_LINEAR, 0, 1.5},
-               {"rope", EMX_POSITION_ROPE, EMX_ATTN_SCALE_NONE, EMX_SLOPE_LINEAR, 0, 1.5}};
+    int32_t alpha_learned;
+  } cases[] = {{"nape, asentmax", .position = EMX_POSITION_NAPE, .scale = EMX_ATTN_SCALE_ASENTMAX, .alpha = 1.5},
+               {"rope, asentmax", .position = EMX_POSITION_ROPE, .scale = EMX_ATTN_SCALE_ASENTMAX, .alpha = 1.25},
+               {"nope, ssmax", .position = EMX_POSITION_NOPE, .scale = EMX_ATTN_SCALE_SSMAX, .alpha = 1},
+               {"nape, given, ssmax", .position = EMX_POSITION_NAPE, .scale = EMX_ATTN_SCALE_SSMAX, .slopes = EMX_SLOPE_GIVEN,
+                .alpha = 1.5},
+               {"alibi, exp, learned focal", .position = EMX_POSITION_ALIBI, .scale = EMX_ATTN_SCALE_FOCAL,
+                .slopes = EMX_SLOPE_EXP, .learned = 1, .alpha = 1.5},
+               {"rope, focal", .position = EMX_POSITION_ROPE, .scale = EMX_ATTN_SCALE_FOCAL, .alpha = 1.5},
+               {"rope", .position = EMX_POSITION_ROPE, .alpha = 1.5},
+               {"nape, learned alpha", .position = EMX_POSITION_NAPE, .alpha = 1.5, .alpha_learned = 1},
+               {"rope, asentmax, learned alpha", .position = EMX_POSITION_ROPE, .scale = EMX_ATTN_SCALE_ASENTMAX, .alpha = 1.5,
+                .alpha_learned = 1}};
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
     emx_model_config c = tiny(cases[i].alpha);
     c.position_type = cases[i].position;
     c.attn_scale_type = cases[i].scale;
     c.alibi_slope_type = cases[i].slopes;
     c.focal_learned = cases[i].learned;
+    c.alpha_learned = cases[i].alpha_learned;
     c.alibi_slopes[0] = 0.7, c.alibi_slopes[1] = 0.05;
     c.rope_theta = 50;
     check_gradient(&c, cases[i].name);
