@@ -14,6 +14,7 @@
 enum { CLI_OK = 0, CLI_ERROR = 1, CLI_USAGE = 2, CLI_INTERRUPTED = 130 };
 
 int cmd_info(int argc, char **argv);
+int cmd_selftest(int argc, char **argv);
 int cmd_map(int argc, char **argv);
 int cmd_decode(int argc, char **argv);
 int cmd_train(int argc, char **argv);

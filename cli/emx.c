@@ -9,6 +9,7 @@ static const struct command {
   int (*run)(int argc, char **argv);
 } commands[] = {
     {"info", "the library, this machine, a model folder or a safetensors file", cmd_info},
+    {"selftest", "does this machine compute the known answers, and how fast", cmd_selftest},
     {"map", "alpha-entmax of rows of numbers", cmd_map},
     {"decode", "attention of queries against keys and values from a file, with a report", cmd_decode},
     {"train", "train a byte model on text files", cmd_train},
