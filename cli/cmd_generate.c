@@ -101,8 +101,10 @@ int cmd_generate(int argc, char **argv) {
       .doc =
           "Continues a prompt. The text goes to standard output as it is made, statistics to standard error; "
           "with --json only one object at the end.\v"
-          "A saved cache holds the prompt and what was generated. A run that loads it goes on as the run that saved it would have "
-          "done, with the same seed too: what is drawn depends on the seed and the position. It needs the same model; page size and "
+          "A saved cache holds the prompt and what was generated. A run that loads it goes on as the run that saved it would "
+          "have "
+          "done, with the same seed too: what is drawn depends on the seed and the position. It needs the same model; page size "
+          "and "
           "dtype are the file's."};
   options o = {.n = 128};
   cli_select_init(&o.select);

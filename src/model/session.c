@@ -325,7 +325,13 @@ void emxi_session_tap(emx_session *s, emxi_tap_fn tap, void *user) {
   s->tap_user = user;
 }
 
-int64_t emx_session_length(const emx_session *s) { return s ? s->length : 0; }
+int64_t emx_session_length(const emx_session *s) {
+  if (!s) return 0;
+  emxi_ctx_lock(s->pool->model->ctx);
+  const int64_t length = s->length;
+  emxi_ctx_unlock(s->pool->model->ctx);
+  return length;
+}
 
 emx_status emx_session_set_select(emx_session *s, const emx_select_desc *select) {
   if (!s) return emxi_fail(EMX_ERR_INVALID, "emx_session_set_select: the session is NULL");
@@ -621,11 +627,16 @@ emx_status emx_session_decode(emx_session *s, int32_t token, float *logits) {
 emx_status emx_session_get_stats(const emx_session *s, emx_session_stats *stats) {
   if (!s) return emxi_fail(EMX_ERR_INVALID, "emx_session_get_stats: the session is NULL");
   EMXI_CHECK_STRUCT(stats, emx_session_stats);
+  emxi_ctx_lock(s->pool->model->ctx);
   *stats = s->stats;
+  emxi_ctx_unlock(s->pool->model->ctx);
   return EMX_OK;
 }
 void emx_session_reset_stats(emx_session *s) {
-  if (s) s->stats = (emx_session_stats){.struct_size = sizeof s->stats};
+  if (!s) return;
+  emxi_ctx_lock(s->pool->model->ctx);
+  s->stats = (emx_session_stats){.struct_size = sizeof s->stats};
+  emxi_ctx_unlock(s->pool->model->ctx);
 }
 
 /* ---- the last state, and files */
