@@ -46,6 +46,9 @@ int cli_nomem(size_t bytes, const char *what);
 /* A number in [min, max], else a usage error that names the option. */
 int64_t cli_int(const struct argp_state *state, const char *option, const char *text, int64_t min, int64_t max);
 double cli_real(const struct argp_state *state, const char *option, const char *text, double min, double max);
+int32_t cli_map_kind(const struct argp_state *state, const char *text); /* --kind: entmax, normmax or budget */
+/* --kind, --alpha and --budget against each other, when all have been read. */
+void cli_map_check(const struct argp_state *state, const emx_entmax_desc *desc, bool budget_set);
 int cli_page(const struct argp_state *state, const char *text); /* --page: 16, 32 or 64 */
 uint64_t cli_seed(const struct argp_state *state, const char *option, const char *text);
 int32_t cli_dtype(const struct argp_state *state, const char *option, const char *text, const char *allowed);

@@ -68,6 +68,20 @@ uint64_t cli_seed(const struct argp_state *state, const char *option, const char
     argp_error(state, "%s is '%s', expected an integer from 0 to 2^64-1", option, text);
   return v;
 }
+int32_t cli_map_kind(const struct argp_state *state, const char *text) {
+  static const char *const names[] = {"entmax", "normmax", "budget"};
+  for (int32_t kind = 0; kind < 3; kind++)
+    if (!strcmp(text, names[kind])) return kind;
+  argp_error(state, "--kind is '%s', expected entmax, normmax or budget", text);
+  return EMX_MAP_ENTMAX;
+}
+void cli_map_check(const struct argp_state *state, const emx_entmax_desc *desc, bool budget_set) {
+  const bool budget = desc->kind == EMX_MAP_BUDGET;
+  if (desc->kind != EMX_MAP_ENTMAX && desc->alpha == 1)
+    argp_error(state, "--kind %s needs --alpha above 1", budget ? "budget" : "normmax");
+  if (budget_set && !budget) argp_error(state, "--budget goes with --kind budget");
+  if (budget && !(desc->budget > 0)) argp_error(state, "--budget is %g, expected more than 0", desc->budget);
+}
 int cli_page(const struct argp_state *state, const char *text) {
   if (strcmp(text, "16") && strcmp(text, "32") && strcmp(text, "64"))
     argp_error(state, "--page is '%s', expected 16, 32 or 64", text);

@@ -27,7 +27,26 @@ fails 2 'multiple' bench decode --hq 3 --hkv 2
 run 1 bench decode --n 1000000000 --hkv 4096 --hq 4096 --d 256 --dtype f32
 grep -q '[0-9][0-9]* bytes' err || die "a cache over memory is refused without its bytes"
 run 0 bench map --n 777 --rows 5 --rounds 3 --json
-holds '.n == 777 and .rows == 5 and .ms > 0 and .max_err < 1e-6 and .support >= 1 and .vs_softmax > 0'
-run 0 bench map --n 50 --rows 2 --rounds 3 --alpha 1 --dtype f64 --json
-[ "$(wc -l <out)" = 1 ] || die "alpha 1 is softmax itself"
+# largest errors: 1e-6 is the promise for weights and losses, gradients are relative
+holds '.n == 777 and .rows == 5 and .ms > 0 and .max_err < 1e-6 and .support >= 1 and .vs_softmax > 0 and .bytes > 0'
+all_hold 'map(.map + " " + .pass) == ["softmax forward", "entmax forward", "softmax backward", "entmax backward", "softmax loss", "entmax loss"]'
+run 0 bench map --n 50 --rows 2 --rounds 3 --alpha 1 --dtype f64 --json --pass forward,loss
+[ "$(wc -l <out)" = 2 ] || die "alpha 1 is softmax itself"
+for kind in normmax "budget --budget 7.5"; do
+  run 0 bench map --n 300 --rows 2 --rounds 3 --alpha 2 --kind $kind --json --dtype f32 --std 3
+  holds '.max_err < 1e-6'
+done
+all_hold 'length == 4'
+for alpha in 1.1 1.7 3; do
+  run 0 bench map --n 300 --rows 2 --rounds 3 --alpha $alpha --json
+  holds '.max_err < 2e-5'
+done
+run 0 bench map --n 50 --rows 1 --rounds 3 --pass backward
+[ "$(wc -l <out)" = 3 ] || die "table"
+fails 2 'pass' bench map --pass forward,sideways
+fails 2 'pass' bench map --pass ''
+fails 2 'loss' bench map --kind budget --pass loss
+fails 2 'alpha' bench map --kind normmax --alpha 1
+fails 2 'budget' bench map --budget 3
+run 1 bench map --kind budget --budget 60 --n 50 --rows 1
 exit 0

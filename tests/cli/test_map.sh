@@ -38,6 +38,36 @@ map 2 '1\n' --alpha 0.5
 map 2 '1\n' --alpha 5
 map 2 '1\n' --alpha nan
 map 2 '1\n' 3
+# other maps: clamp(x - tau, 0, 1) with sum 2; normmax of alpha 2 is (.6, .8) / 1.4 for scores .2 apart
+map 0 '3 2.5 2.25 0\n' --json --kind budget --alpha 2 --budget 2
+holds '.p[0] == 1 and (.p[1] - 0.625 | fabs) < 1e-15 and (.p[2] - 0.375 | fabs) < 1e-15 and .p[3] == 0'
+holds '(.tau - 1.875 | fabs) < 1e-15 and .support == 3'
+map 0 '1 1.2 -1\n' --json --kind normmax --alpha 2
+holds '(.p[0] - 0.6/1.4 | fabs) < 1e-12 and .p[2] == 0 and (.tau - 0.4 | fabs) < 1e-12 and .support == 2'
+map 1 '1 2 3 4\n1 2 3\n' --kind budget --budget 3.5
+grep -q "line 2.*3 scores.*3.5" err || die "a row too short for the budget is not named"
+map 0 '1 -inf -inf 2\n' --kind budget --budget 3
+[ "$(cat out)" = "1 0 0 1" ] || die "fewer scores than the budget"
+map 2 '1 2\n' --kind budget --alpha 1
+map 2 '1 2\n' --kind normmax --alpha 1
+map 2 '1 2\n' --kind top
+map 2 '1 2\n' --budget 2
+grep -q -- "--kind budget" err || die "--budget alone is not explained"
+map 2 '1 2\n' --kind budget --budget 0
+map 2 '1 2\n' --kind budget --loss
+# losses: that of the literature's example, cross-entropy of two equal scores, a mask as the class
+map 0 '2 -2 0 .5\n' --json --loss
+holds '(.loss - 0.18437138 | fabs) < 1e-8 and (.dx[2] + 0.32600736 | fabs) < 1e-8 and .dx[0] == 0 and .support == 2'
+map 0 '0, 0, 0\n1 0 -inf\n' --json --loss --alpha 1
+all_hold '(.[0].loss - 0.6931471805599453 | fabs) < 1e-15 and .[0].dx == [-0.5,0.5] and .[1].loss == null'
+map 0 '0 5 1\n1 5 1\n' --loss --alpha 2
+[ "$(cat out)" = "$(printf '0\n4')" ] || die "plain losses"
+for bad in 2 -1 0.5 -inf; do
+  map 1 "0 1 2\n$bad 1 2\n" --loss
+  grep -q "line 2.*class" err || die "class $bad is not refused"
+done
+map 1 '0\n' --loss
+grep -q "line 1.*no scores" err || die "a class without scores"
 map 1 ''
 grep -q empty err || die "empty input goes unnoticed"
 seq 1 5000 | tr '\n' ' ' | "$EMX" map --json >out || die "a long row"
