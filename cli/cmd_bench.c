@@ -52,9 +52,10 @@ double bench_read(emx_ctx *ctx, const void *memory, size_t bytes) {
 
 int cmd_bench(int argc, char **argv) {
   static const char usage[] =
-      "Usage: emx bench decode|map [OPTION...]\n\n"
+      "Usage: emx bench decode|map|budgets [OPTION...]\n\n"
       "  decode   one decode step: softmax first, then each selector, against float64 attention\n"
-      "  map      rows of the mapping: softmax first, then alpha-entmax\n\n"
+      "  map      rows of the mapping: softmax first, then alpha-entmax\n"
+      "  budgets  what a byte budget loses on the activations of trained models\n\n"
       "`emx bench decode --help` lists the options.\n";
   if (argc < 2) {
     fputs(usage, stderr);
@@ -68,10 +69,14 @@ int cmd_bench(int argc, char **argv) {
     cli_command = "emx bench map";
     return bench_map(argc - 1, argv + 1);
   }
+  if (!strcmp(argv[1], "budgets")) {
+    cli_command = "emx bench budgets";
+    return bench_budgets(argc - 1, argv + 1);
+  }
   if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-?")) {
     fputs(usage, stdout);
     return cli_flush();
   }
-  cli_warn("unknown benchmark '%s', expected decode or map", argv[1]);
+  cli_warn("unknown benchmark '%s', expected decode, map or budgets", argv[1]);
   return CLI_USAGE;
 }

@@ -91,7 +91,6 @@ static void draw(FILE *f, const svg_chart *c) {
   }
   settle(&x);
   settle(&y);
-  begin(f, WIDTH, HEIGHT);
   text(f, LEFT, 26, "start", " font-size=\"15\" font-weight=\"bold\"", c->title);
   double at[16];
   char label[32];
@@ -116,7 +115,7 @@ static void draw(FILE *f, const svg_chart *c) {
   fputs("</g>\n", f);
   for (int i = 0; i < c->n; i++) {
     const svg_series *s = &c->series[i];
-    const char *colour = colours[i % (int)(sizeof colours / sizeof *colours)],
+    const char *colour = colours[(s->colour ? s->colour - 1 : i) % (int)(sizeof colours / sizeof *colours)],
                *dash = s->dashed ? " stroke-dasharray=\"6 4\"" : "";
     bool pen = false;
     fprintf(f, "<path fill=\"none\" stroke=\"%s\" stroke-width=\"1.8\"%s d=\"", colour, dash);
@@ -138,7 +137,6 @@ static void draw(FILE *f, const svg_chart *c) {
     if (s->dots) fprintf(f, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"3.2\" fill=\"%s\"/>\n", LEFT + w + 24, ly - 4, colour);
     text(f, LEFT + w + 42, ly, "start", "", s->name);
   }
-  fputs("</svg>\n", f);
 }
 
 static void draw_heat(FILE *f, const svg_heat *h) {
@@ -172,12 +170,19 @@ static int finish(FILE *f, const char *path) {
   int bad = ferror(f);
   return fclose(f) || bad ? cli_fail("cannot write %s: %s", path, strerror(errno)) : CLI_OK;
 }
-int svg_write(const char *path, const svg_chart *chart) {
+int svg_write_charts(const char *path, const svg_chart *charts, int n) {
   FILE *f = fopen(path, "w");
   if (!f) return cli_fail("cannot write %s: %s", path, strerror(errno));
-  draw(f, chart);
+  begin(f, WIDTH, n * HEIGHT);
+  for (int i = 0; i < n; i++) {
+    fprintf(f, "<g transform=\"translate(0 %d)\">\n", i * HEIGHT);
+    draw(f, &charts[i]);
+    fputs("</g>\n", f);
+  }
+  fputs("</svg>\n", f);
   return finish(f, path);
 }
+int svg_write(const char *path, const svg_chart *chart) { return svg_write_charts(path, chart, 1); }
 int svg_write_heat(const char *path, const svg_heat *heat) {
   FILE *f = fopen(path, "w");
   if (!f) return cli_fail("cannot write %s: %s", path, strerror(errno));

@@ -11,6 +11,7 @@ typedef struct svg_series {
   const double *x, *y; /* [n]; a point that is not finite, or not positive on a logarithmic axis, interrupts the line */
   int n;
   bool dashed, dots;
+  int colour; /* 0: that of its place; else its number, from 1 */
 } svg_series;
 
 typedef struct svg_chart {
@@ -22,6 +23,8 @@ typedef struct svg_chart {
 
 /* CLI_OK, or CLI_ERROR with a message. */
 int svg_write(const char *path, const svg_chart *chart);
+/* Several below one another. */
+int svg_write_charts(const char *path, const svg_chart *charts, int n);
 
 /* Shares in [0, 1] as tables side by side: white at a row's floor and below it, blue at 1, the number in the cell. */
 typedef struct svg_heat {
