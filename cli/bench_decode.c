@@ -120,6 +120,8 @@ static emx_status make_cache(bench *b) {
   kv.head_dim = b->D;
   kv.page_size = o->page;
   kv.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS;
+  for (int i = 0; i < o->select.n; i++)
+    if (o->select.desc[i].kind == EMX_SELECT_CERTIFIED) kv.summaries |= EMX_SUMMARY_SKETCH | EMX_SUMMARY_RESIDUAL;
   kv.max_seqs = b->B;
   for (int i = 0; i < b->B; i++) kv.max_pages += (b->lengths[i] + o->page - 1) / o->page;
   EMX_TRY(emx_kv_create(b->ctx, &kv, &b->kv));
@@ -288,6 +290,10 @@ static void dense_head(bench *b, int h, double alpha, dense *d) {
 static emx_status dropped(bench *b, const method *m, int h, const double *p, double *delta) {
   *delta = 0;
   if (m->select.kind == EMX_SELECT_ALL || m->reports[h].path == EMX_PATH_ALL) return EMX_OK;
+  if (m->select.kind == EMX_SELECT_CERTIFIED) { /* leaves out tokens, not pages: what a certificate says is checked by rel_err */
+    if (!(m->reports[h].flags & EMX_REPORT_CERTIFIED)) *delta = NAN;
+    return EMX_OK;
+  }
   const int64_t rows = (int64_t)b->B * b->H, width = (b->max_len + b->o->page - 1) / b->o->page;
   int32_t *pages = emxi_alloc((size_t)(rows * width) * sizeof *pages), *count = emxi_alloc((size_t)rows * sizeof *count);
   char *read = emxi_calloc((size_t)width);

@@ -165,12 +165,11 @@ void cli_select_init(cli_select *select) {
 static const struct argp_option select_options[] = {
     {NULL, 0, NULL, 0, "Selection of keys and values:", 80},
     {"select", KEY_SELECT, "NAME", 0,
-     "all (default), topk, gaussian or certified (not in this version); a list where the command compares", 80},
+     "all (default), topk, gaussian or certified; a list where the command compares", 80},
     {"budget", KEY_BUDGET, "TOKENS", 0, "topk: tokens a query head reads (default 1024); a list where the command compares", 80},
     {"tau-mode", KEY_TAU_MODE, "M", 0, "gaussian: exact (default), corrected or fixed", 80},
-    {"max-bytes", KEY_MAX_BYTES, "B", 0, "certified: stop after this many bytes (not in this version)", 80},
-    {"max-delta", KEY_MAX_DELTA, "X", 0, "certified: stop when the bound of the dropped mass is at most X (not in this version)",
-     80},
+    {"max-bytes", KEY_MAX_BYTES, "B", 0, "certified: stop a head after this many bytes", 80},
+    {"max-delta", KEY_MAX_DELTA, "X", 0, "certified: stop when the bound of the dropped mass is at most X", 80},
     {0}};
 static bool selects(const cli_select *s, int32_t kind) {
   for (int i = 0; i < s->n; i++)

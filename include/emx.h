@@ -306,7 +306,9 @@ typedef struct emx_kv emx_kv; /* one layer's keys and values: a pool of pages, a
 /* Page summaries, side arrays indexed by physical page and KV head. */
 enum {
   EMX_SUMMARY_MINMAX = 1, /* minimum and maximum of each coordinate, in the cache's dtype (2 D elements) */
-  EMX_SUMMARY_MOMENTS = 2 /* mean and spread of each coordinate (2 D f32) and the radius of the page about its mean (f32) */
+  EMX_SUMMARY_MOMENTS = 2, /* mean and spread of each coordinate (2 D f32) and the radius of the page about its mean (f32) */
+  EMX_SUMMARY_SKETCH = 4,  /* what CERTIFIED reads: centres and radii of 16 and 64 positions, 2+2-bit codes of every key */
+  EMX_SUMMARY_RESIDUAL = 8 /* with SKETCH: 4 more bits a coordinate, which spare most reads of exact keys */
 };
 
 typedef struct emx_kv_opts {
@@ -402,7 +404,8 @@ enum {
   EMX_SELECT_ALL = 0,       /* every token; K streamed once; exact */
   EMX_SELECT_TOPK = 1,      /* the pages with the best box bound, fixed token budget (EntmaxKV's first selector; Quest's score) */
   EMX_SELECT_GAUSSIAN = 2,  /* threshold estimated from page means and spreads (EntmaxKV's second selector, eq. 19) */
-  EMX_SELECT_CERTIFIED = 3, /* branch and bound on sound bounds (reserved: UNSUPPORTED in this version) */
+  EMX_SELECT_CERTIFIED = 3, /* exact without reading every key: tokens whose sound score bound lies below the threshold are left out.
+                             * Needs EMX_SUMMARY_SKETCH; alpha = 1 needs max_delta > 0; emx_decode only */
   EMX_SELECT_PAGES = 4      /* emx_decode only: the caller's page lists */
 };
 enum {

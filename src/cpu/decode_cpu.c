@@ -197,7 +197,7 @@ static void softmax_block(emxi_item *it, int r, int64_t start, int64_t n) {
   add_values(it, r, c);
 }
 
-static void stream(emxi_item *it) {
+void emxi_cpu_stream(emxi_item *it) {
   const emx_kv *kv = it->d->kv;
   const emxi_work *w = it->w;
   const int per_block = EMXI_BLOCK / kv->P;
@@ -352,7 +352,10 @@ void emxi_cpu_finish_row(emxi_item *it, int r) {
     }
     if (!row->bad) {
       write_row(it, r, 1.0, false);
-      if (it->bounds && unread) {
+      if (row->ladder) {
+        delta = row->delta;
+        exact = delta == 0;
+      } else if (it->bounds && unread) {
         /* tau of the tokens read, rounded down: T2 for the scores' errors, plus what the solver's own arithmetic may have lost */
         const double solved = emxi_tau(&sol, alpha);
         const double low = solved - a * row->slack - 1e-9 * fmax(1.0, fabs(solved)) - (double)sol.support * 0x1p-50;
@@ -372,22 +375,22 @@ void emxi_cpu_finish_row(emxi_item *it, int r) {
     write_row(it, r, 0, true);
   }
   if (!d->reports) return;
-  count_reads(it, r);
+  if (!row->ladder) count_reads(it, r);
   emx_report rep = {.tau = (float)tau,
                     .mass = (float)mass,
                     .support = (int32_t)support,
                     .tokens = (int32_t)row->tokens,
                     .pages = (int32_t)row->pages,
-                    .select = (uint8_t)d->select.kind,
+                    .select = (uint8_t)d->asked,
                     .bytes_k = row->bytes_k,
                     .bytes_v = row->bytes_v,
                     .bytes_meta = row->bytes_meta};
   rep.delta_bound = round_up(fmin(delta, 1.0));
   rep.max_unread = unread ? round_up(unit * row->max_unread) : -INFINITY;
-  rep.path = row->tokens == row->visible ? EMX_PATH_ALL : EMX_PATH_PAGES;
+  rep.path = row->ladder ? EMX_PATH_LADDER : row->tokens == row->visible ? EMX_PATH_ALL : EMX_PATH_PAGES;
   const bool certified = !row->bad && exact && (!unread || (alpha > 1.0 && delta == 0));
   rep.flags = (uint8_t)((certified ? EMX_REPORT_CERTIFIED : 0) | (row->bad ? EMX_REPORT_NONFINITE : 0));
-  rep.stopped_by = unread && !certified && d->select.kind == EMX_SELECT_TOPK ? EMX_STOP_BUDGET : EMX_STOP_DONE;
+  rep.stopped_by = row->ladder ? row->stopped_by : unread && !certified && d->select.kind == EMX_SELECT_TOPK ? EMX_STOP_BUDGET : EMX_STOP_DONE;
   memcpy(d->reports + (((int64_t)it->b * d->H + row->h) * d->S + row->s) * d->report_stride, &rep, sizeof rep);
 }
 
@@ -482,7 +485,7 @@ static void run_item(void *arg, int64_t i, int32_t worker) {
     if (d->select.tau_mode == EMX_TAU_FIXED && row->has_estimate)
       row->floor = nextafterf((float)(row->estimate / (row->alpha - 1.0)), -INFINITY);
   }
-  stream(&it);
+  emxi_cpu_stream(&it);
   if (emxi_cancelled(it.ctx)) return;
   for (int r = 0; r < it.rows; r++) emxi_cpu_finish_row(&it, r);
 }
@@ -491,6 +494,7 @@ emx_status emxi_cpu_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *a
   const int64_t total = (int64_t)(d->H / d->kv->G) * d->S;
   const int64_t rows = total < EMXI_ITEM_ROWS ? total : EMXI_ITEM_ROWS;
   if (d->select.kind == EMX_SELECT_ALL && d->S == 1 && !d->select_only) return emxi_cpu_sweep(ctx, d, arena);
+  if (d->select.kind == EMX_SELECT_CERTIFIED) return emxi_cpu_certified(ctx, d, arena);
   job j = {.ctx = ctx, .d = d, .rows = (int32_t)rows};
   j.work = emxi_arena_take(arena, ctx->threads, sizeof *j.work);
   for (int32_t t = 0; t < ctx->threads; t++) {

@@ -66,6 +66,9 @@ typedef struct emxi_row {
   double estimate;   /* GAUSSIAN: threshold in units of (alpha-1) score */
   double slack;      /* largest error of a score that was read */
   double max_unread; /* in score units; -inf if all was read */
+  bool ladder;       /* CERTIFIED: the list is what matters, the counts are made, delta bounds what was left out */
+  double delta;
+  uint8_t stopped_by;
   int64_t pages, tokens, bytes_k, bytes_v, bytes_meta;
 } emxi_row;
 
@@ -129,10 +132,15 @@ void emxi_cpu_load_query(const emxi_table *k, const emxi_decode *d, int32_t b, e
 bool emxi_cpu_softmax_block(const emxi_table *k, int d, const float *s, int64_t n, emxi_partial *c, float *part, float *p);
 /* A finished chunk joins the row; o [QLD]. */
 void emxi_cpu_softmax_merge(int d, emxi_row *row, const emxi_partial *c, const float *part, double *o);
+/* Reads and scores the keys of the item's rows: all of them, or those of the chosen pages. */
+void emxi_cpu_stream(emxi_item *it);
 /* Threshold, values (alpha > 1), output and report of a row whose scores are in. */
 void emxi_cpu_finish_row(emxi_item *it, int r);
 
 /* sweep_cpu.c: ALL with one query token per sequence. */
 emx_status emxi_cpu_sweep(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena);
+
+/* certified_cpu.c: CERTIFIED. */
+emx_status emxi_cpu_certified(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena);
 
 #endif

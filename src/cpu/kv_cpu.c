@@ -4,7 +4,7 @@
 #include "base/num.h"
 #include "cpu/backend_cpu.h"
 #include "cpu/kv_kernels.h"
-#include "kv/kv.h"
+#include "cpu/sketch_cpu.h"
 
 #define MAX_D 256
 
@@ -151,10 +151,36 @@ static void write_tokens(void *arg, int64_t i, int32_t worker) {
   }
 }
 
+/* Sketches of the pages that the write has completed, and of the superpages that end in them. */
+static void sketch_tokens(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  const emx_kv *kv = j->kv;
+  const int32_t b = (int32_t)(i / kv->G), head = (int32_t)(i % kv->G), n = j->w->n ? j->w->n[b] : j->w->t, per = EMXI_SUPER / kv->P;
+  int64_t length;
+  const int32_t *table = emxi_kv_entry(kv, j->w->batch, b, &length);
+  (void)worker;
+  for (int64_t p = length / kv->P; p < (length + n) / kv->P; p++) {
+    emxi_sketch_page(j->k, kv, table[p], head);
+    if (emxi_sketch_super_ready(kv, table, p, length / kv->P)) emxi_sketch_superpage(j->k, kv, table + p + 1 - per, head);
+  }
+}
+
 emx_status emxi_cpu_kv_write(emx_ctx *ctx, const emxi_kv_write *w) {
-  job j = {.k = emxi_cpu_of(ctx)->k, .kv = w->kv, .w = w};
-  EMX_TRY(emxi_parallel(ctx, (int64_t)w->n_copies * w->kv->G, copy_page, &j));
-  return emxi_parallel(ctx, (int64_t)w->batch->batch * w->kv->G, write_tokens, &j);
+  emx_kv *kv = w->kv;
+  job j = {.k = emxi_cpu_of(ctx)->k, .kv = kv, .w = w};
+  EMX_TRY(emxi_parallel(ctx, (int64_t)w->n_copies * kv->G, copy_page, &j));
+  EMX_TRY(emxi_parallel(ctx, (int64_t)w->batch->batch * kv->G, write_tokens, &j));
+  bool complete = false;
+  for (int32_t b = 0; kv->sketch.group && b < w->batch->batch; b++) {
+    int64_t length;
+    const int32_t *table = emxi_kv_entry(kv, w->batch, b, &length);
+    const int64_t from = length / kv->P, to = (length + (w->n ? w->n[b] : w->t)) / kv->P;
+    complete |= to > from;
+    if (to <= from || kv->sketch.mapped) continue;
+    emxi_sketch_learn(j.k, kv, table + from, to - from);
+    kv->sketch.mapped = 1;
+  }
+  return complete ? emxi_parallel(ctx, (int64_t)w->batch->batch * kv->G, sketch_tokens, &j) : EMX_OK;
 }
 
 static void summarize_page(void *arg, int64_t i, int32_t worker) {
@@ -168,7 +194,29 @@ static void summarize_page(void *arg, int64_t i, int32_t worker) {
   if (n) state_store(j->k, kv, page, head, &s);
 }
 
+/* Sketches of the listed pages that are complete; 64/P of them next to each other, from a multiple of that number on, are a superpage. */
+static void sketch_listed(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  const emx_kv *kv = j->kv;
+  const int64_t at = i / kv->G;
+  const int32_t head = (int32_t)(i % kv->G), per = EMXI_SUPER / kv->P;
+  (void)worker;
+  if (j->tokens && j->tokens[at] != kv->P) return;
+  emxi_sketch_page(j->k, kv, j->pages[at], head);
+  bool all = (at + 1) % per == 0;
+  for (int32_t p = 1; all && p < per; p++) all = !j->tokens || j->tokens[at - p] == kv->P;
+  if (all) emxi_sketch_superpage(j->k, kv, j->pages + at + 1 - per, head);
+}
+
 emx_status emxi_cpu_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n) {
   job j = {.k = emxi_cpu_of(ctx)->k, .kv = kv, .pages = pages, .tokens = tokens};
-  return emxi_parallel(ctx, n * kv->G, summarize_page, &j);
+  EMX_TRY(emxi_parallel(ctx, n * kv->G, summarize_page, &j));
+  if (!kv->sketch.group) return EMX_OK;
+  for (int64_t i = 0, end; !kv->sketch.mapped && i < n; i = end + 1) {
+    for (end = i; end < n && (!tokens || tokens[end] == kv->P); end++) continue;
+    if (end == i) continue;
+    emxi_sketch_learn(j.k, kv, pages + i, end - i);
+    kv->sketch.mapped = 1;
+  }
+  return emxi_parallel(ctx, n * kv->G, sketch_listed, &j);
 }

@@ -27,8 +27,10 @@ static emx_status check_opts(const emx_kv_opts *o, const char *who) {
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: page_size is %d, supported are 16, 32 and 64", who, o->page_size);
   if (o->layout != EMX_LAYOUT_BHND && o->layout != EMX_LAYOUT_BNHD)
     return emxi_fail(EMX_ERR_INVALID, "%s: unknown layout %d", who, o->layout);
-  if (o->summaries & ~(EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS))
+  if (o->summaries & ~(EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS | EMX_SUMMARY_SKETCH | EMX_SUMMARY_RESIDUAL))
     return emxi_fail(EMX_ERR_INVALID, "%s: unknown bits in summaries (0x%x)", who, (unsigned)o->summaries);
+  if ((o->summaries & EMX_SUMMARY_RESIDUAL) && !(o->summaries & EMX_SUMMARY_SKETCH))
+    return emxi_fail(EMX_ERR_INVALID, "%s: EMX_SUMMARY_RESIDUAL goes with EMX_SUMMARY_SKETCH", who);
   if (o->max_seqs < 0) return emxi_fail(EMX_ERR_INVALID, "%s: max_seqs is %d", who, o->max_seqs);
   if (o->max_pages < 1 || o->max_pages > INT32_MAX)
     return emxi_fail(EMX_ERR_INVALID, "%s: max_pages is %lld, expected 1..%d", who, (long long)o->max_pages, INT32_MAX);
@@ -57,6 +59,7 @@ static void carve(emx_kv *kv, bool own_pool, emxi_arena *device, emxi_arena *hos
   if (kv->summaries & EMX_SUMMARY_MINMAX) kv->minmax = take(device, M, G, 2 * D, es);
   if (kv->summaries & EMX_SUMMARY_MOMENTS) kv->moments = take(device, M, G, kv->moments_ld, sizeof(float));
   kv->marks = take(device, M, G, 1, 1);
+  emxi_sketch_carve(kv, device, host);
   kv->bytes_summary = (int64_t)(device->used - before);
   kv->sum_tokens = take(host, M, 1, 1, sizeof(int32_t));
   kv->refs = take(host, M, 1, 1, sizeof(int32_t));
@@ -189,6 +192,10 @@ static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
   const size_t M = (size_t)kv->max_pages;
   memset(kv->sum_tokens, 0, M * sizeof *kv->sum_tokens);
   memset(kv->refs, 0, M * sizeof *kv->refs);
+  if (kv->sketch.number) {
+    memset(kv->sketch.number, 0, M * sizeof *kv->sketch.number);
+    memset(kv->sketch.super_number, 0, M * (size_t)(EMXI_SUPER / kv->P) * sizeof *kv->sketch.super_number);
+  }
   memset(kv->stamp, 0, M * sizeof *kv->stamp);
   memset(kv->seqs, 0, (size_t)kv->max_seqs * sizeof *kv->seqs);
   for (size_t i = 0; i < M; i++) kv->free_list[i] = (int32_t)(M - 1 - i); /* page 0 first */
@@ -444,12 +451,15 @@ emx_status emxi_kv_check_new(const emx_ctx *ctx, const emx_kv *kv, int32_t batch
   return EMX_OK;
 }
 
-/* Every page that the append writes to, once each: two sequences of a caller's table must not write to one page. */
-static emx_status check_targets(emx_kv *kv, const emx_kv_batch *batch, const int32_t *n, int32_t t, const char *who) {
+static void next_stamp(emx_kv *kv) {
   if (++kv->stamp_now == 0) {
     memset(kv->stamp, 0, (size_t)kv->max_pages * sizeof *kv->stamp);
     kv->stamp_now = 1;
   }
+}
+
+/* Every page that the append writes to, once each: two sequences of a caller's table must not write to one page. */
+static emx_status check_targets(emx_kv *kv, const emx_kv_batch *batch, const int32_t *n, int32_t t, const char *who) {
   for (int32_t b = 0; b < batch->batch; b++) {
     int64_t length;
     const int32_t *table = emxi_kv_entry(kv, batch, b, &length), more = n ? n[b] : t;
@@ -520,6 +530,7 @@ emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, c
     if (n[b] < 0 || n[b] > t) return emxi_fail(EMX_ERR_INVALID, "%s: n[%d] is %d, k_new holds %d tokens", who, b, n[b], t);
   EMX_TRY(emxi_kv_check_batch(kv, batch, n, t, who));
   if (emxi_cancelled(ctx)) return emxi_fail(EMX_ERR_CANCELLED, "%s: cancelled", who);
+  next_stamp(kv);
   if (batch->seqs)
     EMX_TRY(reserve(kv, batch, n, t, &n_copies, who));
   else
@@ -548,7 +559,9 @@ emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, c
     for (int64_t i = length / kv->P; more && i < emxi_kv_pages_of(kv, length + more); i++) {
       const int64_t in_page = length + more - i * kv->P;
       kv->sum_tokens[table[i]] = status ? 0 : (int32_t)(in_page < kv->P ? in_page : kv->P);
+      if (kv->sketch.number) kv->sketch.number[table[i]] = 0;
     }
+    if (!status && more && kv->sketch.number) emxi_sketch_publish(kv, table, length / kv->P, (length + more) / kv->P);
     if (!status && batch->seqs) kv->seqs[batch->seqs[b]].length += more;
   }
   if (batch->seqs) {
@@ -585,10 +598,7 @@ emx_status emx_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, co
 
 static emx_status summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n) {
   static const char who[] = "emx_kv_summarize";
-  if (++kv->stamp_now == 0) {
-    memset(kv->stamp, 0, (size_t)kv->max_pages * sizeof *kv->stamp);
-    kv->stamp_now = 1;
-  }
+  next_stamp(kv);
   for (int64_t i = 0; i < n; i++) {
     if (pages[i] < 0 || pages[i] >= kv->max_pages)
       return emxi_fail(EMX_ERR_INVALID, "%s: pages[%lld] is %d, the pool has %lld pages", who, (long long)i, pages[i],
@@ -599,7 +609,14 @@ static emx_status summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, cons
     kv->stamp[pages[i]] = kv->stamp_now;
   }
   emx_status status = ctx->backend->kv_summarize(ctx, kv, pages, tokens, n);
-  for (int64_t i = 0; i < n; i++) kv->sum_tokens[pages[i]] = status ? 0 : tokens ? tokens[i] : kv->P;
+  for (int64_t i = 0; i < n; i++) {
+    kv->sum_tokens[pages[i]] = status ? 0 : tokens ? tokens[i] : kv->P;
+    if (kv->sketch.number) kv->sketch.number[pages[i]] = 0;
+  }
+  for (int64_t i = 0, end; !status && kv->sketch.number && i < n; i = end + 1) { /* runs of complete pages */
+    for (end = i; end < n && kv->sum_tokens[pages[end]] == kv->P; end++) continue;
+    emxi_sketch_publish(kv, pages, i, end);
+  }
   return status;
 }
 emx_status emx_kv_summarize(emx_ctx *ctx, emx_kv *kv, const emx_tensor *pages, const emx_tensor *tokens) {

@@ -10,6 +10,7 @@
 
 #include "base/backend.h"
 #include "base/base.h"
+#include "kv/sketch.h"
 
 /* A longer sequence would not fit the int32 positions and lengths of the interface. */
 #define EMXI_KV_MAX_LEN ((int64_t)INT32_MAX - 4096)
@@ -38,6 +39,7 @@ struct emx_kv {
   float *moments;     /* [M,G,moments_ld]: mean [D], m2 [D], radius */
   uint8_t *marks;     /* [M,G] EMXI_MARK_* */
   int64_t moments_ld; /* 2 D + 1, rounded up to a 64-byte line */
+  emxi_sketch sketch;
 
   /* Host side. */
   int32_t *sum_tokens; /* [M] */
@@ -102,6 +104,24 @@ static inline uint8_t *emxi_kv_mark(const emx_kv *kv, int32_t page, int32_t head
   return kv->marks + (int64_t)page * kv->G + head;
 }
 
+/* Sketches (src/kv/sketch.c). Carves the arrays, or counts them. */
+void emxi_sketch_carve(emx_kv *kv, emxi_arena *device, emxi_arena *host);
+/* Whether the superpage that ends in logical page p of a table is complete once the pages from `first_new` on are. */
+bool emxi_sketch_super_ready(const emx_kv *kv, const int32_t *table, int64_t p, int64_t first_new);
+/* Pages [from, to) of the table, complete, have new sketches; and so have the superpages that end in them. */
+void emxi_sketch_publish(emx_kv *kv, const int32_t *table, int64_t from, int64_t to);
+static inline bool emxi_sketch_page_valid(const emx_kv *kv, int32_t page) {
+  return kv->sum_tokens[page] == kv->P && kv->sketch.number[page];
+}
+/* The record in the slot of the superpage's last page describes just these pages. */
+static inline bool emxi_sketch_super_valid(const emx_kv *kv, const int32_t *pages) {
+  const int32_t n = EMXI_SUPER / kv->P;
+  const uint64_t *number = kv->sketch.super_number + (int64_t)pages[n - 1] * n;
+  for (int32_t i = 0; i < n; i++)
+    if (!emxi_sketch_page_valid(kv, pages[i]) || kv->sketch.number[pages[i]] != number[i]) return false;
+  return true;
+}
+
 /* Everything about the batch is in range: sequences exist and are distinct, tables are wide enough for `extra` more tokens each (n
  * may be NULL: extra for all), every page index that would be touched lies in the pool. */
 emx_status emxi_kv_check_batch(const emx_kv *kv, const emx_kv_batch *batch, const int32_t *n, int64_t extra, const char *who);
@@ -135,6 +155,7 @@ typedef struct emxi_decode {
   bool select_only;
   int32_t B, H, S;
   emx_select_desc select;
+  int32_t asked; /* the selector of the reports: the caller's, where CERTIFIED runs as ALL */
   bool per_head; /* alphas is or will be set: heads with and without a threshold may come together */
   double alpha;
   const double *alphas; /* [H] or NULL: `alpha` for all; emxi_decode_alpha() */

@@ -18,6 +18,8 @@ static emx_status check_alpha(const emx_select_desc *s, double alpha, const char
   EMX_TRY(emxi_alpha_check(alpha, who));
   if (s->kind == EMX_SELECT_GAUSSIAN && alpha == 1.0)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: GAUSSIAN needs alpha > 1; use TOPK for softmax", who);
+  if (s->kind == EMX_SELECT_CERTIFIED && alpha == 1.0)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: no token of softmax has weight zero; CERTIFIED needs alpha > 1", who);
   return EMX_OK;
 }
 static emx_status check_select(const emx_kv *kv, const emx_select_desc *s, const char *who) {
@@ -39,8 +41,9 @@ static emx_status check_select(const emx_kv *kv, const emx_select_desc *s, const
                          s->safety_margin, s->excess_margin);
       break;
     case EMX_SELECT_CERTIFIED:
-      return emxi_fail(EMX_ERR_UNSUPPORTED,
-                       "%s: CERTIFIED is not in this version; ALL is exact, TOPK and GAUSSIAN report delta_bound", who);
+      if (!(kv->summaries & EMX_SUMMARY_SKETCH))
+        return emxi_fail(EMX_ERR_STATE, "%s: CERTIFIED needs a cache with EMX_SUMMARY_SKETCH", who);
+      break;
     default: return emxi_fail(EMX_ERR_INVALID, "%s: unknown selector %d", who, s->kind);
   }
   if (s->tau_mode < EMX_TAU_EXACT || s->tau_mode > EMX_TAU_FIXED)
@@ -94,6 +97,7 @@ emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_de
                        .H = (int32_t)q->shape[head],
                        .S = (int32_t)q->shape[token],
                        .select = *select,
+                       .asked = select->kind,
                        .per_head = io->alphas != NULL,
                        .alpha = io->alpha,
                        .scale = io->scale == 0 ? 1.0f / sqrtf((float)kv->D) : io->scale,
@@ -120,6 +124,8 @@ emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_
     if (io->alibi_slopes->dtype != EMX_F32) return emxi_fail(EMX_ERR_DTYPE, "%s: alibi_slopes must be f32", who);
     d->slopes = io->alibi_slopes->data;
   }
+  if (select_only && select->kind == EMX_SELECT_CERTIFIED)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: CERTIFIED leaves out tokens, not pages; it is for emx_decode", who);
   if (select_only && select->kind == EMX_SELECT_PAGES)
     return emxi_fail(EMX_ERR_INVALID, "%s: PAGES is for emx_decode, the lists are what this call makes", who);
   if (select_only || select->kind == EMX_SELECT_PAGES) {

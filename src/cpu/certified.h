@@ -1,0 +1,107 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * The certified selector on the CPU: state of an item (a sequence, a KV head, up to 8 query heads that share every read) and of its
+ * chunks (65536 positions each, whatever the number of threads). Bounds are derived in docs/numerics.md, "Sketches". */
+#ifndef EMXI_CERTIFIED_H
+#define EMXI_CERTIFIED_H
+
+#include "cpu/decode_cpu.h"
+#include "cpu/sketch_kernels.h"
+
+#define CERT_ROWS 8
+#define CERT_CHUNK 65536               /* positions */
+#define CERT_SUPERS (CERT_CHUNK / 64)  /* of a chunk */
+#define CERT_CANDIDATES (CERT_CHUNK / 8) /* of a row and chunk that the planes leave; more: the item takes ALL's path */
+#define CERT_FOUND 2048                /* scores above the limit of a row and chunk; more: the same */
+#define CERT_SEEDS 2                   /* superpages with the best centres, and as many with the best bounds */
+#define CERT_BLOCK 64                  /* groups judged at a time */
+#define CERT_PROBE (CERT_BLOCK * 16)   /* keys of a probe */
+#define CERT_READ 0x80
+
+/* A query in the sketches' terms: q.k = q.offset + q'.y with q' = q weight, and q' = s1 a + s2 b + rest in 8-bit integers a, b. */
+typedef struct cert_query {
+  double alpha, a;       /* alpha - 1; alpha = 1: 1 */
+  double slope;
+  double s1, s2, e1, e2; /* e1 >= |q' - s1 a|, e2 >= |q' - s1 a - s2 b| */
+  double norm, raw;      /* >= |q'|, >= |q| */
+  double start;          /* q.offset */
+  double slack_k, slack_0; /* error of a score: slack_k |k| + slack_0 + slack of the bias */
+  double sum_a, sum_b;
+  int64_t visible;
+} cert_query;
+
+/* Exact scores of one row that may matter, and what follows from them: nothing at or below `limit` has weight. In score units. */
+typedef struct cert_list {
+  float *s;
+  int32_t *pos;
+  int64_t n, cap;
+  double limit;
+  double tau;   /* a lower bound of the threshold of the computed scores, in units of (alpha-1) score */
+  double slack; /* largest error of a listed score */
+  bool bad;     /* NaN or +inf was met */
+  bool full;
+} cert_list;
+
+typedef struct cert_count {
+  int64_t tokens, bytes_k, bytes_meta;
+} cert_count;
+
+/* Candidates and exact scores of one chunk, or of the item itself. */
+typedef struct cert_slot {
+  int32_t item, chunk;
+  bool full;                  /* a list was too short */
+  cert_list found[CERT_ROWS]; /* a chunk's starts with the item's */
+  float *up[CERT_ROWS];       /* [cap] upper bounds of scores */
+  int32_t *pos[CERT_ROWS];
+  int64_t n[CERT_ROWS], cap;
+  cert_count count[CERT_ROWS];
+  uint8_t *pages[CERT_ROWS];  /* chunk: bit set: a key of this page was read; [CHUNK/16/8] */
+  struct {                    /* chunk: best superpages, by centre and by bound */
+    double value;
+    int32_t super;
+  } best[CERT_ROWS][2][CERT_SEEDS];
+} cert_slot;
+
+typedef struct cert_item {
+  const emxi_decode *d;
+  const emxi_table *k;
+  const emxi_sketch_kernels *sk;
+  emx_ctx *ctx;
+  const int32_t *table;
+  int32_t b, g, first_row, rows;
+  int64_t length, supers; /* complete superpages */
+  bool all;               /* takes ALL's path */
+  float *q;               /* [rows, QLD] times scale */
+  int8_t *q8;             /* [2 rows, LD]: a of every row, then b of every row */
+  cert_query query[CERT_ROWS];
+  bool bad[CERT_ROWS];
+  cert_slot own;          /* the newest keys, the best superpages, the probe */
+  cert_slot *slots;       /* its chunks */
+  float *upper;           /* [rows, supers_ld] of superpages' scores */
+  uint8_t *taken;         /* [supers_ld] CERT_READ: superpage was read; bit g: group g was judged by the probe */
+  int64_t supers_ld;
+} cert_item;
+
+extern int64_t emxi_certified_short; /* shorter sequences take ALL's path */
+static inline int64_t cert_chunks(int64_t length) { return (length + CERT_CHUNK - 1) / CERT_CHUNK; }
+/* Whether the item's own lists speak for this position. */
+static inline bool cert_own(const cert_item *it, int64_t position) {
+  const int64_t super = position / EMXI_SUPER;
+  return super >= it->supers || it->taken[super] & (CERT_READ | 1u << position % EMXI_SUPER / EMXI_GROUP);
+}
+
+/* certified_bounds.c */
+void cert_open_query(cert_item *it, int r, const float *map);
+/* Bounds of superpages [from, to) into upper[], and the best of them. */
+void cert_superpages(cert_item *it, cert_slot *slot, int64_t from, int64_t to);
+/* Judges the groups of the chunk's superpages that may matter. */
+void cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch);
+/* Judges a few groups from all over the sequence for the item's own lists. Returns the share of keys that the planes leave. */
+double cert_probe(cert_item *it, cert_list *scratch);
+
+/* certified_cpu.c: exact keys */
+/* Scores tokens [from, from + n) of one page for all rows, or for row r >= 0 alone, into slot->found. norm: >= |k|, or -1: measure. */
+void cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t n, double norm);
+/* A better limit from the list, which is cut down to what lies above it. */
+void cert_raise(const cert_item *it, int r, cert_list *list, cert_list *scratch);
+
+#endif

@@ -1,0 +1,484 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * The certified selector on the CPU: exact entmax from the few keys that can have weight.
+ *
+ *   1. tasks (item, chunk): bounds of all superpages from their 4-bit centres, and the best ones (certified_bounds.c).
+ *   2. tasks (item): the newest keys and the best superpages, exactly. Their threshold is a lower bound of the threshold (T1 of
+ *      docs/math.md): what a bound puts at or below it has no weight. A probe of a few groups tells whether the ladder pays.
+ *   3. tasks (item, chunk): groups of 16 keys by ball, then keys by two planes of 2-bit codes. Keys whose estimate exceeds the limit are
+ *      read at once and raise it; the others that may have weight become candidates.
+ *   4. tasks (item): candidates by their residual rows, the rest by their keys; threshold, values, output, report.
+ * An item is a sequence, a KV head and up to 8 of its query heads, which share every read. Chunks start from the item's limit and know
+ * nothing of each other: no bit and no report depends on the number of threads. Lists are bounded; where one is too short, and where the
+ * probe or the limit says that most keys would be read anyway, the item takes ALL's path, which is exact as well.
+ *
+ * Same bits as ALL: exact scores come from the same kernels, whatever is dropped has a computed score below the computed threshold, and
+ * the threshold and the output depend on the support alone (decode_cpu.c).
+ * Bytes at D = 128 and 16-bit keys: 128 a superpage, 160 a surviving group's centre, 32 and 32 a key and plane, 64 a residual row, 256 an
+ * exact key or value.
+ */
+#include "cpu/certified.h"
+
+#include <math.h>
+#include <string.h>
+
+int64_t emxi_certified_short = 2048; /* tokens: below, ALL's path is as fast. A variable for the tests alone */
+#define MIN_SLOTS 32  /* chunks in flight: several items together when sequences are short */
+#define MAX_SHARE 0.5 /* of keys that the planes leave: more, and ALL's path is faster */
+
+/* ---- exact keys */
+
+static double key_norm(const cert_item *it, int64_t position) {
+  const emx_kv *kv = it->d->kv;
+  float key[EMXI_QLD];
+  double s = 0;
+  it->k->load[emxi_slot(kv->dtype)](emxi_kv_k(kv, it->table[position / kv->P], it->g, position % kv->P), kv->D, key);
+  for (int x = 0; x < kv->D; x++) s += (double)key[x] * (double)key[x];
+  return sqrt(s) * (1 + 1e-12);
+}
+
+static void add(cert_item *it, cert_list *list, int r, float s, int64_t position, double norm) {
+  const cert_query *c = &it->query[r];
+  if (s == -INFINITY) {
+    const int32_t at = (int32_t)position;
+    emxi_cpu_overflows(it->d->kv, it->table, it->g, &s, &at, 0, 1);
+  }
+  if (s != s || s == INFINITY) {
+    list->bad = true;
+    return;
+  }
+  if ((double)s <= list->limit || s == -INFINITY) return;
+  if (list->n == list->cap) {
+    list->full = true;
+    return;
+  }
+  list->s[list->n] = s;
+  list->pos[list->n++] = (int32_t)position;
+  if (norm < 0) norm = key_norm(it, position);
+  const double bias = c->slope != 0 ? 0x1p-22 * fabs(c->slope * (double)(position - (c->visible - 1))) : 0;
+  list->slack = fmax(list->slack, c->slack_k * norm + c->slack_0 + bias);
+}
+
+void cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t n, double norm) {
+  const emx_kv *kv = it->d->kv;
+  const int first = r < 0 ? 0 : r, rows = r < 0 ? it->rows : 1;
+  const int64_t key = (int64_t)kv->D * (int64_t)emx_dtype_size(kv->dtype), page = from % CERT_CHUNK / kv->P;
+  float s[CERT_ROWS * EMXI_SUPER];
+  it->k->dot[emxi_slot(kv->dtype)](it->q + first * EMXI_QLD, EMXI_QLD, rows,
+                                   emxi_kv_k(kv, it->table[from / kv->P], it->g, from % kv->P), kv->k_token, n, kv->D, s, EMXI_SUPER);
+  for (int h = first; h < first + rows; h++) {
+    const cert_query *c = &it->query[h];
+    float *score = s + (h - first) * EMXI_SUPER;
+    if (c->slope != 0) it->k->kv->bias(score, n, (float)c->slope, (float)(from - (c->visible - 1)));
+    for (int64_t t = 0; t < n; t++) add(it, &slot->found[h], h, score[t], from + t, norm);
+    slot->count[h].tokens += n;
+    slot->count[h].bytes_k += kv->k_token == kv->D ? emxi_lines(n * key) : n * emxi_lines(key);
+    it->slots[from / CERT_CHUNK].pages[h][page >> 3] |= (uint8_t)(1u << (page & 7));
+  }
+}
+
+void cert_raise(const cert_item *it, int r, cert_list *list, cert_list *scratch) {
+  if (!list->n || list->bad) return;
+  const double a = it->query[r].a, alpha = it->query[r].alpha;
+  double tau = list->tau;
+  if (tau == -INFINITY || alpha > 2) {
+    memcpy(scratch->s, list->s, (size_t)list->n * sizeof *list->s);
+    memcpy(scratch->pos, list->pos, (size_t)list->n * sizeof *list->pos);
+    const emxi_solution sol = emxi_solve(it->k, alpha, scratch->s, scratch->pos, list->n);
+    if (sol.nonfinite) list->bad = true;
+    if (sol.nonfinite || !sol.support) return;
+    tau = emxi_tau(&sol, alpha);
+  } else { /* Newton on the norm of the weights, from the left, stays left (solver.inc) */
+    for (int i = 0; i < 3; i++) {
+      double f, g;
+      emxi_power_sums(it->k, alpha, list->s, list->n, 0, tau, &f, &g);
+      const double step = f > 1 && g > 0 ? (f - pow(f, 1 - a)) / g : 0;
+      if (!(step > 0)) break;
+      tau += step;
+      if (step < 1e-6) break;
+    }
+  }
+  if (!(tau >= list->tau) || !(list->slack < INFINITY)) return;
+  list->tau = tau;
+  /* rounded down: T2 for the scores' errors, plus what this arithmetic may have lost */
+  const double low = tau - a * list->slack - 1e-9 * fmax(1.0, fabs(tau)) - (double)list->n * 0x1p-50;
+  const double limit = low / a - 1e-15 * fabs(low / a);
+  if (!(limit > list->limit)) return;
+  list->limit = limit;
+  float down = (float)limit;
+  if ((double)down > limit) down = nextafterf(down, -INFINITY);
+  list->n = it->k->keep(list->s, list->pos, 0, list->n, down, list->s, list->pos);
+}
+
+/* ---- the call */
+
+typedef struct job {
+  emx_ctx *ctx;
+  const emxi_decode *d;
+  emxi_decode all; /* the same with ALL */
+  cert_item *items;
+  cert_slot *slots;
+  emxi_work *work;    /* [threads] */
+  cert_list *scratch; /* [threads] */
+  int64_t n_items, n_slots;
+  int32_t rows, blocks; /* of an item; items per KV head */
+  int64_t first;        /* first item of the wave */
+} job;
+
+static void list_carve(emxi_arena *a, cert_list *list, int64_t cap) {
+  list->cap = cap;
+  list->s = emxi_arena_take(a, cap + 64, sizeof(float));
+  list->pos = emxi_arena_take(a, cap + 64, sizeof(int32_t));
+}
+
+static void slot_carve(emxi_arena *a, cert_slot *slot, int32_t rows, int64_t cap) {
+  slot->cap = cap;
+  for (int32_t r = 0; r < rows; r++) {
+    list_carve(a, &slot->found[r], CERT_FOUND);
+    slot->up[r] = emxi_arena_take(a, cap, sizeof(float));
+    slot->pos[r] = emxi_arena_take(a, cap, sizeof(int32_t));
+  }
+}
+
+static void carve(job *j, emxi_arena *a) {
+  const emxi_decode *d = j->d;
+  const int64_t chunks = cert_chunks(d->max_len), total = (int64_t)d->B * d->kv->G * j->blocks;
+  j->n_slots = chunks > MIN_SLOTS ? chunks : MIN_SLOTS;
+  if (j->n_slots > total * chunks) j->n_slots = total * chunks;
+  const int64_t supers_ld = (d->max_len / EMXI_SUPER + 64) / 64 * 64;
+  j->items = emxi_arena_take(a, j->n_slots, sizeof *j->items); /* ragged batches may fit more items than n_items */
+  j->slots = emxi_arena_take(a, j->n_slots, sizeof *j->slots);
+  j->work = emxi_arena_take(a, j->ctx->threads, sizeof *j->work);
+  j->scratch = emxi_arena_take(a, j->ctx->threads, sizeof *j->scratch);
+  const bool live = a->base && !a->overflow;
+  j->n_items = j->n_slots < total ? j->n_slots : total;
+  /* superpage arrays of one item never exceed those of its chunks */
+  for (int64_t i = 0; i < j->n_items; i++) {
+    cert_item it = {.supers_ld = supers_ld};
+    it.q = emxi_arena_take(a, j->rows * EMXI_QLD, sizeof(float));
+    it.q8 = emxi_arena_take(a, 2 * j->rows * EMXI_SKETCH_LD, 1);
+    it.upper = emxi_arena_take(a, j->rows * supers_ld, sizeof(float));
+    it.taken = emxi_arena_take(a, supers_ld, 1);
+    slot_carve(a, &it.own, j->rows, CERT_PROBE);
+    if (live) j->items[i] = it;
+  }
+  for (int64_t i = 0; i < j->n_slots; i++) {
+    cert_slot s = {0};
+    slot_carve(a, &s, j->rows, CERT_CANDIDATES);
+    for (int32_t r = 0; r < j->rows; r++) s.pages[r] = emxi_arena_take(a, CERT_CHUNK / 16 / 8, 1);
+    if (live) j->slots[i] = s;
+  }
+  for (int32_t t = 0; t < j->ctx->threads; t++) {
+    emxi_work w;
+    cert_list list = {0};
+    emxi_cpu_carve(&j->all, a, &w, j->rows, true);
+    list_carve(a, &list, CERT_FOUND);
+    if (live) {
+      j->work[t] = w;
+      j->scratch[t] = list;
+    }
+  }
+}
+
+static void list_reset(cert_list *list) {
+  list->n = 0;
+  list->limit = list->tau = -INFINITY;
+  list->slack = 0;
+  list->bad = list->full = false;
+}
+
+static void open_item(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  const emxi_decode *d = j->d;
+  cert_item *it = &j->items[i];
+  const int64_t index = j->first + i;
+  emxi_item e;
+  it->d = d;
+  it->ctx = j->ctx;
+  it->k = emxi_cpu_of(j->ctx)->k;
+  it->sk = emxi_sketch_choose(it->k);
+  it->b = (int32_t)(index / j->blocks / d->kv->G);
+  it->g = (int32_t)(index / j->blocks % d->kv->G);
+  it->first_row = (int32_t)(index % j->blocks) * j->rows;
+  emxi_cpu_open_item(&e, j->ctx, d, &j->work[worker], it->b, it->g, it->first_row, j->rows);
+  it->rows = e.rows;
+  it->table = e.table;
+  it->length = e.length;
+  it->supers = e.length / EMXI_SUPER;
+  it->own.full = false;
+  it->all = e.length < emxi_certified_short || !d->kv->sketch.mapped;
+  memset(it->taken, 0, (size_t)it->supers_ld);
+  for (int r = 0; r < it->rows; r++) {
+    const float *q = e.w->q + r * EMXI_QLD;
+    memcpy(it->q + r * EMXI_QLD, q, EMXI_QLD * sizeof(float));
+    it->bad[r] = e.row[r].bad;
+    it->own.count[r] = (cert_count){0};
+    it->own.n[r] = 0;
+    const double alpha = emxi_decode_alpha(d, e.row[r].h);
+    it->query[r] = (cert_query){.alpha = alpha,
+                                .a = alpha > 1 ? alpha - 1 : 1,
+                                .slope = (double)e.row[r].slope,
+                                .visible = e.row[r].visible,
+                                .slack_0 = e.row[r].underflow};
+    list_reset(&it->own.found[r]);
+    it->all |= it->bad[r];
+    if (!it->all) cert_open_query(it, r, d->kv->sketch.map + (int64_t)it->g * 3 * d->kv->sketch.dp);
+    it->all |= it->bad[r];
+  }
+}
+
+static void bound_chunk(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  cert_slot *s = &j->slots[i];
+  cert_item *it = &j->items[s->item];
+  (void)worker;
+  s->full = false;
+  for (int r = 0; r < it->rows; r++) {
+    s->n[r] = 0;
+    s->count[r] = (cert_count){0};
+    memset(s->pages[r], 0, CERT_CHUNK / 16 / 8);
+    for (int w = 0; w < 2; w++)
+      for (int x = 0; x < CERT_SEEDS; x++) s->best[r][w][x].super = -1;
+  }
+  if (it->all) return;
+  const int64_t from = (int64_t)s->chunk * CERT_SUPERS, most = from + CERT_SUPERS;
+  if (from < it->supers) cert_superpages(it, s, from, it->supers < most ? it->supers : most);
+}
+
+static void read_range(cert_item *it, int64_t from, int64_t to) {
+  const int32_t P = it->d->kv->P;
+  while (from < to) {
+    const int64_t end = (from / P + 1) * P < to ? (from / P + 1) * P : to;
+    cert_read(it, &it->own, -1, from, end - from, -1);
+    from = end;
+  }
+}
+
+static void seed_item(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  cert_item *it = &j->items[i];
+  if (it->all) return;
+  const cert_slot *slots = it->slots;
+  read_range(it, it->supers * EMXI_SUPER, it->length);
+  for (int r = 0; r < it->rows; r++)
+    for (int w = 0; w < 2; w++)
+      for (int x = 0; x < CERT_SEEDS; x++) { /* the best of all chunks, as many as of one */
+        int64_t best = -1;
+        double value = 0;
+        for (int64_t c = 0; c < cert_chunks(it->length); c++)
+          for (int y = 0; y < CERT_SEEDS; y++) {
+            const int32_t p = slots[c].best[r][w][y].super;
+            if (p < 0 || it->taken[p] & CERT_READ || (best >= 0 && slots[c].best[r][w][y].value <= value)) continue;
+            best = p;
+            value = slots[c].best[r][w][y].value;
+          }
+        if (best < 0) break;
+        it->taken[best] = CERT_READ;
+        read_range(it, best * EMXI_SUPER, (best + 1) * EMXI_SUPER);
+      }
+  for (int r = 0; r < it->rows; r++) {
+    cert_list *list = &it->own.found[r];
+    cert_raise(it, r, list, &j->scratch[worker]);
+    it->all |= list->full || list->bad || !(list->limit > -INFINITY);
+  }
+  it->all = it->all || cert_probe(it, &j->scratch[worker]) > MAX_SHARE || it->own.full;
+  for (int r = 0; r < it->rows; r++) it->all |= it->own.found[r].full || it->own.found[r].bad;
+}
+
+static void scan_chunk(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  cert_slot *s = &j->slots[i];
+  cert_item *it = &j->items[s->item];
+  if (it->all) return;
+  for (int r = 0; r < it->rows; r++) {
+    const cert_list *own = &it->own.found[r];
+    cert_list list = *own;
+    list.s = s->found[r].s;
+    list.pos = s->found[r].pos;
+    memcpy(list.s, own->s, (size_t)own->n * sizeof *own->s);
+    memcpy(list.pos, own->pos, (size_t)own->n * sizeof *own->pos);
+    s->found[r] = list;
+  }
+  cert_scan(it, s, &j->scratch[worker]);
+}
+
+/* ---- step 4 */
+
+static void sift(float *s, int32_t *pos, int64_t at, int64_t n) {
+  for (int64_t child; (child = 2 * at + 1) < n; at = child) {
+    if (child + 1 < n && pos[child + 1] > pos[child]) child++;
+    if (pos[at] >= pos[child]) return;
+    const float f = s[at];
+    const int32_t p = pos[at];
+    s[at] = s[child];
+    pos[at] = pos[child];
+    s[child] = f;
+    pos[child] = p;
+  }
+}
+static void sort_positions(float *s, int32_t *pos, int64_t n) {
+  for (int64_t i = n / 2; i-- > 0;) sift(s, pos, i, n);
+  for (int64_t end = n - 1; end > 0; end--) {
+    const float f = s[0];
+    const int32_t p = pos[0];
+    s[0] = s[end];
+    pos[0] = pos[end];
+    s[end] = f;
+    pos[end] = p;
+    sift(s, pos, 0, end);
+  }
+}
+
+/* Reads the candidates that may still have weight. False: a list was too short. */
+static bool settle(cert_item *it, cert_slot *all, cert_slot *from, int r, cert_list *scratch) {
+  const emx_kv *kv = it->d->kv;
+  cert_list *list = &all->found[r];
+  const size_t key = (size_t)kv->D * emx_dtype_size(kv->dtype);
+  int64_t n = 0, since = 0;
+  for (int64_t i = 0; i < from->n[r]; i++) /* those that are still above */
+    if ((double)from->up[r][i] > list->limit) {
+      from->up[r][n] = from->up[r][i];
+      from->pos[r][n++] = from->pos[r][i];
+    }
+  for (int64_t i = 0; i < n; i++) {
+    if (i + 8 < n) {
+      const int32_t p = from->pos[r][i + 8];
+      emxi_prefetch(emxi_kv_k(kv, it->table[p / kv->P], it->g, p % kv->P), key);
+    }
+    if (!((double)from->up[r][i] > list->limit)) continue;
+    cert_read(it, all, r, from->pos[r][i], 1, -1);
+    if (++since == 64) {
+      since = 0;
+      if (list->n > scratch->cap) return false;
+      cert_raise(it, r, list, scratch);
+    }
+  }
+  return true;
+}
+
+static void add_count(cert_count *to, const cert_count *from) {
+  to->tokens += from->tokens;
+  to->bytes_k += from->bytes_k;
+  to->bytes_meta += from->bytes_meta;
+}
+
+/* Joins what the chunks have found with the item's own scores, in the row's list. False: a list was too short. */
+static bool collect(cert_item *it, cert_slot *all, int r, emxi_row *row, cert_list *scratch) {
+  const int64_t chunks = cert_chunks(it->length);
+  const cert_list *own = &it->own.found[r];
+  cert_list *list = &all->found[r];
+  double dropped = own->limit;
+  *list = *own;
+  list->s = row->list;
+  list->pos = row->pos;
+  list->cap = it->length;
+  all->count[r] = it->own.count[r];
+  memcpy(list->s, own->s, (size_t)own->n * sizeof *own->s);
+  memcpy(list->pos, own->pos, (size_t)own->n * sizeof *own->pos);
+  for (int64_t c = 0; c < chunks; c++) {
+    const cert_slot *s = &it->slots[c];
+    const cert_list *f = &s->found[r];
+    if (f->full || s->full) return false;
+    list->bad |= f->bad;
+    list->slack = fmax(list->slack, f->slack);
+    list->tau = fmax(list->tau, f->tau);
+    dropped = fmax(dropped, f->limit);
+    add_count(&all->count[r], &s->count[r]);
+    for (int64_t i = 0; i < f->n; i++) {
+      if (cert_own(it, f->pos[i])) continue;
+      list->s[list->n] = f->s[i];
+      list->pos[list->n++] = f->pos[i];
+    }
+  }
+  if (list->bad) return true;
+  if (list->n > scratch->cap) return false;
+  list->limit = dropped;
+  cert_raise(it, r, list, scratch);
+  if (!settle(it, all, &it->own, r, scratch)) return false;
+  for (int64_t c = 0; c < chunks; c++)
+    if (!settle(it, all, &it->slots[c], r, scratch)) return false;
+  row->max_unread = list->limit;
+  return true;
+}
+
+static void finish_item(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  cert_item *it = &j->items[i];
+  emxi_item e;
+  emxi_cpu_open_item(&e, j->ctx, j->d, &j->work[worker], it->b, it->g, it->first_row, j->rows);
+  cert_slot all = {0};
+  for (int r = 0; r < it->rows && !it->all; r++)
+    if (!collect(it, &all, r, &e.row[r], &j->scratch[worker])) it->all = true;
+  if (it->all) {
+    emxi_cpu_stream(&e);
+    if (emxi_cancelled(j->ctx)) return;
+  }
+  for (int r = 0; r < it->rows; r++) {
+    emxi_row *row = &e.row[r];
+    if (it->all) {
+      row->max_unread = -INFINITY;
+      row->bytes_meta = it->own.count[r].bytes_meta; /* what the attempt has read */
+    } else {
+      row->ladder = true;
+      row->bad |= all.found[r].bad;
+      row->n = all.found[r].n;
+      row->tokens = all.count[r].tokens;
+      row->bytes_k = all.count[r].bytes_k;
+      row->bytes_meta = all.count[r].bytes_meta;
+      for (int64_t c = 0; c < cert_chunks(it->length); c++)
+        for (int x = 0; x < CERT_CHUNK / 16 / 8; x++) row->pages += __builtin_popcount(it->slots[c].pages[r][x]);
+      sort_positions(row->list, row->pos, row->n);
+    }
+    emxi_cpu_finish_row(&e, r);
+  }
+}
+
+emx_status emxi_cpu_certified(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
+  const int64_t group = d->H / d->kv->G;
+  job j = {.ctx = ctx, .d = d, .all = *d, .rows = (int32_t)(group < CERT_ROWS ? group : CERT_ROWS)};
+  j.all.select.kind = EMX_SELECT_ALL;
+  j.blocks = (int32_t)((group + j.rows - 1) / j.rows);
+  const emxi_arena before = *arena;
+  emxi_arena other = before;
+  EMX_TRY(before.base ? EMX_OK : emxi_cpu_sweep(ctx, &j.all, &other));
+  carve(&j, arena);
+  if (!arena->base) {
+    if (other.used > arena->used) arena->used = other.used;
+    arena->overflow |= other.overflow;
+    return EMX_OK;
+  }
+  const int64_t total = (int64_t)d->B * d->kv->G * j.blocks;
+  if (d->max_len < emxi_certified_short) {
+    *arena = before;
+    return emxi_cpu_sweep(ctx, &j.all, arena);
+  }
+  EMX_TRY(emxi_arena_check(arena, "emx_decode"));
+  const int64_t most_slots = j.n_slots, most_items = j.n_items;
+  for (j.first = 0; j.first < total; j.first += j.n_items) {
+    /* as many items as there are slots for */
+    j.n_items = j.n_slots = 0;
+    for (int64_t i = j.first; i < total && j.n_items < most_items; i++) {
+      int64_t length;
+      emxi_decode_entry(d, (int32_t)(i / j.blocks / d->kv->G), &length);
+      const int64_t chunks = cert_chunks(length);
+      if (j.n_slots + chunks > most_slots) break;
+      j.items[j.n_items].slots = j.slots + j.n_slots;
+      for (int64_t c = 0; c < chunks; c++, j.n_slots++) {
+        j.slots[j.n_slots].item = (int32_t)j.n_items;
+        j.slots[j.n_slots].chunk = (int32_t)c;
+      }
+      j.n_items++;
+    }
+    EMX_TRY(emxi_parallel(ctx, j.n_items, open_item, &j));
+    EMX_TRY(emxi_parallel(ctx, j.n_slots, bound_chunk, &j));
+    EMX_TRY(emxi_parallel(ctx, j.n_items, seed_item, &j));
+    bool all = j.first == 0;
+    for (int64_t i = 0; i < j.n_items; i++) all &= j.items[i].all;
+    if (all) { /* nothing here is sparse: all heads together are faster than head by head */
+      *arena = before;
+      return emxi_cpu_sweep(ctx, &j.all, arena);
+    }
+    EMX_TRY(emxi_parallel(ctx, j.n_slots, scan_chunk, &j));
+    EMX_TRY(emxi_parallel(ctx, j.n_items, finish_item, &j));
+  }
+  return EMX_OK;
+}

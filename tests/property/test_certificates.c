@@ -1,0 +1,338 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Certificates against the truth: CERTIFIED on caches of many shapes and kinds of data, adversarial ones among them, compared with
+ * float64 attention and, bit for bit, with ALL. `test_certificates [decodes [seed [shortest [longest]]]]`; a decode is one query head. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/num.h"
+#include "cpu/certified.h"
+#include "entmax/entmax.h"
+
+static int64_t want = 6000, shortest = 1, longest = 20000;
+static uint64_t seed = 1;
+
+enum {
+  IID, AR, TOPIC, FLAT, EQUAL, NEEDLE, OUTLIER, HUGE_SCORES, DENORMAL, DUPLICATE, AT_TAU, CONSTANT_PAGES, MASKED, LATE, OFFSET, TAILS, SINK,
+  BAD, KINDS
+};
+static const char *const names[KINDS] = {"iid", "ar", "topic", "flat", "equal", "needle", "outlier", "huge", "denormal", "duplicate", "at-tau",
+                                         "constant-pages", "masked", "late", "offset", "tails", "sink", "nonfinite"};
+static const double alphas[] = {1.25, 4. / 3, 1.5, 1.75, 2};
+static const int32_t dims[] = {64, 16, 128, 32, 80, 20, 96, 64, 256, 128};
+
+/* ---- a generator of numbers that depends on (seed, case) */
+static uint64_t stream_now, counter;
+static uint32_t word(void) {
+  uint32_t w[4];
+  emxi_philox(seed, stream_now, counter++, w);
+  return w[0];
+}
+static int64_t below(int64_t n) { return (int64_t)(((uint64_t)word() << 16 ^ word()) % (uint64_t)n); }
+static double uniform(void) { return emxi_uniform(word()); }
+
+typedef struct tally {
+  int64_t decodes, certified, ladder, half, near, long_runs, by_kind[KINDS], ladder_by_kind[KINDS];
+  double share;
+} tally;
+static tally sum;
+
+typedef struct problem {
+  int kind;
+  int32_t D, P, G, H, dtype, layout;
+  int64_t n;
+  bool alibi;
+  emx_kv *kv;
+  int32_t seq;
+  float *k, *v; /* [G,n,D] as stored */
+  float slopes[16];
+} problem;
+
+static float rounded(double x, int32_t dtype) {
+  double cell;
+  emxi_store(&cell, dtype, 0, x);
+  return (float)emxi_load(&cell, dtype, 0);
+}
+
+static void fill(problem *c) {
+  const int64_t n = c->n;
+  const int D = c->D;
+  for (int g = 0; g < c->G; g++) {
+    float *k = c->k + g * n * D, *v = c->v + g * n * D;
+    emxi_normals(seed, stream_now << 8 | (uint64_t)g, k, n * D);
+    emxi_normals(seed, stream_now << 8 | (uint64_t)(g + 100), v, n * D);
+    float topic[256], dir[256];
+    emxi_normals(seed, stream_now << 8 | 200, dir, D);
+    const double gain = pow(10, uniform() * 2);
+    const int64_t hot = below(n), late = below(n);
+    for (int64_t j = 0; j < n; j++) {
+      float *x = k + j * D;
+      if (c->kind == TOPIC && j % 64 == 0) emxi_normals(seed, stream_now << 8 | 201, topic, D), topic[j / 64 % D] += 3;
+      for (int d = 0; d < D; d++) {
+        switch (c->kind) {
+          case AR: x[d] = j ? 0.99f * x[d - D] + 0.141f * x[d] : x[d]; break;
+          case TOPIC: x[d] = 0.9f * topic[(d + j / 64 * 7) % D] + 0.45f * x[d]; break;
+          case FLAT: x[d] *= 0.05f; break;
+          case EQUAL: x[d] = dir[d]; break;
+          case NEEDLE: x[d] = j == hot ? 30 * dir[d] : j % 16 == hot % 16 ? 3e-3f * x[d] : 1e-3f * x[d]; break;
+          case OUTLIER: x[d] *= d % 16 == 3 ? (float)gain : 1; break;
+          case HUGE_SCORES: x[d] *= (float)gain * 20; break;
+          case DENORMAL: x[d] *= c->dtype == EMX_F16 ? 3e-7f : 3e-39f; break;
+          case DUPLICATE: x[d] = j % 37 == hot % 37 ? 2 * dir[d] : x[d]; break;
+          case AT_TAU: { /* a single score that makes the threshold 0, and others at it, above and below */
+            const float near[5] = {0, 0x1p-20f, -0x1p-20f, 5e-5f * x[1 % D], -0.25f};
+            x[d] = d ? 0 : j == hot ? 1 : near[(j * 7 + hot) % 5];
+            break;
+          }
+          case CONSTANT_PAGES: x[d] = j % 16 ? x[d - D] : x[d]; break;
+          case LATE: x[d] *= j < late ? 1e-3f : 1; break;
+          case OFFSET: x[d] += 100 * dir[d]; break;
+          case TAILS: x[d] = x[d] * x[d] * x[d]; break;
+          case SINK: x[d] = j == 0 ? 4 * dir[d] : x[d] - 0.2f * dir[d]; break;
+          default: break;
+        }
+      }
+      if (c->kind == MASKED && (j + hot) % 11 == 0) x[0] = -INFINITY;
+      if (c->kind == BAD && j == hot && hot % 2) x[j % D] = hot % 4 == 1 ? NAN : INFINITY;
+      for (int d = 0; d < D; d++) x[d] = rounded((double)x[d], c->dtype), v[j * D + d] = rounded((double)v[j * D + d], c->dtype);
+    }
+  }
+}
+
+static void check(emx_status s) {
+  if (s) fail_msg("%s (%s)", emx_status_name(s), emx_last_error());
+}
+
+static void append(emx_ctx *ctx, const problem *c, int32_t seq, int64_t from, int64_t n) {
+  float *kn = malloc(sizeof(float) * (size_t)(c->G * n * c->D)), *vn = malloc(sizeof(float) * (size_t)(c->G * n * c->D));
+  for (int g = 0; g < c->G; g++)
+    for (int64_t t = 0; t < n; t++) {
+      const int64_t to = (c->layout == EMX_LAYOUT_BHND ? g * n + t : t * c->G + g) * c->D;
+      memcpy(kn + to, c->k + (g * c->n + from + t) * c->D, sizeof(float) * (size_t)c->D);
+      memcpy(vn + to, c->v + (g * c->n + from + t) * c->D, sizeof(float) * (size_t)c->D);
+    }
+  const bool hnd = c->layout == EMX_LAYOUT_BHND;
+  int64_t shape[4] = {1, hnd ? c->G : n, hnd ? n : c->G, c->D};
+  emx_tensor tk = emx_tensor_view(kn, EMX_F32, 4, shape), tv = emx_tensor_view(vn, EMX_F32, 4, shape);
+  emx_kv_batch one;
+  emx_kv_batch_init(&one);
+  one.batch = 1;
+  one.seqs = &seq;
+  check(emx_kv_append(ctx, c->kv, &one, &tk, &tv, NULL));
+  free(kn);
+  free(vn);
+}
+
+static void open(emx_ctx *ctx, problem *c) {
+  emx_kv_opts o;
+  emx_kv_opts_init(&o);
+  o.dtype = c->dtype;
+  o.kv_heads = c->G;
+  o.head_dim = c->D;
+  o.page_size = c->P;
+  o.layout = c->layout;
+  o.summaries = EMX_SUMMARY_SKETCH | (word() % 2 ? EMX_SUMMARY_RESIDUAL : 0);
+  o.max_seqs = 3;
+  o.max_pages = 2 * (c->n / c->P + 2);
+  check(emx_kv_create(ctx, &o, &c->kv));
+  check(emx_seq_create(c->kv, &c->seq));
+  /* prompts, single tokens, forks that go on alone, and pages that are cut into and written again */
+  for (int64_t at = 0; at < c->n;) {
+    const uint32_t what = word() % 16;
+    int64_t m = what == 0 ? 1 : what < 4 ? 1 + below(70) : 1 + below(3000);
+    if (m > c->n - at) m = c->n - at;
+    append(ctx, c, c->seq, at, m);
+    at += m;
+    if (what == 5 && at > 1) {
+      const int64_t back = at - below(at < 300 ? at : 300);
+      check(emx_seq_truncate(c->kv, c->seq, back));
+      at = back;
+    } else if (what == 6 && at < c->n / 2) {
+      int32_t child;
+      check(emx_seq_fork(c->kv, c->seq, &child));
+      append(ctx, c, child, at, 1 + below(40) < c->n - at ? 1 : c->n - at);
+      check(emx_seq_destroy(c->kv, c->seq));
+      c->seq = child;
+      at = 0;
+      check(emx_seq_length(c->kv, child, &at));
+    }
+  }
+}
+
+/* Scores in float64; what is NaN or +inf in any of them makes the row NaN. */
+static double scores(const problem *c, const float *q, int h, double scale, double *s, double *size) {
+  const float *k = c->k + (int64_t)(h / (c->H / c->G)) * c->n * c->D;
+  double m = -INFINITY;
+  *size = 1;
+  for (int64_t j = 0; j < c->n; j++, k += c->D) {
+    double a = 0, b = 0;
+    for (int d = 0; d < c->D; d++) a += (double)q[d] * (double)k[d];
+    s[j] = scale * a + (double)c->slopes[h] * (double)(j - (c->n - 1));
+    if (s[j] != s[j] || s[j] == INFINITY) return NAN;
+    if (s[j] > m) m = s[j];
+    for (int d = 0; d < c->D; d++) b += fabs((double)q[d] * (double)k[d]);
+    if (b < INFINITY && b * scale > *size) *size = b * scale;
+  }
+  if ((double)c->slopes[h] != 0) *size += fabs((double)c->slopes[h]) * (double)c->n;
+  return m;
+}
+
+/* Exact threshold of scores: only what lies above m - 1/a can matter. */
+static double threshold(const double *s, int64_t n, double m, double alpha, double *near, double *p) {
+  int64_t c = 0;
+  for (int64_t j = 0; j < n; j++)
+    if (s[j] > m - 1.0000001 / (alpha - 1)) near[c++] = s[j];
+  int64_t support;
+  return emxi_oracle_entmax(near, c, alpha, p, &support);
+}
+
+static void run_problem(emx_ctx *ctx, problem *c) {
+  const int64_t cells = c->G * c->n * c->D;
+  c->k = malloc(sizeof(float) * (size_t)cells);
+  c->v = malloc(sizeof(float) * (size_t)cells);
+  fill(c);
+  open(ctx, c);
+  const int H = c->H, D = c->D;
+  float *q = malloc(sizeof(float) * (size_t)(H * D)), *o = malloc(sizeof(float) * (size_t)(2 * H * D));
+  double *s = malloc(sizeof(double) * (size_t)(c->n * H)), *near = malloc(sizeof(double) * (size_t)c->n),
+         *p = malloc(sizeof(double) * (size_t)c->n), m[16], size[16];
+  emx_report reports[2][16];
+  for (int turn = 0; turn < 3 && sum.decodes < want; turn++) {
+    emxi_normals(seed, stream_now << 8 | (uint64_t)(210 + turn), q, H * D);
+    for (int h = 0; h < H; h++)
+      for (int d = 0; d < D; d++) {
+        float *x = &q[h * D + d];
+        const float *key = c->k + ((int64_t)(h / (H / c->G)) * c->n + below(c->n)) * D;
+        if (c->kind == TOPIC) *x = 0.8f * (float)key[d] + 0.6f * *x;
+        if (c->kind == DENORMAL) *x *= c->dtype == EMX_F16 ? 1e6f : 1e37f;
+        if (c->kind == AT_TAU) *x = d == 0;
+        if (c->kind == MASKED && d == 0) *x = fabsf(*x);
+        if (c->kind == BAD && turn == 2 && h == 0 && d == 3) *x = NAN;
+        if (turn == 1 && h == 1) *x *= d == 5 ? 30 : 1; /* a query that leans on one channel */
+        if (turn == 2 && h == 2) *x = 0;
+      }
+    const float scale = c->kind == AT_TAU ? 1 : turn == 1 ? 3 / sqrtf((float)D) : 0;
+    for (int h = 0; h < H; h++)
+      m[h] = scores(c, q + h * D, h, scale != 0 ? (double)scale : (double)(1 / sqrtf((float)D)), s + h * c->n, &size[h]);
+    for (int x = 0; x < 5; x++) {
+      emx_decode_io io;
+      emx_decode_io_init(&io);
+      io.alpha = alphas[x];
+      io.scale = c->kind == AT_TAU ? (float)(1 / (alphas[x] - 1)) : scale;
+      const double stretch = c->kind == AT_TAU ? (double)io.scale : 1;
+      int64_t qs[4] = {1, H, 1, D}, hs[1] = {H};
+      const emx_tensor tq = emx_tensor_view(q, EMX_F32, 4, qs), ts = emx_tensor_view(c->slopes, EMX_F32, 1, hs);
+      io.q = &tq;
+      io.alibi_slopes = c->alibi ? &ts : NULL;
+      emx_kv_batch batch;
+      emx_kv_batch_init(&batch);
+      batch.batch = 1;
+      batch.seqs = &c->seq;
+      for (int way = 0; way < 2; way++) {
+        emx_select_desc select;
+        emx_select_desc_init(&select);
+        select.kind = way ? EMX_SELECT_CERTIFIED : EMX_SELECT_ALL;
+        const emx_tensor to = emx_tensor_view(o + way * H * D, EMX_F32, 4, qs);
+        io.o = &to;
+        io.reports = reports[way];
+        size_t bytes;
+        check(emx_decode_workspace_size(ctx, c->kv, &select, &io, c->n, &bytes));
+        void *work = malloc(bytes);
+        check(emx_decode(ctx, c->kv, &batch, &select, &io, work, bytes));
+        free(work);
+      }
+      for (int h = 0; h < H; h++) {
+        const emx_report *r = &reports[1][h], *all = &reports[0][h];
+        sum.decodes++;
+        sum.by_kind[c->kind]++;
+        if (memcmp(o + h * D, o + (H + h) * D, sizeof(float) * (size_t)D) && !(isnan(o[h * D]) && isnan(o[(H + h) * D])))
+          fail_msg("not ALL's bits: seed %llu case %llu %s n %lld D %d P %d alpha %g head %d turn %d: %.9g, ALL %.9g; support %d, ALL %d",
+                   (unsigned long long)seed, (unsigned long long)stream_now, names[c->kind], (long long)c->n, D, c->P, alphas[x], h, turn,
+                   (double)o[(H + h) * D], (double)o[h * D], r->support, all->support);
+        assert_int_equal(r->select, EMX_SELECT_CERTIFIED);
+        assert_int_equal(r->support, all->support);
+        if (isnan(o[h * D])) {
+          assert_int_equal(r->flags, EMX_REPORT_NONFINITE);
+          continue;
+        }
+        /* nothing limits the ladder: it must end with a certificate */
+        assert_true(r->flags == EMX_REPORT_CERTIFIED && r->delta_bound == 0 && r->stopped_by == EMX_STOP_DONE);
+        assert_true(r->tokens >= r->support && r->tokens <= c->n && r->pages <= (c->n + c->P - 1) / c->P);
+        sum.certified++;
+        sum.ladder += r->path == EMX_PATH_LADDER;
+        sum.ladder_by_kind[c->kind] += r->path == EMX_PATH_LADDER;
+        sum.half += 2 * (int64_t)r->tokens < c->n;
+        sum.share += (double)r->tokens / (double)c->n;
+        sum.long_runs += c->n >= 1 << 18;
+        if (!(m[h] > -INFINITY)) continue; /* float and double differ on what is masked: the bits above are the check */
+        /* the stated rounding band: a score and the threshold are each within D 2^-23 of the sum of absolute terms */
+        double *z = s + h * c->n;
+        for (int64_t j = 0; j < c->n && stretch != 1; j++) z[j] *= stretch;
+        const double top = m[h] * stretch, a = alphas[x] - 1, tau = threshold(z, c->n, top, alphas[x], near, p),
+                     band = 2.0 * (D + 8) * 0x1p-23 * size[h] * stretch + 1e-9;
+        int64_t least = 0, most = 0;
+        bool near_tau = false;
+        for (int64_t j = 0; j < c->n; j++) {
+          const double y = a * z[j] - tau;
+          least += y > a * band;
+          most += y > -a * band;
+          near_tau |= fabs(y) < 1e-4;
+        }
+        for (int64_t j = 0; j < c->n && stretch != 1; j++) z[j] /= stretch;
+        sum.near += near_tau;
+        if (!(fabs((double)r->tau - tau) <= a * band + 1e-6 * fabs(tau)) || r->support < least || r->support > most)
+          fail_msg("seed %llu case %llu %s n %lld D %d P %d alpha %g head %d turn %d: tau %.9g, true %.9g; support %d, true %lld..%lld",
+                   (unsigned long long)seed, (unsigned long long)stream_now, names[c->kind], (long long)c->n, D, c->P, alphas[x], h, turn,
+                   (double)r->tau, tau, r->support, (long long)least, (long long)most);
+        assert_true((double)r->max_unread <= (double)r->tau + 1e-6 * (1 + fabs((double)r->tau)));
+      }
+    }
+  }
+  emx_kv_destroy(c->kv);
+  free(c->k), free(c->v), free(q), free(o), free(s), free(near), free(p);
+}
+
+static void test_campaign(void **state) {
+  (void)state;
+  emx_ctx *ctx;
+  check(emx_ctx_create(NULL, &ctx));
+  const int64_t usual = emxi_certified_short;
+  emxi_certified_short = 64;
+  for (stream_now = 1; sum.decodes < want; stream_now++) {
+    counter = 0;
+    problem c = {.kind = (int)(stream_now % KINDS), .D = dims[below(10)], .P = 16 << below(3), .G = 1 + (int32_t)below(2)};
+    c.H = c.G * (1 + (int32_t)below(word() % 8 ? 3 : 8));
+    c.dtype = (int32_t[]){EMX_F32, EMX_F16, EMX_BF16}[below(3)];
+    c.layout = (int32_t)below(2);
+    c.n = (int64_t)((double)shortest * pow((double)longest / (double)shortest, uniform()) + 0.5);
+    c.alibi = word() % 4 == 0 && c.kind != AT_TAU; /* where the scale differs by alpha */
+    for (int h = 0; c.alibi && h < c.H; h++) c.slopes[h] = h % 3 == 1 ? 0 : ldexpf(h % 3 ? -1 : 1, -1 - h % 6);
+    run_problem(ctx, &c);
+  }
+  emxi_certified_short = usual;
+  emx_ctx_info info = {.struct_size = sizeof info};
+  check(emx_ctx_get_info(ctx, &info));
+  emx_ctx_destroy(ctx);
+  printf("%lld decodes (%s, seed %llu, %lld..%lld keys): %lld certified, 0 wrong; ladder %lld, fewer than half of the keys read in %lld, mean share "
+         "%.3f, a score within 1e-4 of tau in %lld, 256K keys or more in %lld\n",
+         (long long)sum.decodes, info.isa, (unsigned long long)seed, (long long)shortest, (long long)longest, (long long)sum.certified,
+         (long long)sum.ladder, (long long)sum.half, sum.share / (double)sum.certified, (long long)sum.near, (long long)sum.long_runs);
+  for (int i = 0; i < KINDS; i++)
+    printf("  %-15s %8lld decodes, ladder in %lld\n", names[i], (long long)sum.by_kind[i], (long long)sum.ladder_by_kind[i]);
+  assert_true(sum.half * 4 > sum.decodes); /* a ladder that reads everything would pass all of the above */
+}
+
+int main(int argc, char **argv) {
+  if (argc > 1) want = atoll(argv[1]);
+  if (argc > 2) seed = strtoull(argv[2], NULL, 10);
+  if (argc > 3) shortest = atoll(argv[3]);
+  if (argc > 4) longest = atoll(argv[4]);
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_campaign)};
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
