@@ -119,9 +119,7 @@ static emx_status make_cache(bench *b) {
   kv.kv_heads = b->G;
   kv.head_dim = b->D;
   kv.page_size = o->page;
-  kv.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS;
-  for (int i = 0; i < o->select.n; i++)
-    if (o->select.desc[i].kind == EMX_SELECT_CERTIFIED) kv.summaries |= EMX_SUMMARY_SKETCH | EMX_SUMMARY_RESIDUAL;
+  kv.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS | cli_sketches(&o->select);
   kv.max_seqs = b->B;
   for (int i = 0; i < b->B; i++) kv.max_pages += (b->lengths[i] + o->page - 1) / o->page;
   EMX_TRY(emx_kv_create(b->ctx, &kv, &b->kv));

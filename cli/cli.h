@@ -76,6 +76,8 @@ typedef struct cli_select {
 } cli_select;
 extern const struct argp cli_select_argp;
 void cli_select_init(cli_select *select);
+/* EMX_SUMMARY_* bits of sketches if one of the selectors reads them. */
+int32_t cli_sketches(const cli_select *select);
 const char *cli_select_name(int32_t kind);
 /* "topk 1024", "gaussian": for tables. */
 const char *cli_select_label(const emx_select_desc *select, char out[32]);

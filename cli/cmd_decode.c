@@ -138,7 +138,7 @@ int cmd_decode(int argc, char **argv) {
   opts.kv_heads = (int32_t)(G < INT32_MAX ? G : INT32_MAX);
   opts.head_dim = (int32_t)(D < INT32_MAX ? D : INT32_MAX);
   opts.page_size = o.page;
-  opts.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS;
+  opts.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS | cli_sketches(&o.select);
   opts.max_seqs = 1;
   opts.max_pages = (N + o.page - 1) / o.page;
   CLI_TRY(emx_kv_create(ctx, &opts, &kv));

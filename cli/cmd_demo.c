@@ -73,7 +73,7 @@ static int read_text(const options *o, emx_ctx *ctx, const char *folder, const c
   cli_session room = o->session;
   room.ctx = 0; /* the text, and the tails of two forks at a time */
   const int64_t tail = (o->n > o->positions ? o->n : o->positions) + o->session.page;
-  if ((code = session_open(r->model, &room, o->session.ctx + 2 * tail, &r->base))) goto done;
+  if ((code = session_open(r->model, &room, &o->select, o->session.ctx + 2 * tail, &r->base))) goto done;
   r->logits = malloc((size_t)r->config.vocab_size * sizeof *r->logits);
   if (!r->logits) {
     code = cli_nomem((size_t)r->config.vocab_size * sizeof *r->logits, "logits");

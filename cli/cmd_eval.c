@@ -140,7 +140,7 @@ static int score(emx_model *model, const options *o, const emx_model_config *con
   emx_session *s = NULL;
   dump d = {0};
   if (!nll) return cli_nomem((size_t)width * sizeof *nll, "losses");
-  int code = session_open(model, &o->session, width, &s);
+  int code = session_open(model, &o->session, NULL, width, &s);
   if (!code && o->dump && !(code = dump_open(o, config, width, &d))) emxi_session_tap(s, dump_tap, &d);
   cli_progress progress;
   cli_progress_init(&progress, "eval");
@@ -220,7 +220,7 @@ static int compare_selectors(emx_model *model, const options *o, const emx_model
   session_reference reference = {0};
   cli_session room = o->session; /* the text, and the tail of a fork */
   room.ctx = 0;
-  int code = session_open(model, &room, context + o->n + 2 * room.page, &base);
+  int code = session_open(model, &room, &o->select, context + o->n + 2 * room.page, &base);
   if (!code) code = session_prefill(base, config, text, (size_t)(context - o->n), NULL, NULL, "prefill");
   if (!code) code = session_tokens(config, text + context - o->n, (size_t)o->n, &tokens);
   if (!code) code = session_reference_open(base, tokens, o->n, config->vocab_size, &reference);

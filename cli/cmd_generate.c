@@ -141,7 +141,7 @@ int cmd_generate(int argc, char **argv) {
   cli_session_init(&defaults);
   if (!o.session.page) o.session.page = o.load ? info.page_size : defaults.page;
   if (!o.session.kv_dtype) o.session.kv_dtype = o.load ? info.dtype : defaults.kv_dtype;
-  if ((code = session_open(model, &o.session, info.tokens + (int64_t)size + o.n, &session))) goto done;
+  if ((code = session_open(model, &o.session, &o.select, info.tokens + (int64_t)size + o.n, &session))) goto done;
   CLI_TRY(emx_session_set_select(session, o.select.desc));
   logits = malloc((size_t)config.vocab_size * sizeof *logits);
   text = malloc((size_t)o.n + 1);

@@ -192,6 +192,9 @@ static void expand_budgets(const struct argp_state *state, cli_select *s) {
   memcpy(s->desc, out, (size_t)n * sizeof *out);
   s->n = n;
 }
+int32_t cli_sketches(const cli_select *select) {
+  return selects(select, EMX_SELECT_CERTIFIED) ? EMX_SUMMARY_SKETCH | EMX_SUMMARY_RESIDUAL : 0;
+}
 static error_t parse_select(int key, char *arg, struct argp_state *state) {
   cli_select *s = state->input;
   switch (key) {

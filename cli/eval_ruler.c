@@ -333,7 +333,7 @@ static int run_model(const eval_common *e, int m, const cli_select *select, cons
   CLI_TRY(emx_model_open(e->ctx, folder, &model));
   CLI_TRY(emx_model_get_config(model, &config));
   /* a prompt, and the tails of two forks */
-  if ((code = session_open(model, e->session, longest + 2 * (ANSWER_ROOM + e->session->page), &r.base))) goto done;
+  if ((code = session_open(model, e->session, select, longest + 2 * (ANSWER_ROOM + e->session->page), &r.base))) goto done;
   r.vocab = config.vocab_size;
   r.now = malloc(2 * (size_t)r.vocab * sizeof *r.now);
   if (!r.now) {

@@ -22,11 +22,12 @@ static error_t parse_session(int key, char *arg, struct argp_state *state) {
 const struct argp cli_session_argp = {.options = session_options, .parser = parse_session};
 void cli_session_init(cli_session *s) { *s = (cli_session){.page = 16, .kv_dtype = EMX_BF16}; }
 
-int session_open(emx_model *model, const cli_session *opts, int64_t tokens, emx_session **out) {
+int session_open(emx_model *model, const cli_session *opts, const cli_select *select, int64_t tokens, emx_session **out) {
   emx_session_opts o;
   emx_session_opts_init(&o);
   o.kv_dtype = opts->kv_dtype;
   o.page_size = opts->page;
+  if (select) o.summaries |= cli_sketches(select);
   o.max_tokens = opts->ctx ? opts->ctx : tokens;
   if (opts->ctx && tokens > opts->ctx)
     return cli_fail("%lld tokens are needed, the context (-c) has %lld", (long long)tokens, (long long)opts->ctx);

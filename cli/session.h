@@ -14,8 +14,9 @@ typedef struct cli_session {
 extern const struct argp cli_session_argp;
 void cli_session_init(cli_session *s);
 
-/* A session for `tokens` tokens; CLI_ERROR if they exceed -c, or the machine (with the bytes). */
-int session_open(emx_model *model, const cli_session *opts, int64_t tokens, emx_session **out);
+/* A session for `tokens` tokens, with the summaries that the selectors (or NULL) need; CLI_ERROR if they exceed -c, or the machine (with
+ * the bytes). */
+int session_open(emx_model *model, const cli_session *opts, const cli_select *select, int64_t tokens, emx_session **out);
 /* Appends n bytes of text, with a progress bar if there is a label. nll [n] and logits [vocab] are optional. Bytes must be tokens of the model. */
 int session_prefill(emx_session *s, const emx_model_config *config, const char *text, size_t n, float *nll, float *logits,
                     const char *label);

@@ -90,18 +90,18 @@ static inline bool cert_own(const cert_item *it, int64_t position) {
 }
 
 /* certified_bounds.c */
-void cert_open_query(cert_item *it, int r, const float *map);
+void emxi_cert_open_query(cert_item *it, int r, const float *map);
 /* Bounds of superpages [from, to) into upper[], and the best of them. */
-void cert_superpages(cert_item *it, cert_slot *slot, int64_t from, int64_t to);
+void emxi_cert_superpages(cert_item *it, cert_slot *slot, int64_t from, int64_t to);
 /* Judges the groups of the chunk's superpages that may matter. */
-void cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch);
+void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch);
 /* Judges a few groups from all over the sequence for the item's own lists. Returns the share of keys that the planes leave. */
-double cert_probe(cert_item *it, cert_list *scratch);
+double emxi_cert_probe(cert_item *it, cert_list *scratch);
 
 /* certified_cpu.c: exact keys */
 /* Scores tokens [from, from + n) of one page for all rows, or for row r >= 0 alone, into slot->found. norm: >= |k|, or -1: measure. */
-void cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t n, double norm);
+void emxi_cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t n, double norm);
 /* A better limit from the list, which is cut down to what lies above it. */
-void cert_raise(const cert_item *it, int r, cert_list *list, cert_list *scratch);
+void emxi_cert_raise(const cert_item *it, int r, cert_list *list, cert_list *scratch);
 
 #endif

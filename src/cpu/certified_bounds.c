@@ -24,7 +24,7 @@ static float float_up(double x) {
   return (double)f >= x ? f : nextafterf(f, INFINITY);
 }
 
-void cert_open_query(cert_item *it, int r, const float *map) {
+void emxi_cert_open_query(cert_item *it, int r, const float *map) {
   const int32_t D = it->d->kv->D, dp = it->d->kv->sketch.dp;
   const float *q = it->q + r * EMXI_QLD;
   int8_t *a = it->q8 + r * LD, *b = it->q8 + (it->rows + r) * LD;
@@ -95,7 +95,7 @@ static void keep_best(cert_slot *slot, int r, int which, double value, int32_t s
   slot->best[r][which][at].super = super;
 }
 
-void cert_superpages(cert_item *it, cert_slot *slot, int64_t from, int64_t to) {
+void emxi_cert_superpages(cert_item *it, cert_slot *slot, int64_t from, int64_t to) {
   const emx_kv *kv = it->d->kv;
   const emxi_sketch *s = &kv->sketch;
   const int64_t per = EMXI_SUPER / kv->P, codes = s->dp / 2;
@@ -270,8 +270,8 @@ static void confirm(scan *s, int r) {
       const int32_t p = h[i + 4].pos;
       emxi_prefetch(emxi_kv_k(kv, s->it->table[p / kv->P], s->it->g, p % kv->P), (size_t)kv->D * emx_dtype_size(kv->dtype));
     }
-    cert_read(s->it, s->slot, r, h[i].pos, 1, h[i].norm);
-    if (i % 4 == 3 || i == n - 1) cert_raise(s->it, r, list, s->scratch);
+    emxi_cert_read(s->it, s->slot, r, h[i].pos, 1, h[i].norm);
+    if (i % 4 == 3 || i == n - 1) emxi_cert_raise(s->it, r, list, s->scratch);
   }
   s->n_hot[r] = 0;
 }
@@ -338,7 +338,7 @@ static group group_at(const cert_item *it, int64_t position, unsigned rows, bool
   return (group){.at = (int64_t)page * (kv->P / EMXI_GROUP) + position % kv->P / EMXI_GROUP, .from = position, .rows = rows};
 }
 
-void cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch) {
+void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch) {
   const emxi_sketch *k = &it->d->kv->sketch;
   const int64_t from = (int64_t)slot->chunk * CERT_SUPERS, most = from + CERT_SUPERS, to = it->supers < most ? it->supers : most;
   const emxi_sketch_group *head = k->group + (int64_t)it->g * k->groups;
@@ -383,9 +383,9 @@ void cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch) {
       fused = false;
     }
     for (int64_t i = 0; i < n_exact && !slot->full; i++) {
-      cert_read(it, slot, -1, exact[i].from, EMXI_GROUP, -1);
+      emxi_cert_read(it, slot, -1, exact[i].from, EMXI_GROUP, -1);
       for (int r = 0; r < it->rows; r++) {
-        cert_raise(it, r, &slot->found[r], scratch);
+        emxi_cert_raise(it, r, &slot->found[r], scratch);
         slot->full |= slot->found[r].full;
       }
     }
@@ -397,7 +397,7 @@ void cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch) {
   }
 }
 
-double cert_probe(cert_item *it, cert_list *scratch) {
+double emxi_cert_probe(cert_item *it, cert_list *scratch) {
   const int64_t n = it->supers / 4 < CERT_BLOCK ? it->supers / 4 : CERT_BLOCK, before = it->supers;
   scan s = {.it = it, .slot = &it->own, .scratch = scratch};
   group groups[CERT_BLOCK], exact[CERT_BLOCK];
@@ -421,11 +421,11 @@ double cert_probe(cert_item *it, cert_list *scratch) {
   }
   kept = judge(it, groups, kept, limit, it->own.count, exact, &n_exact);
   planes(&s, groups, kept, &fused, &tried, &passed);
-  for (int64_t i = 0; i < n_exact; i++) cert_read(it, &it->own, -1, exact[i].from, EMXI_GROUP, -1);
+  for (int64_t i = 0; i < n_exact; i++) emxi_cert_read(it, &it->own, -1, exact[i].from, EMXI_GROUP, -1);
   int64_t most = 0;
   for (int r = 0; r < it->rows; r++) {
     confirm(&s, r);
-    cert_raise(it, r, &it->own.found[r], scratch);
+    emxi_cert_raise(it, r, &it->own.found[r], scratch);
     int64_t still = 0;
     for (int64_t i = 0; i < it->own.n[r]; i++) still += (double)it->own.up[r][i] > it->own.found[r].limit;
     most = still > most ? still : most;

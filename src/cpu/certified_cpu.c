@@ -58,7 +58,7 @@ static void add(cert_item *it, cert_list *list, int r, float s, int64_t position
   list->slack = fmax(list->slack, c->slack_k * norm + c->slack_0 + bias);
 }
 
-void cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t n, double norm) {
+void emxi_cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t n, double norm) {
   const emx_kv *kv = it->d->kv;
   const int first = r < 0 ? 0 : r, rows = r < 0 ? it->rows : 1;
   const int64_t key = (int64_t)kv->D * (int64_t)emx_dtype_size(kv->dtype), page = from % CERT_CHUNK / kv->P;
@@ -76,7 +76,7 @@ void cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t n, d
   }
 }
 
-void cert_raise(const cert_item *it, int r, cert_list *list, cert_list *scratch) {
+void emxi_cert_raise(const cert_item *it, int r, cert_list *list, cert_list *scratch) {
   if (!list->n || list->bad) return;
   const double a = it->query[r].a, alpha = it->query[r].alpha;
   double tau = list->tau;
@@ -221,7 +221,7 @@ static void open_item(void *arg, int64_t i, int32_t worker) {
                                 .slack_0 = e.row[r].underflow};
     list_reset(&it->own.found[r]);
     it->all |= it->bad[r];
-    if (!it->all) cert_open_query(it, r, d->kv->sketch.map + (int64_t)it->g * 3 * d->kv->sketch.dp);
+    if (!it->all) emxi_cert_open_query(it, r, d->kv->sketch.map + (int64_t)it->g * 3 * d->kv->sketch.dp);
     it->all |= it->bad[r];
   }
 }
@@ -241,14 +241,14 @@ static void bound_chunk(void *arg, int64_t i, int32_t worker) {
   }
   if (it->all) return;
   const int64_t from = (int64_t)s->chunk * CERT_SUPERS, most = from + CERT_SUPERS;
-  if (from < it->supers) cert_superpages(it, s, from, it->supers < most ? it->supers : most);
+  if (from < it->supers) emxi_cert_superpages(it, s, from, it->supers < most ? it->supers : most);
 }
 
 static void read_range(cert_item *it, int64_t from, int64_t to) {
   const int32_t P = it->d->kv->P;
   while (from < to) {
     const int64_t end = (from / P + 1) * P < to ? (from / P + 1) * P : to;
-    cert_read(it, &it->own, -1, from, end - from, -1);
+    emxi_cert_read(it, &it->own, -1, from, end - from, -1);
     from = end;
   }
 }
@@ -277,10 +277,10 @@ static void seed_item(void *arg, int64_t i, int32_t worker) {
       }
   for (int r = 0; r < it->rows; r++) {
     cert_list *list = &it->own.found[r];
-    cert_raise(it, r, list, &j->scratch[worker]);
+    emxi_cert_raise(it, r, list, &j->scratch[worker]);
     it->all |= list->full || list->bad || !(list->limit > -INFINITY);
   }
-  it->all = it->all || cert_probe(it, &j->scratch[worker]) > MAX_SHARE || it->own.full;
+  it->all = it->all || emxi_cert_probe(it, &j->scratch[worker]) > MAX_SHARE || it->own.full;
   for (int r = 0; r < it->rows; r++) it->all |= it->own.found[r].full || it->own.found[r].bad;
 }
 
@@ -298,7 +298,7 @@ static void scan_chunk(void *arg, int64_t i, int32_t worker) {
     memcpy(list.pos, own->pos, (size_t)own->n * sizeof *own->pos);
     s->found[r] = list;
   }
-  cert_scan(it, s, &j->scratch[worker]);
+  emxi_cert_scan(it, s, &j->scratch[worker]);
 }
 
 /* ---- step 4 */
@@ -345,11 +345,11 @@ static bool settle(cert_item *it, cert_slot *all, cert_slot *from, int r, cert_l
       emxi_prefetch(emxi_kv_k(kv, it->table[p / kv->P], it->g, p % kv->P), key);
     }
     if (!((double)from->up[r][i] > list->limit)) continue;
-    cert_read(it, all, r, from->pos[r][i], 1, -1);
+    emxi_cert_read(it, all, r, from->pos[r][i], 1, -1);
     if (++since == 64) {
       since = 0;
       if (list->n > scratch->cap) return false;
-      cert_raise(it, r, list, scratch);
+      emxi_cert_raise(it, r, list, scratch);
     }
   }
   return true;
@@ -392,7 +392,7 @@ static bool collect(cert_item *it, cert_slot *all, int r, emxi_row *row, cert_li
   if (list->bad) return true;
   if (list->n > scratch->cap) return false;
   list->limit = dropped;
-  cert_raise(it, r, list, scratch);
+  emxi_cert_raise(it, r, list, scratch);
   if (!settle(it, all, &it->own, r, scratch)) return false;
   for (int64_t c = 0; c < chunks; c++)
     if (!settle(it, all, &it->slots[c], r, scratch)) return false;

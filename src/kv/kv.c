@@ -267,6 +267,7 @@ static int32_t grab(emx_kv *kv) {
   int32_t page = kv->free_list[--kv->n_free];
   kv->refs[page] = 1;
   kv->sum_tokens[page] = 0;
+  if (kv->sketch.number) kv->sketch.number[page] = 0;
   return page;
 }
 
@@ -360,7 +361,10 @@ void emxi_kv_adopt(emx_kv *kv, const emxi_kv_image *image, int32_t *seqs) {
       kv->refs[page]++;
     }
   }
-  for (int64_t i = 0; i < image->pages; i++) kv->sum_tokens[emxi_kv_next_page(kv, i)] = image->described[i];
+  for (int64_t i = 0; i < image->pages; i++) {
+    kv->sum_tokens[emxi_kv_next_page(kv, i)] = image->described[i];
+    if (kv->sketch.number) kv->sketch.number[emxi_kv_next_page(kv, i)] = 0;
+  }
   kv->n_free -= image->pages;
 }
 

@@ -110,6 +110,8 @@ void emxi_sketch_carve(emx_kv *kv, emxi_arena *device, emxi_arena *host);
 bool emxi_sketch_super_ready(const emx_kv *kv, const int32_t *table, int64_t p, int64_t first_new);
 /* Pages [from, to) of the table, complete, have new sketches; and so have the superpages that end in them. */
 void emxi_sketch_publish(emx_kv *kv, const int32_t *table, int64_t from, int64_t to);
+/* The sketches of a sequence that has been loaded, in the order of its pages; without them (cancelled) every key is read. */
+EMXI_SHARED void emxi_sketch_rebuild(emx_ctx *ctx, emx_kv *kv, int32_t seq);
 static inline bool emxi_sketch_page_valid(const emx_kv *kv, int32_t page) {
   return kv->sum_tokens[page] == kv->P && kv->sketch.number[page];
 }

@@ -42,8 +42,15 @@ void emxi_sketch_publish(emx_kv *kv, const int32_t *table, int64_t from, int64_t
   const int64_t n = EMXI_SUPER / kv->P;
   emxi_sketch *s = &kv->sketch;
   for (int64_t p = from; p < to; p++) {
-    s->number[table[p]] = ++s->last_number;
+    if (!s->number[table[p]]) s->number[table[p]] = ++s->last_number;
     const bool ready = emxi_sketch_super_ready(kv, table, p, from);
     for (int64_t i = 0; i < n; i++) s->super_number[table[p] * n + i] = ready ? s->number[table[p + 1 - n + i]] : 0;
   }
+}
+
+void emxi_sketch_rebuild(emx_ctx *ctx, emx_kv *kv, int32_t seq) {
+  const int32_t *table = kv->tables + (int64_t)seq * kv->max_pages;
+  const int64_t n = kv->seqs[seq].length / kv->P;
+  if (!kv->sketch.number || ctx->backend->kv_summarize(ctx, kv, table, NULL, n)) return;
+  emxi_sketch_publish(kv, table, 0, n);
 }

@@ -456,6 +456,8 @@ static emx_status load(emxi_cache *c, emxi_source *source, emx_checkpoint *ck) {
                                      .lengths = p.lengths,
                                      .tables = p.tables},
                     c->kind == EMX_CACHE_KV ? c->seqs : c->seqs + l);
+    for (int32_t l = 0; l < c->layers; l++)
+      for (int32_t q = 0; q < info.seqs; q++) emxi_sketch_rebuild(c->ctx, c->kv[l], c->kind == EMX_CACHE_KV ? c->seqs[q] : c->seqs[l]);
     c->n_seqs = info.seqs;
     c->length = info.tokens;
     c->last_known = width > 0;

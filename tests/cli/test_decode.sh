@@ -26,8 +26,9 @@ holds '.select == "topk" and .tokens <= 64 and .pages <= 4 and .delta_bound >= 0
 run 0 decode -f f.safetensors --select gaussian --json
 holds '.select == "gaussian" and .delta_bound >= 0 and .delta_bound <= 1'
 run 0 decode -f f.safetensors --select gaussian --tau-mode corrected --page 32 --kv-dtype f32 --json
-run 1 decode -f f.safetensors --select certified
-grep -qi 'certified' err || die "an unsupported selector is not named"
+run 0 decode -f f.safetensors --select certified --out c.safetensors --json
+all_hold 'all(.select == "certified" and .certified and .delta_bound == 0)'
+cmp -s o.safetensors c.safetensors || die "certified differs from all"
 "$TOOL" make n.safetensors f32 1 2 2 40 16 nan
 run 0 decode -f n.safetensors --json
 all_hold 'map(select(.nonfinite)) | length == 1 and .[0].tau == null and .[0].certified == false'

@@ -42,7 +42,6 @@ fails 1 'entmax_alpha' generate -m noalpha -p x
 cp -r "$MODEL" other
 jq '.hidden_size = 128' "$MODEL/config.json" >other/config.json
 fails 1 'other' generate -m other -p x
-fails 1 'CERTIFIED' generate -m "$MODEL" -p x --select certified
 
 # Ctrl-C: what there is stays, exit status 130
 "$EMX" generate -m "$MODEL" -p "The licence" -n 1000000 --select topk --budget 64 >out 2>err </dev/null &

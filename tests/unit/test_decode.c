@@ -390,7 +390,7 @@ static void test_refusals(void **state) {
   int64_t length;
   s = all, s.kind = EMX_SELECT_CERTIFIED;
   size_t bytes;
-  fails(emx_decode_workspace_size(ctx, c.kv, &s, &c.io, 64, &bytes), EMX_ERR_UNSUPPORTED, "CERTIFIED");
+  fails(emx_decode_workspace_size(ctx, c.kv, &s, &c.io, 64, &bytes), EMX_ERR_STATE, "EMX_SUMMARY_SKETCH");
   s.kind = 9;
   fails(emx_decode_workspace_size(ctx, c.kv, &s, &c.io, 64, &bytes), EMX_ERR_INVALID, "selector 9");
   fails(emx_decode_workspace_size(ctx, c.kv, &all, &c.io, -1, &bytes), EMX_ERR_INVALID, "max_len");

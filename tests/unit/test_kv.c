@@ -594,7 +594,7 @@ static void test_refusals(void **state) {
   fails(emx_kv_create(ctx, &bad, &kv), EMX_ERR_UNSUPPORTED, "page_size");
   bad = o, bad.layout = 2;
   fails(emx_kv_create(ctx, &bad, &kv), EMX_ERR_INVALID, "layout");
-  bad = o, bad.summaries = 4;
+  bad = o, bad.summaries = 16;
   fails(emx_kv_create(ctx, &bad, &kv), EMX_ERR_INVALID, "summaries");
   bad = o, bad.max_pages = 0;
   fails(emx_kv_create(ctx, &bad, &kv), EMX_ERR_INVALID, "max_pages");

@@ -376,7 +376,7 @@ static void test_select(void **state) {
   assert_true(st.rows == (N - 90) * L * H && st.bytes_k > 0 && st.bytes_meta > 0 && st.delta_bound_max <= 1);
   assert_true(fabs(st.mass_min - 1) < 1e-5 && fabs(st.mass_max - 1) < 1e-5);
   gaussian.kind = EMX_SELECT_CERTIFIED; /* refused, and the selector is the one of before */
-  assert_int_equal(emx_session_set_select(f, &gaussian), EMX_ERR_UNSUPPORTED);
+  assert_int_equal(emx_session_set_select(f, &gaussian), EMX_ERR_STATE);
   assert_int_equal(emx_session_truncate(f, 90), EMX_OK);
   for (int t = 90; t < N; t++) decode(f, t, all);
   assert_memory_equal(all, some, sizeof all);
