@@ -420,7 +420,7 @@ static int measure_model(const options *o, emx_ctx *ctx, const char *folder, con
   CLI_TRY(emx_model_get_config(model, &config));
   cli_session opts;
   cli_session_init(&opts);
-  if ((code = session_open(model, &opts, need + o->queries + 2 * opts.page, &base))) goto done;
+  if ((code = session_open(model, &opts, NULL, need + o->queries + 2 * opts.page, &base))) goto done;
   if ((code = session_tokens(&config, text, (size_t)need, &tokens))) goto done;
   if ((code = probe_open(&config, need + 1, o->queries, &p))) goto done;
   for (int l = 0; l < o->n_len; l++) {
