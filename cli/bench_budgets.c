@@ -511,7 +511,7 @@ static int draw(const options *o, const result *results) {
         at[MAX_METHODS + s.n++] = fmax(r->rows[k].metric[shown[c]].mean, 1e-7);
       }
       if (!s.n) continue;
-      snprintf(names[n], sizeof names[n], "%s, %lld%s", r->label, (long long)r->length, dot ? ", gaussian" : "");
+      snprintf(names[n], sizeof names[n], "%s %lld%s", r->label, (long long)r->length, dot ? " gaussian" : "");
       series[c][n++] = s;
       at += 2 * MAX_METHODS;
     }

@@ -386,7 +386,7 @@ static int draw_grid(const eval_common *e, const cli_select *select, const int64
       title[panels] = titles[panels];
       panels++;
     }
-  const svg_heat heat = {.title = "Forced choice among distractors: right answers in percent (white: chance or less)",
+  const svg_heat heat = {.title = "Words that the context makes likelier than their distractors, percent (white: chance)",
                          .x_label = "length of the prompt (bytes)",
                          .panels = title,
                          .rows = row,

@@ -6,7 +6,7 @@
 #include <errno.h>
 #include <string.h>
 
-enum { WIDTH = 860, HEIGHT = 480, LEFT = 74, RIGHT = 210, TOP = 46, BOTTOM = 56 };
+enum { PLOT = 576, HEIGHT = 480, LEFT = 74, RIGHT = 210, TOP = 46, BOTTOM = 56, LETTER = 7 /* about the width of one */ };
 
 /* Dark enough for white, told apart without red and green. */
 static const char *const colours[] = {"#0b6fb8", "#d1570a", "#0a8f6a", "#8a3fa0", "#b08600", "#555555"};
@@ -83,7 +83,7 @@ static void begin(FILE *f, int width, int height) {
 }
 
 static void draw(FILE *f, const svg_chart *c) {
-  const double w = WIDTH - LEFT - RIGHT, h = HEIGHT - TOP - BOTTOM;
+  const double w = PLOT, h = HEIGHT - TOP - BOTTOM;
   axis x = {NAN, NAN, c->log_x}, y = {NAN, NAN, c->log_y};
   for (int i = 0; i < c->n; i++) {
     widen(&x, c->series[i].x, &y, c->series[i].y, c->series[i].n);
@@ -141,8 +141,13 @@ static void draw(FILE *f, const svg_chart *c) {
 
 static void draw_heat(FILE *f, const svg_heat *h) {
   enum { CELL_W = 58, CELL_H = 24, NAMES = 130, GAP = 26, HEAD = 74, FOOT = 50 };
-  const int panel = CELL_W * h->n_columns + GAP, width = NAMES + panel * h->n_panels, height = HEAD + CELL_H * h->n_rows + FOOT;
-  begin(f, width < 640 ? 640 : width, height);
+  int panel = CELL_W * h->n_columns;
+  for (int p = 0; p < h->n_panels; p++)
+    if (LETTER * (int)strlen(h->panels[p]) > panel) panel = LETTER * (int)strlen(h->panels[p]);
+  panel += GAP;
+  const int width = NAMES + panel * h->n_panels, height = HEAD + CELL_H * h->n_rows + FOOT,
+            title = 24 + (LETTER + 2) * (int)strlen(h->title);
+  begin(f, width < title ? title : width, height);
   text(f, 12, 26, "start", " font-size=\"15\" font-weight=\"bold\"", h->title);
   for (int r = 0; r < h->n_rows; r++) text(f, NAMES - 8, HEAD + CELL_H * (r + 0.5) + 4, "end", "", h->rows[r]);
   for (int p = 0; p < h->n_panels; p++) {
@@ -173,7 +178,12 @@ static int finish(FILE *f, const char *path) {
 int svg_write_charts(const char *path, const svg_chart *charts, int n) {
   FILE *f = fopen(path, "w");
   if (!f) return cli_fail("cannot write %s: %s", path, strerror(errno));
-  begin(f, WIDTH, n * HEIGHT);
+  size_t longest = 0; /* name in a legend */
+  for (int i = 0; i < n; i++)
+    for (int j = 0; j < charts[i].n; j++)
+      if (strlen(charts[i].series[j].name) > longest) longest = strlen(charts[i].series[j].name);
+  const int legend = 50 + LETTER * (int)longest;
+  begin(f, LEFT + PLOT + (legend > RIGHT ? legend : RIGHT), n * HEIGHT);
   for (int i = 0; i < n; i++) {
     fprintf(f, "<g transform=\"translate(0 %d)\">\n", i * HEIGHT);
     draw(f, &charts[i]);
