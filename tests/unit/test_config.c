@@ -50,7 +50,9 @@ static bool same(const emx_model_config *a, const emx_model_config *b) {
          a->head_dim == b->head_dim && a->position_type == b->position_type && a->alibi_num_heads == b->alibi_num_heads &&
          a->alibi_slope_type == b->alibi_slope_type && a->attn_scale_type == b->attn_scale_type &&
          a->tie_word_embeddings == b->tie_word_embeddings && a->max_position == b->max_position &&
-         a->rms_norm_eps == b->rms_norm_eps && a->entmax_alpha == b->entmax_alpha;
+         a->rms_norm_eps == b->rms_norm_eps && a->entmax_alpha == b->entmax_alpha && a->alpha_learned == b->alpha_learned &&
+         a->rope_theta == b->rope_theta && a->focal_temperature == b->focal_temperature && a->focal_learned == b->focal_learned &&
+         !memcmp(a->alibi_slopes, b->alibi_slopes, sizeof a->alibi_slopes);
 }
 
 static void test_round_trip(void **state) {
@@ -79,6 +81,35 @@ static void test_round_trip(void **state) {
   assert_int_equal(emxi_config_write(folder, &c, EMX_F64), EMX_ERR_DTYPE);
 }
 
+/* What the scale, the positions and a learned alpha add. */
+static void test_round_trip_scales(void **state) {
+  (void)state;
+  emx_model_config c = tiny, back;
+  c.attn_scale_type = EMX_ATTN_SCALE_ASENTMAX;
+  c.alibi_slope_type = EMX_SLOPE_GIVEN;
+  c.alibi_slopes[0] = 0.1, c.alibi_slopes[1] = 1. / 3;
+  c.alpha_learned = 1;
+  assert_int_equal(emxi_config_write(folder, &c, EMX_BF16), EMX_OK);
+  assert_int_equal(emxi_config_read(folder, &back), EMX_OK);
+  assert_true(same(&c, &back));
+  c = tiny;
+  c.position_type = EMX_POSITION_ROPE;
+  c.alibi_num_heads = 0;
+  c.rope_theta = 500000;
+  c.attn_scale_type = EMX_ATTN_SCALE_FOCAL;
+  c.focal_temperature = 0.7;
+  c.focal_learned = 1;
+  assert_int_equal(emxi_config_write(folder, &c, EMX_BF16), EMX_OK);
+  assert_int_equal(emxi_config_read(folder, &back), EMX_OK);
+  assert_true(same(&c, &back));
+  c.focal_learned = 0;
+  c.attn_scale_type = EMX_ATTN_SCALE_SSMAX;
+  c.focal_temperature = 0.4; /* not kept where it means nothing */
+  assert_int_equal(emxi_config_write(folder, &c, EMX_BF16), EMX_OK);
+  assert_int_equal(emxi_config_read(folder, &back), EMX_OK);
+  assert_true(same(&c, &back));
+}
+
 /* The names that other programs look for. */
 static void test_keys(void **state) {
   (void)state;
@@ -97,6 +128,22 @@ static void test_keys(void **state) {
   assert_int_equal(json_integer_value(json_object_get(j, "max_position_embeddings")), tiny.max_position);
   assert_true(json_real_value(json_object_get(j, "entmax_alpha")) == 1.5);
   assert_true(json_is_true(json_object_get(j, "tie_word_embeddings")));
+  /* Folders without a scale are as they always were. */
+  static const char *const absent[] = {"alibi_slopes", "rope_theta", "focal_temperature", "focal_learned",
+                                       "entmax_alpha_learned"};
+  for (int i = 0; i < 5; i++) assert_null(json_object_get(j, absent[i]));
+  json_decref(j);
+  emx_model_config c = tiny;
+  c.position_type = EMX_POSITION_ROPE;
+  c.attn_scale_type = EMX_ATTN_SCALE_FOCAL;
+  c.alpha_learned = 1;
+  assert_int_equal(emxi_config_write(folder, &c, EMX_BF16), EMX_OK);
+  j = json_load_file(config_path, JSON_REJECT_DUPLICATES, NULL);
+  assert_true(json_real_value(json_object_get(j, "rope_theta")) == 10000);
+  assert_true(json_real_value(json_object_get(j, "focal_temperature")) == 0.4);
+  assert_true(json_is_false(json_object_get(j, "focal_learned")));
+  assert_true(json_is_true(json_object_get(j, "entmax_alpha_learned")));
+  assert_string_equal(json_string_value(json_object_get(j, "attn_scale_type")), "focal");
   json_decref(j);
 }
 
@@ -114,9 +161,10 @@ static void refuse_text(const char *text, const char *sentence) {
     fail_msg("%.200s: %s: \"%s\" does not say \"%s\"", text, emx_status_name(status), emx_last_error(), sentence);
   assert_int_equal(c.vocab_size, 77);
 }
-/* The good file with one key changed to `value` (a JSON text; NULL: removed). */
+static emx_model_config good;
+/* The file of `good` with one key changed to `value` (a JSON text; NULL: removed). */
 static emx_status with(const char *key, const char *value, emx_model_config *c) {
-  assert_int_equal(emxi_config_write(folder, &tiny, EMX_BF16), EMX_OK);
+  assert_int_equal(emxi_config_write(folder, &good, EMX_BF16), EMX_OK);
   json_t *j = json_load_file(config_path, 0, NULL);
   if (value)
     json_object_set_new(j, key, json_loads(value, JSON_DECODE_ANY, NULL));
@@ -137,6 +185,7 @@ static void refuse(const char *key, const char *value, const char *sentence) {
 static void test_bad_values(void **state) {
   (void)state;
   emx_model_config c;
+  good = tiny;
   static const char *const required[] = {
       "model_type",      "vocab_size",    "hidden_size",         "intermediate_size",       "num_hidden_layers",
       "head_dim",        "rms_norm_eps",  "tie_word_embeddings", "max_position_embeddings", "num_attention_heads",
@@ -186,6 +235,57 @@ static void test_bad_values(void **state) {
   assert_int_equal(c.alibi_num_heads, 4); /* all heads, whatever the count says */
 }
 
+static void test_bad_scales(void **state) {
+  (void)state;
+  emx_model_config c;
+  good = tiny; /* NAPE with two ALiBi heads of four */
+  refuse("alibi_slope_type", "\"cubic\"", "linear, exp, given");
+  assert_int_equal(with("alibi_slope_type", "\"given\"", &c), EMX_ERR_FORMAT);
+  assert_non_null(strstr(emx_last_error(), "alibi_slopes is missing"));
+  good.alibi_slope_type = EMX_SLOPE_GIVEN;
+  refuse("alibi_slopes", NULL, "missing");
+  refuse("alibi_slopes", "0.5", "array of 2 numbers");
+  refuse("alibi_slopes", "[0.5]", "array of 2 numbers");
+  refuse("alibi_slopes", "[1, 2, 3]", "array of 2 numbers");
+  refuse("alibi_slopes", "[1, \"2\"]", "alibi_slopes[1] is not a number");
+  refuse("alibi_slopes", "[1, -0.5]", "alibi_slopes[1] is -0.5, expected 0..");
+  refuse("alibi_slopes", "[1e30, 0.5]", "alibi_slopes[0]");
+  assert_int_equal(with("alibi_slopes", "[1, 0]", &c), EMX_OK);
+  assert_true(c.alibi_slopes[0] == 1 && c.alibi_slopes[1] == 0);
+
+  good = tiny;
+  good.position_type = EMX_POSITION_ROPE;
+  good.head_dim = 18;
+  refuse("rope_theta", "\"10000\"", "not a number");
+  refuse("rope_theta", "0", "expected 1..");
+  refuse("rope_theta", "null", "not a number");
+  assert_int_equal(with("rope_theta", NULL, &c), EMX_OK);
+  assert_true(c.rope_theta == 10000);
+  assert_int_equal(with("head_dim", "17", &c), EMX_ERR_FORMAT);
+  assert_non_null(strstr(emx_last_error(), "head_dim 17 is odd"));
+
+  good = tiny;
+  good.attn_scale_type = EMX_ATTN_SCALE_FOCAL;
+  refuse("focal_temperature", NULL, "missing");
+  refuse("focal_temperature", "0", "expected");
+  refuse("focal_temperature", "1e9", "expected");
+  refuse("focal_learned", NULL, "missing");
+  refuse("focal_learned", "1", "true or false");
+  refuse("entmax_alpha_learned", "1", "true or false");
+  assert_int_equal(with("alibi_num_heads", "4", &c), EMX_ERR_FORMAT);
+  assert_non_null(strstr(emx_last_error(), "no head to scale"));
+  assert_int_equal(with("position_type", "\"alibi\"", &c), EMX_OK); /* there every head is scaled */
+  assert_int_equal(emxi_scaled_heads(&c), 4);
+
+  good = tiny;
+  good.alpha_learned = 1;
+  refuse("entmax_alpha", "1", "learned alpha");
+  refuse("entmax_alpha", "2", "learned alpha");
+  refuse("entmax_alpha", "1.01", "learned alpha");
+  assert_int_equal(with("entmax_alpha", "1.3", &c), EMX_OK);
+  assert_true(c.alpha_learned && c.entmax_alpha == 1.3);
+}
+
 static void test_bad_text(void **state) {
   (void)state;
   emx_model_config c;
@@ -221,6 +321,27 @@ static void test_check(void **state) {
   c = tiny, c.tie_word_embeddings = 2;
   assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
   c = tiny, c.position_type = -1;
+  assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
+  c = tiny, c.position_type = EMX_POSITION_ROPE + 1;
+  assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
+  c = tiny, c.attn_scale_type = EMX_ATTN_SCALE_FOCAL + 1;
+  assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
+  c = tiny, c.attn_scale_type = -1;
+  assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
+  c = tiny, c.alibi_slope_type = EMX_SLOPE_GIVEN + 1;
+  assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
+  c = tiny, c.alibi_slope_type = EMX_SLOPE_GIVEN, c.alibi_slopes[1] = NAN;
+  assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
+  c = tiny, c.alibi_slope_type = EMX_SLOPE_GIVEN, c.num_heads = c.alibi_num_heads = EMX_MAX_ALIBI_SLOPES + 2;
+  assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
+  assert_non_null(strstr(emx_last_error(), "at most 128"));
+  c = tiny, c.rope_theta = NAN;
+  assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
+  c = tiny, c.focal_temperature = 0;
+  assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
+  c = tiny, c.focal_learned = 2;
+  assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
+  c = tiny, c.alpha_learned = -1;
   assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
   c = tiny, c.num_layers = 0;
   assert_int_equal(emx_model_config_check(&c), EMX_ERR_INVALID);
@@ -273,6 +394,87 @@ static void test_parameters(void **state) {
   assert_string_equal(p.name, "model.layers.1.input_layernorm.weight");
 }
 
+/* The tensors that a scale and a learned alpha add: names, shapes, no decay of what is not a matrix; what the trainer's one product
+ * takes together lies together. */
+static void test_parameters_of_scales(void **state) {
+  (void)state;
+  static const struct {
+    int32_t scale, learned, alpha;
+    const char *names[5];
+  } cases[] = {{EMX_ATTN_SCALE_ASENTMAX, 0, 0, {"beta_proj.weight", "gamma_proj.weight", "beta_proj.bias", "gamma_proj.bias"}},
+               {EMX_ATTN_SCALE_SSMAX, 0, 0, {"ssmax_scale"}},
+               {EMX_ATTN_SCALE_FOCAL, 0, 0, {NULL}},
+               {EMX_ATTN_SCALE_FOCAL, 1, 0, {"focal_log_temperature"}},
+               {EMX_ATTN_SCALE_NONE, 0, 1, {"entmax_alpha_logit"}}};
+  const int64_t plain = emx_model_config_parameters(&tiny);
+  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+    emx_model_config c = tiny;
+    c.attn_scale_type = cases[i].scale;
+    c.focal_learned = cases[i].learned;
+    c.alpha_learned = cases[i].alpha;
+    int64_t at = 0, extra = 0, found = 0, want = 0;
+    while (want < 5 && cases[i].names[want]) want++;
+    for (int64_t t = 0; t < emxi_param_tensors(&c); t++) {
+      emxi_param p;
+      emxi_param_at(&c, t, &p);
+      assert_int_equal(p.offset, at);
+      assert_true(p.decay == (p.ndim == 2));
+      at += p.count;
+      for (int64_t n = 0; n < want; n++) {
+        char name[96];
+        snprintf(name, sizeof name, "model.layers.1.self_attn.%s", cases[i].names[n]);
+        if (strcmp(p.name, name)) continue;
+        found++;
+        extra += p.count;
+        assert_int_equal(p.shape[0], cases[i].alpha ? 4 : 2); /* heads; those without ALiBi */
+        assert_int_equal(p.start, EMXI_START_SCALAR);
+      }
+    }
+    assert_int_equal(found, want);
+    assert_int_equal(at, plain + 2 * extra);
+    assert_int_equal(emx_model_config_parameters(&c), at);
+    emxi_weights w;
+    assert_int_equal(emxi_weights_create(&c, NULL, &w), EMX_OK);
+    const emxi_layer *l = &w.layers[1];
+    if (cases[i].scale == EMX_ATTN_SCALE_ASENTMAX) {
+      assert_ptr_equal(l->wk, l->wq + 64 * 8);
+      assert_ptr_equal(l->wv, l->wk + 32 * 8);
+      assert_ptr_equal(l->theta_w, l->wv + 32 * 8);
+      assert_ptr_equal(l->theta_v, l->theta_w + 2 * 8);
+      assert_ptr_equal(l->wo, l->theta_v + 2 * 8);
+    }
+    assert_true(!l->theta_w == (cases[i].scale != EMX_ATTN_SCALE_ASENTMAX));
+    assert_true(!l->alpha == !cases[i].alpha);
+    assert_true(!l->theta_b == (!want || cases[i].alpha));
+    emxi_weights_destroy(&w);
+  }
+}
+
+/* 1 + sigmoid, held away from softmax; derivatives by differences. */
+static void test_learned_alphas(void **state) {
+  (void)state;
+  float a[4] = {0, 1.5f, -3, 4};
+  const emxi_layer layer = {.alpha = a};
+  double alphas[4], slopes[4], up[4], down[4];
+  emxi_learned_alphas(&tiny, &layer, alphas, slopes);
+  assert_true(alphas[0] == 1.5 && slopes[0] == 0.25);
+  float above[4], below[4];
+  for (int h = 0; h < 4; h++) {
+    above[h] = a[h] + 0x1p-10f;
+    below[h] = a[h] - 0x1p-10f;
+  }
+  emxi_learned_alphas(&tiny, &(emxi_layer){.alpha = above}, up, NULL);
+  emxi_learned_alphas(&tiny, &(emxi_layer){.alpha = below}, down, NULL);
+  for (int h = 0; h < 4; h++) { /* truncation: h^2/6 of the third derivative, < 2e-8 */
+    assert_true(fabs(alphas[h] - (1 + 1 / (1 + exp(-a[h])))) < 1e-15);
+    assert_true(fabs(slopes[h] - (up[h] - down[h]) * 0x1p9) < 1e-7);
+  }
+  a[1] = -40, a[2] = 1000, a[3] = -1000;
+  emxi_learned_alphas(&tiny, &layer, alphas, slopes);
+  assert_true(alphas[1] == EMXI_LEAST_ALPHA && slopes[1] == 0 && alphas[3] == EMXI_LEAST_ALPHA);
+  assert_true(alphas[2] == 2 && slopes[2] == 0);
+}
+
 static void test_slopes(void **state) {
   (void)state;
   emx_model_config c = tiny;
@@ -283,6 +485,13 @@ static void test_slopes(void **state) {
   c.position_type = EMX_POSITION_ALIBI;
   emxi_alibi_slopes(&c, s);
   assert_true(s[0] == 1 && s[1] == .5f && s[2] == .25f && s[3] == .125f);
+  c.alibi_slope_type = EMX_SLOPE_GIVEN;
+  for (int h = 0; h < 4; h++) c.alibi_slopes[h] = 0.1 * h;
+  emxi_alibi_slopes(&c, s);
+  assert_true(s[0] == 0 && s[1] == .1f && s[2] == .2f && s[3] == (float)(0.1 * 3));
+  c.position_type = EMX_POSITION_ROPE;
+  emxi_alibi_slopes(&c, s);
+  assert_true(s[0] == 0 && s[1] == 0 && s[2] == 0 && s[3] == 0);
   c.position_type = EMX_POSITION_NOPE;
   emxi_alibi_slopes(&c, s);
   assert_true(s[0] == 0 && s[1] == 0 && s[2] == 0 && s[3] == 0);
@@ -291,13 +500,13 @@ static void test_slopes(void **state) {
 /* Saves `count` of the model's tensors after `edit` has changed the list, and expects this of emx_model_open. */
 typedef void (*edit_fn)(emx_named_tensor *t, int64_t *n);
 static emx_status open_edited(edit_fn edit) {
-  const int64_t count = emx_model_config_parameters(&tiny);
+  const int64_t count = emx_model_config_parameters(&good);
   float *data = calloc((size_t)count, sizeof *data);
   emx_named_tensor t[32];
   emxi_param p[32];
-  int64_t n = emxi_param_tensors(&tiny);
+  int64_t n = emxi_param_tensors(&good);
   for (int64_t i = 0; i < n; i++) {
-    emxi_param_at(&tiny, i, &p[i]);
+    emxi_param_at(&good, i, &p[i]);
     t[i] = (emx_named_tensor){p[i].name, emx_tensor_view(data + p[i].offset, EMX_F32, p[i].ndim, p[i].shape)};
   }
   edit(t, &n);
@@ -329,6 +538,14 @@ static void edit_vocab(emx_named_tensor *t, int64_t *n) {
   t[0].tensor = emx_tensor_view(t[0].tensor.data, EMX_F32, 2, (int64_t[]){19, 8});
 }
 static void edit_dtype(emx_named_tensor *t, int64_t *n) { (void)n, t[4].tensor.dtype = EMX_I32; }
+static void edit_bias(emx_named_tensor *t, int64_t *n) { /* the last tensor of the last layer; model.norm follows */
+  t[*n - 2] = t[*n - 1];
+  --*n;
+}
+static void edit_heads(emx_named_tensor *t, int64_t *n) {
+  (void)n;
+  t[5].tensor = emx_tensor_view(t[5].tensor.data, EMX_F32, 2, (int64_t[]){4, 4});
+}
 
 static void test_open(void **state) {
   (void)state;
@@ -342,6 +559,7 @@ static void test_open(void **state) {
                {edit_flat, "q_proj.weight has shape [512]"},
                {edit_vocab, "embed_tokens.weight has shape [19,8], config.json implies [20,8]"},
                {edit_dtype, "v_proj.weight is i32"}};
+  good = tiny;
   assert_int_equal(emxi_config_write(folder, &tiny, EMX_F32), EMX_OK);
   assert_int_equal(open_edited(edit_nothing), EMX_OK);
   for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -349,6 +567,20 @@ static void test_open(void **state) {
     if (status != EMX_ERR_FORMAT || !strstr(emx_last_error(), cases[i].sentence))
       fail_msg("%s: \"%s\" does not say \"%s\"", emx_status_name(status), emx_last_error(), cases[i].sentence);
   }
+  /* The tensors of a scale are required, and refused where config.json has no scale. */
+  good.attn_scale_type = EMX_ATTN_SCALE_ASENTMAX;
+  assert_int_equal(open_edited(edit_nothing), EMX_ERR_FORMAT);
+  assert_non_null(strstr(emx_last_error(), "no tensor named model.layers."));
+  assert_int_equal(emxi_config_write(folder, &good, EMX_F32), EMX_OK);
+  assert_int_equal(open_edited(edit_nothing), EMX_OK);
+  assert_int_equal(open_edited(edit_bias), EMX_ERR_FORMAT);
+  assert_non_null(strstr(emx_last_error(), "model.layers.1.self_attn.gamma_proj.bias is missing"));
+  assert_int_equal(open_edited(edit_heads), EMX_ERR_FORMAT);
+  assert_non_null(strstr(emx_last_error(), "beta_proj.weight has shape [4,4], config.json implies [2,8]"));
+  good = tiny;
+  assert_int_equal(open_edited(edit_nothing), EMX_ERR_FORMAT);
+  assert_non_null(strstr(emx_last_error(), "beta_proj.weight is missing"));
+  assert_int_equal(emxi_config_write(folder, &good, EMX_F32), EMX_OK);
   /* A small file with an enormous configuration is refused before memory of its size is asked for. */
   assert_int_equal(open_edited(edit_nothing), EMX_OK);
   emx_model_config huge = tiny;
@@ -401,9 +633,11 @@ static void test_save_and_open(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_round_trip), cmocka_unit_test(test_keys),  cmocka_unit_test(test_bad_values),
-      cmocka_unit_test(test_bad_text),   cmocka_unit_test(test_check), cmocka_unit_test(test_parameters),
-      cmocka_unit_test(test_slopes),     cmocka_unit_test(test_open),  cmocka_unit_test(test_save_and_open),
+      cmocka_unit_test(test_round_trip_scales), cmocka_unit_test(test_bad_scales), cmocka_unit_test(test_parameters_of_scales),
+      cmocka_unit_test(test_learned_alphas),    cmocka_unit_test(test_round_trip), cmocka_unit_test(test_keys),
+      cmocka_unit_test(test_bad_values),        cmocka_unit_test(test_bad_text),   cmocka_unit_test(test_check),
+      cmocka_unit_test(test_parameters),        cmocka_unit_test(test_slopes),     cmocka_unit_test(test_open),
+      cmocka_unit_test(test_save_and_open),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }

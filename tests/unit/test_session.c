@@ -707,6 +707,17 @@ static void test_scales_and_positions(void **state) {
     assert_int_equal(emx_session_truncate(f, 51), EMX_OK);
     decode(f, 51, logits);
     expect_near(logits, want_logits[51], TIGHT, cases[i].name, 51);
+    emx_select_desc topk; /* pages are chosen by the query that theta has multiplied, thresholds by each head's alpha */
+    emx_select_desc_init(&topk);
+    topk.kind = EMX_SELECT_TOPK;
+    topk.budget = 128; /* every page: the bits of ALL */
+    assert_int_equal(emx_session_truncate(f, 51), EMX_OK);
+    assert_int_equal(emx_session_set_select(f, &topk), EMX_OK);
+    decode(f, 51, row[0]);
+    assert_memory_equal(logits, row[0], sizeof logits);
+    emx_session_stats st = {.struct_size = sizeof st};
+    assert_int_equal(emx_session_get_stats(f, &st), EMX_OK);
+    assert_true(st.certified == st.rows && st.delta_bound_max == 0);
     prefill(f, 52, 20, NULL, row[0]);
     prefill(one, 0, 40, NULL, NULL);
     prefill(one, 40, 30, NULL, NULL);
@@ -728,6 +739,48 @@ static void test_scales_and_positions(void **state) {
   assert_int_equal(save(), EMX_OK);
 }
 
+/* beta -> 0: ASEntmax is entmax, bit for bit, whatever gamma is. */
+static void test_no_beta(void **state) {
+  (void)state;
+  const emx_model_config before = config;
+  float logits[2][V], nll[2][N];
+  config.attn_scale_type = EMX_ATTN_SCALE_ASENTMAX;
+  float *plain = weights;
+  const int64_t count = emx_model_config_parameters(&config);
+  weights = malloc((size_t)count * sizeof *weights);
+  assert_non_null(weights);
+  emxi_normals(7, 0, weights, count);
+  for (int64_t i = 0, k = 0; i < emxi_param_tensors(&config); i++) { /* the tensors of the other model, and theta's */
+    emxi_param p, q;
+    emxi_param_at(&config, i, &p);
+    if (p.start == EMXI_START_SCALAR) {
+      for (int64_t j = 0; j < p.count; j++)
+        if (strstr(p.name, "beta_proj")) weights[p.offset + j] = strstr(p.name, "bias") ? -60 : 0;
+      continue;
+    }
+    emxi_param_at(&before, k++, &q);
+    memcpy(weights + p.offset, plain + q.offset, (size_t)p.count * sizeof(float));
+  }
+  for (int i = 0; i < 2; i++) {
+    emx_model *m = model;
+    if (i) {
+      assert_int_equal(save(), EMX_OK);
+      assert_int_equal(emx_model_open(ctx, folder, &m), EMX_OK);
+    }
+    emx_session *s = session(m, EMX_F32, 30, N);
+    prefill(s, 0, N - 1, nll[i], NULL);
+    decode(s, N - 1, logits[i]);
+    emx_session_destroy(s);
+    if (i) emx_model_close(m);
+  }
+  assert_memory_equal(logits[0], logits[1], sizeof logits[0]);
+  assert_memory_equal(nll[0] + 1, nll[1] + 1, (N - 2) * sizeof(float));
+  free(weights);
+  weights = plain;
+  config = before;
+  assert_int_equal(save(), EMX_OK);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_against_reference),
@@ -743,6 +796,7 @@ int main(void) {
       cmocka_unit_test(test_out_of_memory),
       cmocka_unit_test(test_tap),
       cmocka_unit_test(test_softmax),
+      cmocka_unit_test(test_no_beta),
       cmocka_unit_test(test_scales_and_positions),
   };
   return cmocka_run_group_tests(tests, setup, teardown);

@@ -14,6 +14,7 @@
 
 #include "base/num.h"
 #include "entmax/entmax.h"
+#include "model/scale.h"
 #include "train/train.h"
 
 static emx_ctx *one, *two; /* 1 and 2 workers */
@@ -150,9 +151,11 @@ static double theta64(const emx_model_config *c, const double *w, int l, int64_t
   switch (c->attn_scale_type) {
     case EMX_ATTN_SCALE_ASENTMAX: {
       double b = named(c, w, l, "self_attn.beta_proj.bias")[e], g = named(c, w, l, "self_attn.gamma_proj.bias")[e];
+      const double *wb = named(c, w, l, "self_attn.beta_proj.weight") + e * W,
+                   *wg = named(c, w, l, "self_attn.gamma_proj.weight") + e * W;
       for (int64_t i = 0; i < W; i++) {
-        b += named(c, w, l, "self_attn.beta_proj.weight")[e * W + i] * h[i];
-        g += named(c, w, l, "self_attn.gamma_proj.weight")[e * W + i] * h[i];
+        b += wb[i] * h[i];
+        g += wg[i] * h[i];
       }
       return 1 + log(1 + exp(b)) * pow(n, 2 * tanh(g));
     }
@@ -420,10 +423,12 @@ static void test_learning_rate(void **state) {
   for (int i = 10; i < 109; i++) assert_true(emxi_learning_rate(&o, i + 1) < emxi_learning_rate(&o, i));
 }
 
-/* Four steps of AdamW against float64; 1e-5 covers f32 moments. Norms do not decay. */
+/* Four steps of AdamW against float64; 1e-5 covers f32 moments. Norms, biases and alphas do not decay. */
 static void test_adamw(void **state) {
   (void)state;
   emx_model_config c = tiny(1.5);
+  c.attn_scale_type = EMX_ATTN_SCALE_ASENTMAX;
+  c.alpha_learned = 1;
   emx_train_opts o = short_run();
   o.weight_decay = 0.3;
   emx_trainer *t = create(two, &c, &o);
@@ -472,6 +477,37 @@ static void test_initial_weights(void **state) {
     const bool residual = strstr(info.name, "o_proj") || strstr(info.name, "down_proj");
     const double want = info.ndim == 1 ? 1 : residual ? 0.02 / sqrt(8) : 0.02;
     assert_true(fabs(got / want - 1) < 0.03); /* >= 18,432 normals: 5 standard deviations of 0.5 % */
+  }
+  /* Every scale: the shared tensors start with the same bits, theta at 1.05, at 1 at the last position, at the temperature's inverse. */
+  static const int32_t scales[] = {EMX_ATTN_SCALE_ASENTMAX, EMX_ATTN_SCALE_SSMAX, EMX_ATTN_SCALE_FOCAL};
+  for (int i = 0; i < 3; i++) {
+    emx_model_config other = c;
+    other.attn_scale_type = scales[i];
+    other.focal_learned = other.alpha_learned = 1;
+    other.entmax_alpha = 1.25;
+    emx_trainer *u = create(two, &other, &o);
+    int64_t p = 0, scalars = 0;
+    for (int64_t q = 0; q < emxi_param_tensors(&other); q++) {
+      emxi_param info, plain;
+      emxi_param_at(&other, q, &info);
+      if (info.start == EMXI_START_SCALAR) {
+        scalars++;
+        for (int64_t j = 1; j < info.count; j++) assert_true(u->net.w.data[info.offset + j] == u->net.w.data[info.offset]);
+        continue;
+      }
+      emxi_param_at(&c, p++, &plain);
+      assert_string_equal(info.name, plain.name);
+      assert_memory_equal(u->net.w.data + info.offset, t->net.w.data + plain.offset, (size_t)info.count * sizeof(float));
+    }
+    assert_int_equal(scalars, c.num_layers * (i == 0 ? 5 : 2));
+    const emxi_layer *l = &u->net.w.layers[3];
+    double slope[2], alphas[6];
+    const double theta = emxi_theta(scales[i], l->theta_b[2], l->theta_c ? l->theta_c[2] : 0, c.max_position - 1, slope);
+    assert_true(fabs(theta - (i == 0 ? 1.05 : i == 1 ? 1 : 2.5)) < 1e-6);
+    for (int64_t j = 0; i == 0 && j < 3 * c.hidden_size; j++) assert_true(l->theta_w[j] == 0 && l->theta_v[j] == 0);
+    emxi_learned_alphas(&other, l, alphas, NULL);
+    for (int h = 0; h < 6; h++) assert_true(fabs(alphas[h] - 1.25) < 1e-7);
+    emx_trainer_destroy(u);
   }
   emx_trainer_destroy(t);
 }
@@ -538,9 +574,22 @@ static void test_resume(void **state) {
   (void)state;
   char folder[64];
   folder_create(folder);
-  for (int dtype = 0; dtype < 2; dtype++) {
+  static const int32_t positions[] = {EMX_POSITION_NOPE /* fields that config.json does not keep */, EMX_POSITION_NAPE,
+                                      EMX_POSITION_NAPE, EMX_POSITION_ROPE, EMX_POSITION_ALIBI},
+                       scales[] = {EMX_ATTN_SCALE_NONE, EMX_ATTN_SCALE_NONE, EMX_ATTN_SCALE_ASENTMAX, EMX_ATTN_SCALE_FOCAL,
+                                   EMX_ATTN_SCALE_SSMAX};
+  for (int v = 0; v < 5; v++) {
     emx_model_config c = tiny(1.5);
-    c.position_type = dtype ? EMX_POSITION_NAPE : EMX_POSITION_NOPE; /* NOPE: fields that config.json does not keep */
+    const bool dtype = v > 0;
+    c.position_type = positions[v];
+    c.attn_scale_type = scales[v];
+    c.focal_learned = 1;
+    c.alpha_learned = v == 2;
+    c.rope_theta = 123;
+    if (v == 4) {
+      c.alibi_slope_type = EMX_SLOPE_GIVEN;
+      for (int a = 0; a < 4; a++) c.alibi_slopes[a] = 0.3 * a;
+    }
     emx_train_opts o = short_run();
     o.save_dtype = dtype ? EMX_F32 : EMX_BF16;
     emx_trainer *whole = create(one, &c, &o), *first = create(two, &c, &o), *second;
@@ -618,6 +667,14 @@ static void test_resume_errors(void **state) {
   assert_int_equal(emxi_config_write(folder, &c, EMX_BF16), EMX_OK);
   expect_resume_error(folder, &o, EMX_ERR_FORMAT, "rms_norm_eps");
   c.rms_norm_eps = 1e-5;
+  c.position_type = EMX_POSITION_ROPE;
+  assert_int_equal(emxi_config_write(folder, &c, EMX_BF16), EMX_OK);
+  expect_resume_error(folder, &o, EMX_ERR_FORMAT, "position_type");
+  c.position_type = EMX_POSITION_NAPE;
+  c.alibi_slope_type = EMX_SLOPE_GIVEN;
+  assert_int_equal(emxi_config_write(folder, &c, EMX_BF16), EMX_OK);
+  expect_resume_error(folder, &o, EMX_ERR_FORMAT, "alibi_slope_type");
+  c.alibi_slope_type = EMX_SLOPE_LINEAR;
   assert_int_equal(emxi_config_write(folder, &c, EMX_BF16), EMX_OK);
   emx_trainer *again;
   assert_int_equal(emx_trainer_resume(one, folder, &o, &corpus, &again), EMX_OK);
