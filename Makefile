@@ -6,35 +6,35 @@ JOBS ?= $(shell nproc)
 
 all:
 	scripts/setup.sh build
-	cmake -S . -B $(BUILD) -G Ninja -DEMX_TESTS=OFF -DCMAKE_INSTALL_PREFIX="$(PREFIX)" $(CMAKE_FLAGS)
-	cmake --build $(BUILD)
+	cmake -S . -B "$(BUILD)" -G Ninja -DEMX_TESTS=OFF -DCMAKE_INSTALL_PREFIX="$(PREFIX)" $(CMAKE_FLAGS)
+	cmake --build "$(BUILD)"
 
 # DESTDIR, if set, goes in front of PREFIX.
 install: all
-	cmake --install $(BUILD)
+	cmake --install "$(BUILD)"
 
 uninstall:
-	cmake --build $(BUILD) --target uninstall
+	cmake --build "$(BUILD)" --target uninstall
 
 # Every label. `ctest --test-dir build -L quick` is the part that takes under a minute.
 test:
 	scripts/setup.sh build test
-	cmake -S . -B $(BUILD) -G Ninja -DEMX_TESTS=ON $(CMAKE_FLAGS)
-	cmake --build $(BUILD)
-	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
+	cmake -S . -B "$(BUILD)" -G Ninja -DEMX_TESTS=ON $(CMAKE_FLAGS)
+	cmake --build "$(BUILD)"
+	ctest --test-dir "$(BUILD)" --output-on-failure -j $(JOBS)
 
 # Reads a real book from one sparse cache with every selector; writes build/demo.svg.
 demo:
 	scripts/setup.sh build demo
-	cmake -S . -B $(BUILD) -G Ninja $(CMAKE_FLAGS) -DEMX_TESTS=OFF
-	cmake --build $(BUILD)
-	scripts/demo.sh $(BUILD)
+	cmake -S . -B "$(BUILD)" -G Ninja $(CMAKE_FLAGS) -DEMX_TESTS=OFF
+	cmake --build "$(BUILD)"
+	scripts/demo.sh "$(BUILD)"
 
 # The source archive of the last commit, in $(BUILD).
 dist:
-	scripts/dist.sh $(BUILD)
+	scripts/dist.sh "$(BUILD)"
 
 clean:
-	rm -rf $(BUILD)
+	rm -rf "$(BUILD)"
 
 .PHONY: all install uninstall test demo dist clean

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The source archive, as a packager meets it: the same bytes twice; unpacked under a name with a space, without git and without network
-# it builds outside its source, passes the quick tests, installs under DESTDIR, and nothing in the source changed.
+# it builds outside its source, passes the quick tests and installs under DESTDIR; built again elsewhere it gives the same bytes; and
+# nothing in the source has changed.
 # Usage: dist.sh WORK (made anew). Takes minutes: .ci/run calls it, ctest does not.
 set -eu
 src=$(cd "$(dirname "$0")/../.." && pwd)
@@ -35,6 +36,11 @@ grep 'tests passed' log
 DESTDIR="$work/dest dir" "${offline[@]}" cmake --install "a build" >log || { cat log; fail "install"; }
 [ -x "dest dir/usr/bin/emx" ] && [ -f "dest dir/usr/include/emx.h" ] && [ -f "dest dir/usr/share/man/man1/emx.1" ] || fail "install: files are missing"
 if find "dest dir" -type f -print0 | xargs -0 grep -lF "$work"; then fail "these installed files name the build's folder"; fi
+# A build in another folder gives the same bytes.
+"${offline[@]}" cmake -S "$tree" -B other -G Ninja -DCMAKE_INSTALL_PREFIX=/usr -DEMX_TESTS=OFF >log || { cat log; fail "configure"; }
+"${offline[@]}" cmake --build other >log || { tail -n 40 log; fail "build"; }
+DESTDIR="$work/other dest" cmake --install other >log || { cat log; fail "install"; }
+diff -r "dest dir" "other dest" || fail "two builds differ"
 DESTDIR="$work/dest dir" "${offline[@]}" cmake --build "a build" --target uninstall >log || { cat log; fail "uninstall"; }
 [ -z "$(find "dest dir" ! -type d)" ] || fail "files are left after uninstall"
 [ "$before" = "$(content)" ] || fail "the source tree changed"
