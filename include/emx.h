@@ -270,7 +270,7 @@ typedef struct emx_attn_io {
   const emx_tensor *q, *k, *v;
   const emx_tensor *o;
   const emx_tensor *tau;     /* alpha > 1. Forward: optional output; backward: input */
-  const emx_tensor *support; /* forward: optional output */
+  const emx_tensor *support; /* forward: optional output; backward: input beside support_index, else unused */
   const emx_tensor *alibi_slopes;
   const emx_tensor *block_table;
   const emx_tensor *seqlens_q, *seqlens_k;
@@ -282,6 +282,12 @@ typedef struct emx_attn_io {
    * exactly 1 hold their log-sum-exp in it. */
   const emx_tensor *alphas;
   const emx_tensor *d_alpha; /* backward, optional, with `alphas`: output [H] f64, the gradient of each head's alpha */
+  /* Support lists, optional, alpha > 1: i32, shape of q with any capacity C in the place of D. Forward writes the positions of a row's
+   * support in ascending order, where there are at most C of them; `support` (required) says how many, the entries past them are left
+   * alone. Backward reads both and scores only what is listed; rows with more than C, and rows whose list is no list of visible
+   * positions in ascending order or does not give back the row's tau, are found again by a scan. The gradients are bit for bit the
+   * same with and without lists. */
+  const emx_tensor *support_index;
 } emx_attn_io;
 EMX_API void emx_attn_io_init_sized(emx_attn_io *io, size_t size);
 #define emx_attn_io_init(io) emx_attn_io_init_sized((io), sizeof *(io))

@@ -86,6 +86,22 @@ static emx_status per_head(const struct call *c, const emx_tensor *t, int64_t he
   return EMX_OK;
 }
 
+/* support_index: the shape of q with C in the place of D. */
+static emx_status lists(const struct call *c, const emx_tensor *t, bool softmax, bool support, emxi_attn *a) {
+  const int32_t ndim = c->packed ? 3 : 4;
+  int64_t shape[4];
+  if (softmax) return emxi_fail(EMX_ERR_INVALID, "%s: alpha = 1 has no support lists", c->who);
+  if (!support) return emxi_fail(EMX_ERR_INVALID, "%s: support_index without support, which says how long the lists are", c->who);
+  for (int32_t d = 0; d < ndim; d++) shape[d] = c->shape_q[d];
+  if (t->ndim == ndim) shape[ndim - 1] = t->shape[ndim - 1];
+  EMX_TRY(check_tensor(c, t, ndim, shape, "support_index"));
+  if (t->dtype != EMX_I32)
+    return emxi_fail(EMX_ERR_DTYPE, "%s: support_index is %s, expected i32", c->who, emx_dtype_name(t->dtype));
+  resolve(&a->index, t, c->desc->layout, c->packed);
+  a->list = shape[ndim - 1];
+  return EMX_OK;
+}
+
 static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, bool sizes,
                                emxi_attn *a) {
   struct call c = {
@@ -198,11 +214,13 @@ static emx_status resolve_call(emx_ctx *ctx, const emx_attn_desc *desc, const em
   if (softmax ? io->tau != NULL : io->lse != NULL)
     return emxi_fail(EMX_ERR_INVALID, "%s: %s", who,
                      softmax ? "alpha = 1 has no tau, it has lse" : "alpha > 1 and alphas have no lse, they have tau");
+  if (io->support && (pass == EMX_PASS_FORWARD || io->support_index))
+    EMX_TRY(per_row(&c, io->support, EMX_I32, "support", &a->support));
+  if (io->support_index) EMX_TRY(lists(&c, io->support_index, softmax, io->support != NULL, a));
   const emx_tensor *threshold = softmax ? io->lse : io->tau;
   if (threshold) EMX_TRY(per_row(&c, threshold, kt == EMX_F64 ? EMX_F64 : EMX_F32, softmax ? "lse" : "tau", &a->tau));
   if (pass == EMX_PASS_FORWARD) {
     EMX_TRY(like(&c, io->o, c.shape_q, io->q->dtype, "o", &a->o));
-    if (io->support) EMX_TRY(per_row(&c, io->support, EMX_I32, "support", &a->support));
   } else {
     if (!threshold) return emxi_fail(EMX_ERR_INVALID, "%s: %s of the forward pass is required", who, softmax ? "lse" : "tau");
     if (io->d_alpha) EMX_TRY(per_head(&c, io->d_alpha, a->heads, "d_alpha", &d_alpha));

@@ -22,6 +22,8 @@ typedef struct emxi_attn {
   int64_t max_q, max_k;   /* largest lengths that the shapes allow */
   int64_t rows_q, rows_k; /* rows of q and k in memory: lengths and offsets are checked against them */
   emxi_mat q, k, v, o, tau /* alpha = 1: lse */, support, d_o, d_q, d_k, d_v;
+  emxi_mat index; /* support lists of `list` entries a row */
+  int64_t list;
   const float *slopes; /* [heads] or NULL */
   const int32_t *seqlens_q, *seqlens_k, *cu_q, *cu_k;
   /* paged k, v: `row` strides inside a page, `batch` is the stride between pages */

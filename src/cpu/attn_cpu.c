@@ -4,42 +4,52 @@
  *   forward   o_i = sum_j p_ij v_j,  p_i = alpha-entmax(scale q_i.k + bias)          one pass over K, exact tau
  *   backward  u = p^(2-alpha),  ds = u (dp - (sum u dp)/(sum u)),  dp_ij = do_i.v_j
  *
- * A forward task owns the outputs of a block of queries times the query heads of one KV head; it walks the keys from the newest to the
- * oldest in tiles of 64, scores them in registers (table tile(), or dot() where the block has few rows), and keeps (score, position)
- * of what lies above a running lower bound of the row's threshold: first max - 1/(alpha-1), then, whenever a list has doubled, the
- * exact threshold of the list (the threshold of a subset is a lower bound: docs/math.md). The list that is left contains the support.
- * Lists have room for every key, so nothing overflows. A backward task owns one KV head of one sequence, hence dk and dv.
+ * A forward task owns the outputs of a block of queries times the query heads of one KV head. It walks the keys from the newest to the
+ * oldest in tiles of 64 (collect): a tile is transposed once, its scores stay in registers, and (score, position) of what lies above a
+ * running lower bound of the row's threshold is compressed into the row's list. The bound is that of the list so far: a threshold of a
+ * subset is a lower bound (docs/math.md). The list that is left contains the support, and tau is solved exactly on it. Tiles whose
+ * scores are bounded below the threshold of every row (center and radius of the tile, and the bias) are not even scored.
  *
- * Cost: 2 D FLOP a visible pair and 2 D (backward 8 D) a nonzero; K is read ceil(rows / block) times from cache. Scores accumulate in
- * REAL (relative error of a sum of D products), tau in double. Oracle: tests/unit/test_attn.c.
+ * A block's lists share a slab of fixed size. Should a list outgrow its share, which takes long and flat rows, the block is cut in two
+ * and starts again; a block of one query always fits. Where the cuts are cannot be seen in the results.
+ *
+ * A backward task owns one KV head of one sequence, hence dk and dv. Rows come from the caller's support lists, where they hold what
+ * they should, else from the same walk over the keys with the row's threshold known.
+ *
+ * Cost: 2 D FLOP a visible pair that is not bounded away and 2 D (backward 10 D) a nonzero; K is read rows / block times from cache.
+ * Scores accumulate in REAL (relative error of a sum of D products), tau in double. Oracle: tests/unit/test_attn.c.
  */
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "attn/attn.h"
 #include "base/num.h"
 #include "cpu/backend_cpu.h"
 
-#define ROWS_WANTED 96                 /* rows of a block: enough to amortise the transposition of a key tile */
-#define LIST_BYTES ((int64_t)32 << 20) /* per worker: blocks get smaller when contexts get longer */
-#define DOT_ROWS 8                     /* below this many rows, keys are not transposed */
+#define ROWS_WANTED 192 /* rows of a block: enough to amortise the fetch and transposition of a key tile */
+#define SUB_ROWS 12                     /* rows that are scored or skipped together: whole register blocks of every table */
+#define LIST_ENTRIES ((int64_t)1 << 21) /* of the slab of lists a worker has */
+#define ROOM (EMXI_TILE + 16)           /* entries in front of a list that one tile may need */
+#define DOT_ROWS 8                      /* below this many rows, keys are not transposed */
+#define BOUND_ROWS 64                   /* from here on it pays to bound tiles */
 #define CHUNK 256
 
-/* Rows of a block: `queries` positions of each of the group's heads. Depends on shapes only. */
+/* Rows of a block: `queries` positions of each of the group's heads, or fewer. Depends on shapes only. */
 typedef struct block {
   int64_t group, queries, rows, count; /* count: blocks per sequence */
-  int64_t cap;                         /* list entries a row */
+  int64_t entries;                     /* list entries a worker */
 } block;
 
-static block block_of(const emxi_attn *a, size_t real) {
-  block b = {.group = a->heads / a->kv_heads, .cap = a->max_k + 64};
-  int64_t fit = LIST_BYTES / (b.cap * (int64_t)(real + sizeof(int32_t)));
-  int64_t rows = fit < ROWS_WANTED ? fit : ROWS_WANTED;
-  b.queries = rows / b.group;
+static block block_of(const emxi_attn *a) {
+  block b = {.group = a->heads / a->kv_heads};
+  b.queries = ROWS_WANTED / b.group;
   if (b.queries > a->max_q) b.queries = a->max_q;
   if (b.queries < 1) b.queries = 1;
   b.rows = b.queries * b.group;
   b.count = (a->max_q + b.queries - 1) / b.queries;
+  const int64_t row = a->max_k + 2 * ROOM, most = b.rows * row, least = b.group * row;
+  b.entries = most < LIST_ENTRIES ? most : least > LIST_ENTRIES ? least : LIST_ENTRIES;
   return b;
 }
 
@@ -61,11 +71,32 @@ static int64_t key_offset(const emxi_attn *a, const emxi_mat *m, const emxi_span
   return page * m->batch + g * m->head + (j % a->page_size) * m->row;
 }
 
+/* Softmax alone needs every score; few queries, or few keys, are not worth a look at the keys before. */
+static bool bounded(const emxi_attn *a) {
+  return (a->alphas || a->alpha > 1.0) && a->max_q * (a->heads / a->kv_heads) >= BOUND_ROWS && a->max_k >= 8 * EMXI_TILE;
+}
+
+/* Keys from the start of `left` ones of a tile that lie next to each other in memory. */
+static int run_of(const emxi_attn *a, int left) { return a->block_table && a->page_size < left ? (int)a->page_size : left; }
+
+/* Keys that come next: a hint. */
+static void prefetch_keys(const emxi_attn *a, const emxi_span *sp, int64_t b, int64_t g, int64_t j, int n) {
+  const int64_t es = (int64_t)emx_dtype_size(a->k.dtype), bytes = a->d * es;
+  for (int i = 0; i < n; i++) {
+    const char *key = a->k.data + key_offset(a, &a->k, sp, b, g, j + i) * es;
+    for (int64_t x = 0; x < bytes; x += 64) __builtin_prefetch(key + x);
+  }
+}
+
 typedef struct job {
   emx_ctx *ctx;
   const emxi_attn *a;
   block blk;
-  double *d_alpha;              /* [rows of q, heads]: each row's share */
+  double *d_alpha; /* [rows of q, heads]: each row's share */
+  /* Bounds of key tiles, or NULL: centers [batch * kv_heads, panels, d, TILE] of REAL, a panel being TILE tiles, and what a unit of |q|
+   * adds to q.center [batch * kv_heads, panels * TILE]. */
+  void *center, *radius;
+  int64_t panels;
   void *work[EMXI_MAX_THREADS]; /* per worker, carved by the template */
 } job;
 
@@ -84,6 +115,7 @@ static double alpha_slope(double alpha, double p) {
 }
 
 #define REAL float
+#define TINY 1e-37f /* above what underflow hides in a score */
 #define TABLE emxi_table
 #define FN(name) name
 #define KTABLE(cpu) ((cpu)->k)
@@ -98,8 +130,10 @@ static double alpha_slope(double alpha, double p) {
 #undef BELOW
 #undef ULP
 #undef SUM_TOLERANCE
+#undef TINY
 
 #define REAL double
+#define TINY 1e-300
 #define TABLE emxi_table64
 #define FN(name) name##64
 #define KTABLE(cpu) ((cpu)->k64)
@@ -115,14 +149,21 @@ emx_status emxi_cpu_attn_supports(emx_ctx *ctx, const emxi_attn *a) {
 
 emx_status emxi_cpu_attn_run(emx_ctx *ctx, const emxi_attn *a, emxi_arena *arena) {
   const bool f64 = a->k.dtype == EMX_F64, backward = a->pass == EMX_PASS_BACKWARD;
-  job j = {.ctx = ctx, .a = a, .blk = block_of(a, f64 ? sizeof(double) : sizeof(float))};
+  const int64_t heads = a->batch * a->kv_heads;
+  job j = {.ctx = ctx, .a = a, .blk = block_of(a)};
   for (int32_t w = 0; w < ctx->threads; w++) j.work[w] = f64 ? carve64(arena, &j) : carve(arena, &j);
   j.d_alpha = emxi_arena_take(arena, a->d_alpha ? alpha_rows(a) * a->heads : 0, sizeof(double));
+  if (bounded(a)) {
+    const size_t real = f64 ? sizeof(double) : sizeof(float);
+    j.panels = (a->max_k + EMXI_TILE * EMXI_TILE - 1) / (EMXI_TILE * EMXI_TILE);
+    j.center = emxi_arena_take(arena, heads, (size_t)(j.panels * EMXI_TILE * a->d) * real);
+    j.radius = emxi_arena_take(arena, heads, (size_t)(j.panels * EMXI_TILE) * real);
+  }
   if (!arena->base) return EMX_OK;
   EMX_TRY(emxi_arena_check(arena, "attention"));
   EMX_TRY(emxi_attn_check_lengths(a));
   for (int32_t w = 0; w < ctx->threads; w++) f64 ? lay_out64(&j, w) : lay_out(&j, w);
-  const int64_t heads = a->batch * a->kv_heads;
+  if (j.center) EMX_TRY(emxi_parallel(ctx, heads * j.panels, f64 ? bound_task64 : bound_task, &j));
   if (backward) {
     const int64_t rows = alpha_rows(a);
     if (a->d_alpha) memset(j.d_alpha, 0, (size_t)(rows * a->heads) * sizeof(double)); /* padding has no share */

@@ -52,6 +52,13 @@ typedef struct emxi_solution {
  * alpha > 1. s and idx need room for n + 16 elements. */
 emxi_solution emxi_solve(const emxi_table *k, double alpha, float *s, int32_t *idx, int64_t n);
 emxi_solution emxi_solve64(const emxi_table64 *k, double alpha, double *s, int32_t *idx, int64_t n);
+/* The same from a score that is known to lie at or below the threshold's, which saves steps; the bits are the same. */
+emxi_solution emxi_solve_above(const emxi_table *k, double alpha, float *s, int32_t *idx, int64_t n, float below);
+emxi_solution emxi_solve_above64(const emxi_table64 *k, double alpha, double *s, int32_t *idx, int64_t n, double below);
+/* From a lower bound t of the threshold of s[n] relative to m (as in emxi_solution) a better one: two Newton steps, which from the left
+ * stay left for alpha <= 2. alpha > 2: t. */
+double emxi_raise(const emxi_table *k, double alpha, const float *s, int64_t n, double m, double t);
+double emxi_raise64(const emxi_table64 *k, double alpha, const double *s, int64_t n, double m, double t);
 /* p[i] of the support that emxi_solve left; p may be s. */
 void emxi_weights(const emxi_table *k, double alpha, const emxi_solution *sol, const float *s, float *p);
 void emxi_weights64(const emxi_table64 *k, double alpha, const emxi_solution *sol, const double *s, double *p);

@@ -44,18 +44,42 @@ INL VF v_pow2i(VF n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 INL VF v_zero_below(VF v, VF x, VF lim) { return _mm256_andnot_ps(_mm256_cmp_ps(x, lim, _CMP_LT_OQ), v); }
-/* Survivors are few: one at a time from the mask. */
-#define v_compress_store(so, io, v, mask, idx_or_null, base)                                     \
-  do {                                                                                           \
-    float lanes_[8];                                                                             \
-    int at_ = 0;                                                                                 \
-    _mm256_storeu_ps(lanes_, v);                                                                 \
-    for (unsigned m_ = (mask); m_; m_ &= m_ - 1, at_++) {                                        \
-      int l_ = __builtin_ctz(m_);                                                                \
-      (so)[at_] = lanes_[l_];                                                                    \
-      (io)[at_] = (idx_or_null) ? (idx_or_null)[l_] : (base) + l_;                               \
-    }                                                                                            \
+#include "compress8.h"
+INL __m256i compress_order(unsigned mask) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(compress8 + mask))); }
+INL __m256i lanes_from(int32_t base) {
+  return _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(base));
+}
+#define v_compress_store(so, io, v, mask, idx_or_null, base)                                                    \
+  do {                                                                                                          \
+    const __m256i order_ = compress_order(mask),                                                                \
+                  ids_ = (idx_or_null) ? _mm256_loadu_si256((const __m256i *)(idx_or_null)) : lanes_from(base); \
+    _mm256_storeu_ps(so, _mm256_permutevar8x32_ps(v, order_));                                                  \
+    _mm256_storeu_si256((__m256i *)(io), _mm256_permutevar8x32_epi32(ids_, order_));                            \
   } while (0)
+/* Compressed lanes at the upper end: the set bits are the clear ones of the complement, which come last. */
+INL void v_push(float *so, int32_t *io, VF v, unsigned mask, int32_t base) {
+  const __m256i order = compress_order(~mask & 255);
+  _mm256_storeu_ps(so - 8, _mm256_permutevar8x32_ps(v, order));
+  _mm256_storeu_si256((__m256i *)(io - 8), _mm256_permutevar8x32_epi32(lanes_from(base), order));
+}
+/* rows[i][j] becomes rows[j][i]. */
+INL void v_transpose(VF *rows) {
+  VF t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int h = 0; h < 2; h++) {
+      rows[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+      rows[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0xEE);
+    }
+  for (int c = 0; c < 4; c++) {
+    t[c] = _mm256_permute2f128_ps(rows[c], rows[4 + c], 0x20);
+    t[4 + c] = _mm256_permute2f128_ps(rows[c], rows[4 + c], 0x31);
+  }
+  for (int i = 0; i < 8; i++) rows[i] = t[i];
+}
 INL VD vd_load(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 INL VD vd_loadn(const float *p, int n, float fill) {
   float t[4] = {fill, fill, fill, fill};

@@ -33,7 +33,7 @@ INL void v_hsum4(VF a, VF b, VF c, VF d, float *out) {
   VF ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE)); /* a01+a23 | b01+b23 */
   VF cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
   VF all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD)); /* a b c d, 4 lanes each */
-  VF two = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4E)); /* l + (l+2) */
+  VF two = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4E));                                      /* l + (l+2) */
   VF one = _mm512_add_ps(two, _mm512_permute_ps(two, 0xB1));
   _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, one)));
 }
@@ -42,15 +42,48 @@ INL VF v_round(VF a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT 
 INL VF v_pow2i(VF n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-INL VF v_zero_below(VF v, VF x, VF lim) { return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(x, lim, _CMP_LT_OQ), _mm512_setzero_ps()); }
+INL VF v_zero_below(VF v, VF x, VF lim) {
+  return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(x, lim, _CMP_LT_OQ), _mm512_setzero_ps());
+}
 #define v_compress_store(so, io, v, mask, idx_or_null, base)                                                                  \
   do {                                                                                                                        \
     __m512i ids_ = (idx_or_null) ? _mm512_loadu_si512(idx_or_null)                                                            \
-                                 : _mm512_add_epi32(_mm512_set1_epi32(base), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9,  \
-                                                                                               10, 11, 12, 13, 14, 15));      \
+                                 : _mm512_add_epi32(_mm512_set1_epi32(base),                                                  \
+                                                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)); \
     _mm512_storeu_ps(so, _mm512_maskz_compress_ps((__mmask16)(mask), v));                                                     \
     _mm512_storeu_si512(io, _mm512_maskz_compress_epi32((__mmask16)(mask), ids_));                                            \
   } while (0)
+/* Compressed lanes turned to the upper end. */
+INL void v_push(float *so, int32_t *io, VF v, unsigned mask, int32_t base) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                turn = _mm512_add_epi32(lane, _mm512_set1_epi32(__builtin_popcount(mask))); /* of which the low 4 bits count */
+  _mm512_storeu_ps(so - 16, _mm512_permutexvar_ps(turn, _mm512_maskz_compress_ps((__mmask16)mask, v)));
+  _mm512_storeu_si512(io - 16,
+                      _mm512_permutexvar_epi32(
+                          turn, _mm512_maskz_compress_epi32((__mmask16)mask, _mm512_add_epi32(lane, _mm512_set1_epi32(base)))));
+}
+/* rows[i][j] becomes rows[j][i]: pairs of lanes, then of quarters. */
+INL void v_transpose(VF *rows) {
+  VF t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; h++) { /* rows[i + c]: column c of each group of four, of rows i .. i+3 */
+      rows[i + 2 * h] = _mm512_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+      rows[i + 2 * h + 1] = _mm512_shuffle_ps(t[i + h], t[i + 2 + h], 0xEE);
+    }
+  for (int c = 0; c < 4; c++) {
+    const VF a = _mm512_shuffle_f32x4(rows[c], rows[4 + c], 0x88), b = _mm512_shuffle_f32x4(rows[c], rows[4 + c], 0xDD),
+             e = _mm512_shuffle_f32x4(rows[8 + c], rows[12 + c], 0x88), f = _mm512_shuffle_f32x4(rows[8 + c], rows[12 + c], 0xDD);
+    t[c] = _mm512_shuffle_f32x4(a, e, 0x88);
+    t[4 + c] = _mm512_shuffle_f32x4(b, f, 0x88);
+    t[8 + c] = _mm512_shuffle_f32x4(a, e, 0xDD);
+    t[12 + c] = _mm512_shuffle_f32x4(b, f, 0xDD);
+  }
+  for (int i = 0; i < 16; i++) rows[i] = t[i];
+}
 INL VD vd_load(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 INL VD vd_loadn(const float *p, int n, float fill) {
   return _mm512_cvtps_pd(_mm256_mask_loadu_ps(_mm256_set1_ps(fill), (__mmask8)((1u << n) - 1), p));

@@ -35,6 +35,12 @@ INL VF v_zero_below(VF v, VF x, VF lim) { return x < lim ? 0 : v; }
     *(so) = (v);                                             \
     *(io) = (idx_or_null) ? *(idx_or_null) : (base);         \
   } while (0)
+#define v_push(so, io, v, mask, base) \
+  do {                                \
+    (so)[-1] = (v);                   \
+    (io)[-1] = (base);                \
+  } while (0)
+INL void v_transpose(VF *rows) { (void)rows; }
 INL VD vd_load(const REAL *p) { return *p; }
 INL VD vd_loadn(const REAL *p, int n, REAL fill) { return n > 0 ? *p : fill; }
 INL void vd_store(REAL *p, VD v) { *p = (REAL)v; }

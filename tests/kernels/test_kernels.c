@@ -270,7 +270,7 @@ static void test_dot(void **state) {
 
 static void test_accumulate(void **state) {
   (void)state;
-  enum { ROWS = 11 };
+  enum { ROWS = 37 };
   guard gv = guard_make(ROWS * 300 * 4), go = guard_make(300 * 4), gw = guard_make(ROWS * 4), gi = guard_make(ROWS * 8);
   EACH_TABLE(k)
   for (int slot = 0; slot < EMXI_SLOTS; slot++)
@@ -333,7 +333,7 @@ static void test_pack_and_tile(void **state) {
   enum { ROWS = 13 };
   static float want[ROWS * EMXI_TILE];
   guard gk = guard_make(EMXI_TILE * 307 * 4), gt = guard_make(300 * EMXI_TILE * 4), gq = guard_make(ROWS * 303 * 4),
-        gs = guard_make(ROWS * (EMXI_TILE + 5) * 4);
+        gs = guard_make(ROWS * (EMXI_TILE + 5) * 4), gh = guard_make(ROWS * 4), gb = guard_make(ROWS * 8);
   EACH_TABLE(k)
   for (int slot = 0; slot < EMXI_SLOTS; slot++)
     for (int i = 0; i < N_DIMS; i += slot ? 3 : 1)
@@ -368,7 +368,25 @@ static void test_pack_and_tile(void **state) {
               if (memcmp(&s[r * lds + j], "\x5a\x5a\x5a\x5a", 4)) fail_msg("%s tile wrote between rows", k->name);
         }
         guard_check(gs, s, ns * 4, "tile");
+
+        /* the same scores with a bias, of which the ones that are hit are stored */
+        const float slope = i % 3 ? (float)i * -0.11f + 0.3f : 0, x0 = (float)(i * 9 - 70);
+        float *thr = guard_at(gh, (size_t)rows * 4, variant & 1), *tile = guard_at(gs, (size_t)rows * EMXI_TILE * 4, variant & 1);
+        uint64_t *hit = guard_at(gb, (size_t)rows * 8, variant & 1);
+        for (int r = 0; r < rows; r++) thr[r] = r % 4 == 0 ? INFINITY : r % 4 == 1 ? -INFINITY : want[r * EMXI_TILE + r];
+        k->score(q, ldq, rows, kt, d, slope, x0, thr, tile, hit);
+        for (int r = 0; r < rows; r++)
+          for (int j = 0; j < EMXI_TILE; j++) {
+            const float v = want[r * EMXI_TILE + j], e = slope != 0 ? fmaf(-slope, fabsf(x0 - (float)r + (float)j), v) : v;
+            if ((hit[r] >> j & 1) != !(e <= thr[r])) fail_msg("%s score row %d column %d of d=%d: hit", k->name, r, j, d);
+            if (hit[r] >> j & 1 && memcmp(&tile[r * EMXI_TILE + j], &e, 4))
+              fail_msg("%s score row %d column %d of d=%d", k->name, r, j, d);
+          }
+        guard_check(gs, tile, (size_t)rows * EMXI_TILE * 4, "score");
+        guard_check(gb, hit, (size_t)rows * 8, "score");
       }
+  guard_free(gh);
+  guard_free(gb);
   guard_free(gk);
   guard_free(gt);
   guard_free(gq);
@@ -380,33 +398,97 @@ static void test_scan(void **state) {
   guard g = guard_make(EMXI_TILE * 4);
   static const float slopes[] = {0, 0.5f, -0.25f}, from[] = {0, -20, -63, 1000}, thresholds[] = {-INFINITY, -3, 1, 1e9f};
   EACH_TABLE(k)
-  for (int n = 0; n <= EMXI_TILE; n += n < 20 ? 1 : 11)
-    for (int variant = 0; variant < 3 * 4 * 4; variant++) {
-      const float slope = slopes[variant % 3], x0 = from[variant / 3 % 4], thr = thresholds[variant / 12];
-      float *s = guard_at(g, EMXI_TILE * 4, true), expect[EMXI_TILE];
-      fill_scores(s, EMXI_TILE, (uint64_t)n + 16, variant % 5 == 0);
-      bool any = false;
-      for (int j = 0; j < EMXI_TILE; j++) {
-        expect[j] = j < n ? slope != 0 ? fmaf(-slope, fabsf(x0 + (float)j), s[j]) : s[j] : -INFINITY;
-        any |= !(expect[j] <= thr);
-      }
-      if (!k->scan(s, n, slope, x0, thr) != !any) fail_msg("%s scan of %d: wrong answer", k->name, n);
-      for (int j = 0; j < EMXI_TILE; j++)
-        if (s[j] != expect[j] && !(isnan(s[j]) && isnan(expect[j]))) fail_msg("%s scan of %d: score %d", k->name, n, j);
+  for (int variant = 0; variant < 3 * 4 * 4; variant++) {
+    const float slope = slopes[variant % 3], x0 = from[variant / 3 % 4], thr = thresholds[variant / 12];
+    float *s = guard_at(g, EMXI_TILE * 4, true), expect[EMXI_TILE];
+    fill_scores(s, EMXI_TILE, (uint64_t)variant + 16, variant % 5 == 0);
+    uint64_t want = 0;
+    for (int j = 0; j < EMXI_TILE; j++) {
+      expect[j] = slope != 0 ? fmaf(-slope, fabsf(x0 + (float)j), s[j]) : s[j];
+      want |= (uint64_t) !(expect[j] <= thr) << j;
     }
+    assert_true(k->scan(s, slope, x0, thr) == want);
+    for (int j = 0; j < EMXI_TILE; j++)
+      if (s[j] != expect[j] && !(isnan(s[j]) && isnan(expect[j]))) fail_msg("%s scan: score %d", k->name, j);
+  }
   guard_free(g);
+}
+
+static void test_push(void **state) {
+  (void)state;
+  enum { FULL = 16 + EMXI_TILE, AFTER = 5 }; /* scratch and survivors in front of what is there already */
+  guard gs = guard_make(EMXI_TILE * 4), go = guard_make((FULL + AFTER) * 4), gi = guard_make((FULL + AFTER) * 4);
+  EACH_TABLE(k)
+  for (int variant = 0; variant < 300; variant++) {
+    uint32_t words[4];
+    emxi_philox(5, 6, (uint64_t)variant, words);
+    uint64_t mask = (uint64_t)words[0] << 32 | words[1];
+    if (variant & 1) mask &= (uint64_t)words[2] << 32 | words[3];
+    if (variant % 7 == 0) mask = variant % 2 ? 0 : ~(uint64_t)0;
+    if (variant % 7 == 1) mask = (uint64_t)1 << variant % 64;
+    const int n = __builtin_popcountll(mask);
+    const size_t room = (size_t)(16 + n + AFTER);
+    float *s = guard_at(gs, EMXI_TILE * 4, variant & 1), *so = guard_at(go, room * 4, variant & 1);
+    int32_t *io = guard_at(gi, room * 4, variant & 1);
+    for (int j = 0; j < EMXI_TILE; j++) s[j] = (float)j;
+    for (int j = 0; j < AFTER; j++) so[16 + n + j] = -1, io[16 + n + j] = -1;
+    assert_int_equal(k->push(s, mask, 1000, so + 16 + n, io + 16 + n), n);
+    for (int j = 0, at = 16; j < EMXI_TILE; j++)
+      if (mask >> j & 1) {
+        if (so[at] != (float)j || io[at] != 1000 + j) fail_msg("%s push: element %d", k->name, j);
+        at++;
+      }
+    for (int j = 0; j < AFTER; j++) assert_true(so[16 + n + j] == -1 && io[16 + n + j] == -1);
+    guard_check(go, so, room * 4, "push");
+    guard_check(gi, io, room * 4, "push");
+  }
+  guard_free(gs);
+  guard_free(go);
+  guard_free(gi);
+}
+
+static void test_center(void **state) {
+  (void)state;
+  guard gt = guard_make(256 * EMXI_TILE * 4), gc = guard_make(256 * 4 * 3);
+  EACH_TABLE(k)
+  for (int i = 0; i < N_DIMS; i++)
+    for (int n = 1; n <= EMXI_TILE; n += n < 18 ? 1 : 23) {
+      const int d = dims[i];
+      const size_t nc = (size_t)(d - 1) * 3 + 1;
+      float *kt = guard_at(gt, (size_t)(d * EMXI_TILE) * 4, n & 1), *c = guard_at(gc, nc * 4, n & 1);
+      fill_elements(kt, EMX_F32, d * EMXI_TILE, 22);
+      const float r2 = k->center(kt, d, n, c, 3);
+      double most = 0;
+      for (int j = 0; j < n; j++) {
+        double e = 0;
+        for (int x = 0; x < d; x++) {
+          double mean = 0;
+          for (int l = 0; l < n; l++) mean += kt[x * EMXI_TILE + l];
+          mean /= n;
+          if (fabs(c[x * 3] - mean) > 64 * 0x1p-24 * 8) fail_msg("%s center %d of d=%d", k->name, x, d);
+          e += pow(kt[x * EMXI_TILE + j] - (double)c[x * 3], 2);
+        }
+        most = fmax(most, e);
+      }
+      if (fabs(r2 - most) > (d + 2) * 0x1p-24 * most) fail_msg("%s radius of d=%d n=%d: %g, %g", k->name, d, n, (double)r2, most);
+      guard_check(gc, c, nc * 4, "center");
+      kt[d / 2 * EMXI_TILE + n / 2] = n % 2 ? NAN : -INFINITY;
+      assert_true(k->center(kt, d, n, c, 3) == INFINITY);
+    }
+  guard_free(gt);
+  guard_free(gc);
 }
 
 /* ---- support lists */
 
 static void test_dot_list(void **state) {
   (void)state;
-  enum { ROWS = 11 };
+  enum { ROWS = 37 };
   guard gv = guard_make(ROWS * 256 * 4), gq = guard_make(256 * 4), go = guard_make(ROWS * 4), gi = guard_make(ROWS * 8);
   EACH_TABLE(k)
   for (int slot = 0; slot < EMXI_SLOTS; slot++)
     for (int i = 0; i < N_DIMS; i++)
-      for (int n = 0; n <= ROWS; n++) {
+      for (int n = 0; n <= ROWS; n += n < 10 ? 1 : 3) {
         const int d = dims[i];
         const size_t es = emx_dtype_size(dtypes[slot]);
         float *out = guard_at(go, (size_t)n * 4, n & 1), *q = guard_at(gq, (size_t)d * 4, n & 1);
@@ -426,6 +508,22 @@ static void test_dot_list(void **state) {
           if (fabs(out[j] - sum) > d * 0x1p-24 * size) fail_msg("%s dot_list %d of d=%d", k->name, slot, d);
         }
         guard_check(go, out, (size_t)n * 4, "dot_list");
+        k->chain[slot](q, v, off, n, d, out);
+        for (int j = 0; j < n; j++) { /* the bits of tile() */
+          float sum = 0;
+          for (int x = 0; x < d; x++) sum = fmaf(q[x], (float)emxi_load(v, dtypes[slot], off[j] + x), sum);
+          if (memcmp(&out[j], &sum, 4)) fail_msg("%s chain %d of d=%d", k->name, slot, d);
+        }
+        guard_check(go, out, (size_t)n * 4, "chain");
+        int32_t at[ROWS];
+        for (int j = 0; j < n; j++) at[j] = j * 1000;
+        k->list_bias(out, at, n, 0.37f, 2500);
+        for (int j = 0; j < n; j++) {
+          float sum = 0;
+          for (int x = 0; x < d; x++) sum = fmaf(q[x], (float)emxi_load(v, dtypes[slot], off[j] + x), sum);
+          sum = fmaf(-0.37f, fabsf((float)(at[j] - 2500)), sum);
+          if (memcmp(&out[j], &sum, 4)) fail_msg("%s list_bias of d=%d", k->name, d);
+        }
       }
   guard_free(gv);
   guard_free(gq);
@@ -466,11 +564,11 @@ static void test_scatter(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_max),           cmocka_unit_test(test_keep), cmocka_unit_test(test_sums),
-      cmocka_unit_test(test_weights),       cmocka_unit_test(test_exps), cmocka_unit_test(test_load),
-      cmocka_unit_test(test_dot),           cmocka_unit_test(test_axpy), cmocka_unit_test(test_accumulate),
-      cmocka_unit_test(test_pack_and_tile), cmocka_unit_test(test_scan), cmocka_unit_test(test_dot_list),
-      cmocka_unit_test(test_scatter)};
+      cmocka_unit_test(test_max),           cmocka_unit_test(test_keep),     cmocka_unit_test(test_sums),
+      cmocka_unit_test(test_weights),       cmocka_unit_test(test_exps),     cmocka_unit_test(test_load),
+      cmocka_unit_test(test_dot),           cmocka_unit_test(test_axpy),     cmocka_unit_test(test_accumulate),
+      cmocka_unit_test(test_pack_and_tile), cmocka_unit_test(test_scan),     cmocka_unit_test(test_push),
+      cmocka_unit_test(test_center),        cmocka_unit_test(test_dot_list), cmocka_unit_test(test_scatter)};
   for (int i = 0; emxi_table_available(i); i++) printf("kernel table: %s\n", emxi_table_available(i)->name);
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
