@@ -46,7 +46,7 @@ EMX_API emx_status emx_checkpoint_write(const char *path, const emx_named_tensor
 
 enum { EMX_POSITION_NAPE = 0, EMX_POSITION_ALIBI = 1, EMX_POSITION_NOPE = 2, EMX_POSITION_ROPE = 3 /* all heads, rotate-half */ };
 enum { EMX_SLOPE_LINEAR = 0 /* 1/(h+1) */, EMX_SLOPE_EXP = 1 /* 2^-h */, EMX_SLOPE_GIVEN = 2 /* alibi_slopes */ };
-/* theta, which multiplies the query of a token at position i (from 0) after RoPE and before 1/sqrt(head_dim); docs/math.md, section 7.
+/* theta, which multiplies the query of a token at position i (from 0) after RoPE and before 1/sqrt(head_dim); docs/math.md, "Scale and positions".
  * NAPE: only the heads without ALiBi have it; otherwise all heads. */
 enum {
   EMX_ATTN_SCALE_NONE = 0,

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Between the projections and attention: RoPE turns queries and keys, theta multiplies queries (docs/math.md, section 7).
+ * Between the projections and attention: RoPE turns queries and keys, theta multiplies queries (docs/math.md, "Scale and positions").
  *
  * Arrays hold m rows (tokens), `row` floats apart. Row t is at position `from` + t % length: whole sequences of the same length, or a
  * chunk of one. Positions are absolute, so a step of decoding computes what prefill computes. */
