@@ -73,7 +73,7 @@ runs ./model-pc-static no
 PKG_CONFIG_PATH=$pc
 
 quiet "$CMAKE" -G "$GENERATOR" -S "$src/tests/install" -B cmake-build -DCMAKE_C_COMPILER="$CC" -DCMAKE_CXX_COMPILER="$CXX" \
-  -DCMAKE_PREFIX_PATH="$prefix" -DCMAKE_BUILD_TYPE=Release
+  -DCMAKE_PREFIX_PATH="$prefix" -DCMAKE_BUILD_TYPE=Release -DWANTED="$version"
 quiet "$CMAKE" --build cmake-build
 for program in core model; do
   runs cmake-build/${program}_shared yes
