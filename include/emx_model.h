@@ -18,7 +18,8 @@ extern "C" {
 
 /* A safetensors file, mapped read-only. Every size, offset, shape and name in the header is checked before any of it is used:
  * header length against the file and a cap of 100 MB, duplicate keys, dtype and shape against the byte range, overlaps and holes
- * between tensors, trailing bytes. A file that fails is EMX_ERR_FORMAT and the detail names the tensor. */
+ * between tensors, trailing bytes. A file that fails is EMX_ERR_FORMAT and the detail names the tensor. Out of
+ * memory is NOMEM, or FORMAT where the JSON parser cannot tell the two apart. */
 typedef struct emx_checkpoint emx_checkpoint;
 EMX_API emx_status emx_checkpoint_open(const char *path, emx_checkpoint **out);
 /* The same on bytes in memory, borrowed until close (fuzzing, embedding). */

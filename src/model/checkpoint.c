@@ -47,7 +47,30 @@ struct emx_checkpoint {
   int64_t count;
 };
 
+/* jansson 2.14 writes past its token buffer when it cannot grow it. So memory for what a header of this size usually becomes is asked
+ * for first, and given back: a process that is short of memory gets its error here. */
+json_t *emxi_json_parse(const char *text, size_t size, json_error_t *e) {
+  enum { MOST = 1 << 22, EACH = 64 };
+  void *probe = emxi_alloc((size < MOST ? size : MOST) * EACH);
+  *e = (json_error_t){.line = -1};
+  if (!probe) return NULL;
+  emxi_free(probe);
+  return json_loadb(text, size, JSON_REJECT_DUPLICATES, e);
+}
 bool emxi_json_nomem(const json_error_t *e) { return !e->text[0] || json_error_code(e) == json_error_out_of_memory; }
+
+/* Not json_dumps: where that has no memory for a key, it leaves the key out and says that all went well (jansson 2.14). */
+char *emxi_json_text(const json_t *value, size_t flags) {
+  const size_t size = json_dumpb(value, NULL, 0, flags);
+  char *text = size ? emxi_alloc(size + 1) : NULL;
+  if (!text) return NULL;
+  if (json_dumpb(value, text, size, flags) != size) {
+    emxi_free(text);
+    return NULL;
+  }
+  text[size] = 0;
+  return text;
+}
 
 /* Names in messages: whatever a file says, no control characters reach a terminal. */
 static const char *plain(const char *name, char out[96]) {
@@ -131,7 +154,7 @@ static emx_status parse(const char *who, const char *header, uint64_t header_siz
                         emx_checkpoint *ck) {
   if (!header_size || header[0] != '{') return emxi_fail(EMX_ERR_FORMAT, "%s: the header does not start with '{'", who);
   json_error_t e;
-  ck->header = json_loadb(header, (size_t)header_size, JSON_REJECT_DUPLICATES, &e);
+  ck->header = emxi_json_parse(header, (size_t)header_size, &e);
   if (!ck->header) {
     char text[96];
     if (emxi_json_nomem(&e)) return emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", who);
@@ -223,7 +246,8 @@ emx_status emx_checkpoint_open(const char *path, emx_checkpoint **out) {
   void *map = mmap(NULL, size, PROT_READ, MAP_PRIVATE, fd, 0);
   int error = errno;
   close(fd);
-  if (map == MAP_FAILED) return emxi_fail(EMX_ERR_IO, "%s: cannot map %zu bytes: %s", path, size, strerror(error));
+  if (map == MAP_FAILED)
+    return emxi_fail(error == ENOMEM ? EMX_ERR_NOMEM : EMX_ERR_IO, "%s: cannot map %zu bytes: %s", path, size, strerror(error));
   emx_checkpoint *ck = NULL;
   emx_status status = open_bytes(path, map, size, &ck);
   if (status) {
@@ -376,7 +400,7 @@ emx_status emxi_checkpoint_head(const char *path, const emx_named_tensor *tensor
   if (!status && n_metadata && json_object_set(header, METADATA, strings))
     status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
   if (!status) status = describe(path, tensors, n, header);
-  if (!status && !(text = json_dumps(header, JSON_COMPACT)))
+  if (!status && !(text = emxi_json_text(header, JSON_COMPACT)))
     status = emxi_fail(EMX_ERR_NOMEM, "%s: no memory for its header", path);
   json_decref(strings);
   json_decref(header);
@@ -397,7 +421,7 @@ emx_status emxi_checkpoint_head(const char *path, const emx_named_tensor *tensor
     *out = head;
     *size = total;
   }
-  free(text);
+  emxi_free(text);
   return status;
 }
 

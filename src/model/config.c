@@ -250,7 +250,7 @@ emx_status emxi_config_read(const char *folder, emx_model_config *c) {
   status = emxi_file_read(path, 1 << 20, &text, &size);
   if (!status) {
     json_error_t e;
-    reader r = {path, json_loadb(text, size, JSON_REJECT_DUPLICATES, &e)};
+    reader r = {path, emxi_json_parse(text, size, &e)};
     emx_model_config read;
     emx_model_config_init(&read);
     if (!r.root && emxi_json_nomem(&e))
@@ -297,7 +297,7 @@ char *emxi_config_text(const emx_model_config *c, const char *dtype) {
     bad |= json_object_set_new(root, "focal_learned", json_boolean(c->focal_learned));
   }
   bad |= json_object_set_new(root, "tokenizer", json_string("byte"));
-  char *text = bad ? NULL : json_dumps(root, JSON_INDENT(2));
+  char *text = bad ? NULL : emxi_json_text(root, JSON_INDENT(2));
   json_decref(root);
   return text;
 }
@@ -316,6 +316,6 @@ emx_status emxi_config_write(const char *folder, const emx_model_config *c, int3
   else
     status = emxi_file_replace(path, (emxi_bytes[]){{text, strlen(text)}, {"\n", 1}}, 2);
   emxi_free(path);
-  free(text);
+  emxi_free(text);
   return status;
 }

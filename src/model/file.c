@@ -98,7 +98,9 @@ static emx_status replaceable(const char *path, char **target) {
     if (errno != ENOENT) return emxi_fail(EMX_ERR_IO, "%s: %s", path, strerror(errno));
   } else if (S_ISLNK(st.st_mode)) {
     *target = realpath(path, NULL);
-    if (!*target) return emxi_fail(EMX_ERR_IO, "%s: a link to nothing that could be written: %s", path, strerror(errno));
+    if (!*target)
+      return emxi_fail(errno == ENOMEM ? EMX_ERR_NOMEM : EMX_ERR_IO, "%s: a link to nothing that could be written: %s", path,
+                       strerror(errno));
     if (!stat(*target, &st) && S_ISREG(st.st_mode)) return EMX_OK;
     free(*target);
     return emxi_fail(EMX_ERR_IO, "%s: a link to something that is no regular file; it is left alone", path);

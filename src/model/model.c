@@ -3,7 +3,6 @@
 #include "model.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 emx_status emx_model_open(emx_ctx *ctx, const char *folder, emx_model **out) {
@@ -61,6 +60,6 @@ const char *emxi_model_identity(emx_model *model) {
   emxi_hash_add(&hash, model->w.data, (size_t)model->w.count * sizeof *model->w.data);
   emxi_hash_end(&hash, digest);
   for (int i = 0; i < EMXI_HASH_SIZE; i++) snprintf(model->identity + 2 * i, 3, "%02x", digest[i]);
-  free(config);
+  emxi_free(config);
   return model->identity;
 }

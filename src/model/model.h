@@ -61,7 +61,7 @@ int32_t emxi_scaled_heads(const emx_model_config *c);
 
 /* config.json of a folder. save_dtype is a record of what model.safetensors holds (torch_dtype). Writing is atomic. */
 emx_status emxi_config_read(const char *folder, emx_model_config *c);
-/* The text of config.json, for free(); NULL when out of memory. */
+/* The text of config.json, for emxi_free; NULL when out of memory. */
 char *emxi_config_text(const emx_model_config *c, const char *dtype);
 emx_status emxi_config_write(const char *folder, const emx_model_config *c, int32_t save_dtype);
 
@@ -116,9 +116,14 @@ emx_status emxi_file_read(const char *path, size_t max, char **data, size_t *siz
 /* "folder/name" in memory for emxi_free; NULL when out of memory. */
 char *emxi_path_join(const char *folder, const char *name);
 
-/* jansson gave up for lack of memory. Where it is short of memory inside of a string, it says that the text is wrong. */
+/* A text as JSON, duplicate keys refused; NULL with the reason in *e. */
 struct json_error_t;
+struct json_t;
+struct json_t *emxi_json_parse(const char *text, size_t size, struct json_error_t *e);
+/* The reason is lack of memory. Where jansson is short of it inside of a string, it says that the text is wrong. */
 bool emxi_json_nomem(const struct json_error_t *e);
+/* A value as text, for emxi_free; NULL when out of memory. */
+char *emxi_json_text(const struct json_t *value, size_t flags);
 /* The header of a safetensors file that is streamed: tensors without data. The source is at the first byte of data afterwards. */
 emx_status emxi_checkpoint_header(emxi_source *source, emx_checkpoint **out);
 /* The first bytes of a file of these tensors in this order, up to the data, for emxi_free. Their data is not looked at. */
