@@ -43,7 +43,7 @@ typedef struct solved {
 static double budget_root(double *y, int64_t n, double alpha, double budget, int64_t rank) {
   const double a = alpha - 1.0, b = 1.0 / a;
   const int ib = emxi_power_kind(b);
-  double lo = -1.0, hi = -pow((budget - (double)(rank - 1)) / (double)n, a) * (1 - 1e-12), ones = 0, t = lo;
+  double lo = -1.0, hi = -pow((budget - (double)(rank - 1)) / (double)n, a) * (1 - 1e-12), ones = 0, t = lo, last = INFINITY;
   for (int it = 0; it < 400; it++) {
     double mass = ones, slope = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -57,7 +57,8 @@ static double budget_root(double *y, int64_t n, double alpha, double budget, int
       }
     }
     const double f = mass - budget;
-    if (f == 0) return t;
+    if (fabs(f) <= 1e-16 * (double)n * mass)
+      return t; /* what rounding leaves of a sum of n terms; their last bits may all agree */
     if (f > 0)
       lo = t;
     else
@@ -66,10 +67,11 @@ static double budget_root(double *y, int64_t n, double alpha, double budget, int
     const double step = slope > 0 ? a * f / slope : INFINITY;
     double next = t + step;
     if (fabs(step) <= unit || hi - lo <= 2 * unit) return fmin(fmax(next, lo), hi);
-    if (!(next > lo && next < hi) || it % (alpha > 2.0 ? 2 : 4) == 1) { /* steps may creep around the corners of the sum */
+    if (!(next > lo && next < hi) || fabs(step) > 0.25 * last) { /* steps may creep around the corners of the sum */
       next = middle;
       if (next <= lo || next >= hi) return lo;
     }
+    last = fabs(next - t);
     t = next;
     int64_t open = 0;
     for (int64_t i = 0; i < n; i++) {

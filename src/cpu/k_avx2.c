@@ -8,6 +8,7 @@
 #define EMXI_F32
 #include "vec_avx2.h"
 #include "body.inc"
+#include "body_map.inc"
 #include "body_kv.inc"
 
-const emxi_table emxi_table_avx2 = {KERNEL_TABLE("avx2"), .kv = &kv_kernels};
+const emxi_table emxi_table_avx2 = {KERNEL_TABLE("avx2"), MAP_TABLE, .kv = &kv_kernels};

@@ -8,6 +8,7 @@
 #define EMXI_F32
 #include "vec_avx512.h"
 #include "body.inc"
+#include "body_map.inc"
 #include "body_kv.inc"
 
-const emxi_table emxi_table_avx512 = {KERNEL_TABLE("avx512"), .kv = &kv_kernels};
+const emxi_table emxi_table_avx512 = {KERNEL_TABLE("avx512"), MAP_TABLE, .kv = &kv_kernels};

@@ -8,6 +8,7 @@
 #define EMXI_F32
 #include "vec_scalar.h"
 #include "body.inc"
+#include "body_map.inc"
 #include "body_kv.inc"
 
-const emxi_table emxi_table_scalar = {KERNEL_TABLE("scalar"), .kv = &kv_kernels};
+const emxi_table emxi_table_scalar = {KERNEL_TABLE("scalar"), MAP_TABLE, .kv = &kv_kernels};

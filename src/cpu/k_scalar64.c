@@ -6,5 +6,6 @@
 #define REAL double
 #include "vec_scalar.h"
 #include "body.inc"
+#include "body_map.inc"
 
-const emxi_table64 emxi_table_scalar64 = {KERNEL_TABLE("scalar64")};
+const emxi_table64 emxi_table_scalar64 = {KERNEL_TABLE("scalar64"), MAP_TABLE};

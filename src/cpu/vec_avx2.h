@@ -100,6 +100,7 @@ INL VD vd_fma(VD a, VD b, VD c) { return _mm256_fmadd_pd(a, b, c); }
 INL VD vd_fms(VD a, VD b, VD c) { return _mm256_fmsub_pd(a, b, c); }
 INL VD vd_pos(VD a) { return _mm256_max_pd(a, _mm256_setzero_pd()); }
 INL unsigned vd_gt0(VD a) { return (unsigned)_mm256_movemask_pd(_mm256_cmp_pd(a, _mm256_setzero_pd(), _CMP_GT_OQ)); }
+INL VD vd_where(VD cond, VD a) { return _mm256_and_pd(_mm256_cmp_pd(cond, _mm256_setzero_pd(), _CMP_NEQ_UQ), a); }
 /* Lane l plus lane l + VDL, in double. */
 INL VD vd_fold(VF a) {
   return _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));

@@ -98,6 +98,7 @@ INL VD vd_fma(VD a, VD b, VD c) { return _mm512_fmadd_pd(a, b, c); }
 INL VD vd_fms(VD a, VD b, VD c) { return _mm512_fmsub_pd(a, b, c); }
 INL VD vd_pos(VD a) { return _mm512_max_pd(a, _mm512_setzero_pd()); }
 INL unsigned vd_gt0(VD a) { return _mm512_cmp_pd_mask(a, _mm512_setzero_pd(), _CMP_GT_OQ); }
+INL VD vd_where(VD cond, VD a) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(cond, _mm512_setzero_pd(), _CMP_NEQ_UQ), a); }
 /* Lane l plus lane l + VDL, in double. */
 INL VD vd_fold(VF a) {
   return _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)));

@@ -55,6 +55,7 @@ INL VD vd_fma(VD a, VD b, VD c) { return fma(a, b, c); }
 INL VD vd_fms(VD a, VD b, VD c) { return fma(a, b, -c); }
 INL VD vd_pos(VD a) { return a > 0 ? a : 0; } /* NaN gives 0 */
 INL unsigned vd_gt0(VD a) { return a > 0; }
+INL VD vd_where(VD cond, VD a) { return cond == 0 ? 0 : a; } /* a where cond is not 0 */
 INL VD vd_fold(VF a) { return a; }
 INL double vd_hsum(VD a) { return a; }
 #ifdef EMXI_F32
