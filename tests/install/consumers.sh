@@ -14,6 +14,11 @@ quiet() { # output only if it fails
   "$@" >log 2>&1 || { cat log >&2; fail "$*"; }
 }
 
+# In a larger build CMAKE_SOURCE_DIR is somebody else's folder.
+if grep -n 'CMAKE_SOURCE_DIR\|CMAKE_BINARY_DIR' "$src/CMakeLists.txt" "$src"/cmake/* "$src/tests/CMakeLists.txt"; then
+  fail "use PROJECT_SOURCE_DIR and PROJECT_BINARY_DIR"
+fi
+
 # A component has a manifest of its own: that of a real installation from this build stays as it is.
 quiet "$CMAKE" --install "$build" --component Unspecified --prefix "$work/first prefix"
 prefix="$work/the prefix"
