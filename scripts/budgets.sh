@@ -17,7 +17,7 @@ jq -rs '
   def sig: if . == 0 then "0" else (. | log10 | floor) as $e | (. / pow(10; $e - 1) | round) as $m |
     if $e < -3 then "\($m / 10)e\($e)" else "\($m * pow(10; $e - 1) * 1e9 | round / 1e9)" end end;
   def cells: "\(.budget) | \(.delta.mean | sig) | \(.recall99.mean * 1000 | round / 10) % | \(.rel_err.mean | sig) | \(.kl | sig)";
-  (map(select((.target | type) == "number")) | group_by([.length, .target])[] | (map(select(.alpha == 1))[0]) as $s |
+  (map(select(.target | IN(0.08, 0.125, 0.25, 0.5))) | group_by([.length, .target])[] | (map(select(.alpha == 1))[0]) as $s |
     (map(select(.alpha > 1))[0]) as $e | select($s and $e) |
     "| \(.[0].length) | \(.[0].target * 1000 | round / 10) % | \($s | cells) | \($e | cells) | \($s.rel_err.mean / $e.rel_err.mean | round) |"),
   "",
