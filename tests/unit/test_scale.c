@@ -6,6 +6,7 @@
 #include <cmocka.h>
 
 #include "base/num.h"
+#include "entmax/entmax.h"
 #include "model/scale.h"
 
 static emx_ctx *contexts[2]; /* 1 and 3 workers */
@@ -56,7 +57,8 @@ static void test_limits(void **state) {
     assert_true(slope[0] == 1);
     assert_true(fabs(emxi_theta(EMX_ATTN_SCALE_ASENTMAX, 1e4, 20, i, slope) - (1 + 1e4 * l * l)) < 1e-12 * 1e4 * (1 + l * l));
     assert_true(slope[1] == 0); /* tanh is flat, gamma is 2 */
-    assert_true(fabs(emxi_theta(EMX_ATTN_SCALE_ASENTMAX, 2, -20, i, slope) - (1 + log1p(exp(2)) / (l * l))) < 1e-14 * (1 + 8 / (l * l)));
+    assert_true(fabs(emxi_theta(EMX_ATTN_SCALE_ASENTMAX, 2, -20, i, slope) - (1 + log1p(exp(2)) / (l * l))) <
+                1e-14 * (1 + 8 / (l * l)));
     assert_true(slope[1] == 0);
     assert_true(fabs(emxi_theta(EMX_ATTN_SCALE_SSMAX, 0.43, 0, i, slope) - 0.43 * l) < 1e-14 && fabs(slope[0] - l) < 1e-14);
     assert_true(fabs(emxi_theta(EMX_ATTN_SCALE_FOCAL, log(0.4), 0, i, slope) - 2.5) < 1e-14);
@@ -117,7 +119,8 @@ static void test_queries(void **state) {
                    gamma = 2 * tanh(before[t][H * D + E + e] + (double)g[e]), theta = 1 + beta * pow(n, gamma);
       for (int k = 0; k < D; k++) {
         const double want = theta * before[t][(ALIBI + e) * D + k];
-        assert_true(fabs(q[t][(ALIBI + e) * D + k] - want) <= 2e-7 * fabs(want)); /* theta and the product are rounded once each */
+        assert_true(fabs(q[t][(ALIBI + e) * D + k] - want) <=
+                    2e-7 * fabs(want)); /* theta and the product are rounded once each */
       }
     }
   }
@@ -155,6 +158,142 @@ static void test_rope(void **state) {
   }
 }
 
+/* ---- one NAPE layer of two heads, the second with ASEntmax, in double: loss = sum r.o */
+
+enum { GN = 12, GW = 10, GD = 16 };
+static struct {
+  double x[GN][GW], wq[2][GD][GW], k[2][GN][GD], v[2][GN][GD], r[2][GN][GD], w[GW], u[GW], b, c; /* u: gamma's weights */
+} layer;
+static struct {
+  double q[GN][GD], dq[GN][GD], db[GN], dc[GN]; /* of the second head: q before theta, dq the gradient of theta q */
+  double x[GN][GW], w[GW], u[GW], b, c;
+} slope;
+static double dot64(const double *a, const double *b, int n) {
+  double sum = 0;
+  for (int i = 0; i < n; i++) sum += a[i] * b[i];
+  return sum;
+}
+/* gradient: fills `slope` by the formulas of docs/math.md. */
+static double layer64(bool gradient) {
+  double loss = 0;
+  for (int i = 0; i < GN; i++) {
+    double derivative[2];
+    const double b = dot64(layer.w, layer.x[i], GW) + layer.b, c = dot64(layer.u, layer.x[i], GW) + layer.c;
+    for (int h = 0; h < 2; h++) {
+      const double theta = h ? emxi_theta(EMX_ATTN_SCALE_ASENTMAX, b, c, i, derivative) : 1;
+      double q[GD], z[GN], p[GN], g[GN], mean = 0, total = 0, d_theta = 0;
+      int64_t support;
+      for (int d = 0; d < GD; d++) q[d] = dot64(layer.wq[h][d], layer.x[i], GW);
+      for (int j = 0; j <= i; j++) z[j] = theta * dot64(q, layer.k[h][j], GD) / 4 - (h ? 0 : i - j);
+      emxi_oracle_entmax(z, i + 1, 1.5, p, &support);
+      for (int j = 0; j <= i; j++) {
+        g[j] = dot64(layer.r[h][i], layer.v[h][j], GD);
+        loss += p[j] * g[j];
+        mean += sqrt(p[j]) * g[j];
+        total += sqrt(p[j]);
+      }
+      if (!gradient) continue;
+      double dq[GD] = {0};
+      for (int j = 0; j <= i; j++)
+        for (int d = 0; d < GD; d++) dq[d] += sqrt(p[j]) * (g[j] - mean / total) * layer.k[h][j][d] / 4;
+      for (int d = 0; d < GD; d++)
+        for (int e = 0; e < GW; e++) slope.x[i][e] += theta * dq[d] * layer.wq[h][d][e];
+      if (!h) continue;
+      d_theta = dot64(q, dq, GD);
+      slope.db[i] = derivative[0] * d_theta;
+      slope.dc[i] = derivative[1] * d_theta;
+      slope.b += slope.db[i];
+      slope.c += slope.dc[i];
+      for (int e = 0; e < GW; e++) {
+        slope.w[e] += slope.db[i] * layer.x[i][e];
+        slope.u[e] += slope.dc[i] * layer.x[i][e];
+        slope.x[i][e] += slope.db[i] * layer.w[e] + slope.dc[i] * layer.u[e];
+      }
+      memcpy(slope.q[i], q, sizeof q);
+      memcpy(slope.dq[i], dq, sizeof dq);
+    }
+  }
+  return loss;
+}
+/* Central differences of h = 1e-5 in double: 1e-10 of truncation, 1e-11 of rounding. Supports do not change within h: the weights are
+ * square roots away from the threshold, and a kink would show as an error of 1e-3. */
+static void expect_slope(double *at, double got, const char *what) {
+  const double keep = *at, h = 1e-5;
+  *at = keep + h;
+  const double up = layer64(false);
+  *at = keep - h;
+  const double down = layer64(false);
+  *at = keep;
+  if (!(fabs(got - (up - down) / (2 * h)) < 1e-7)) fail_msg("%s: %.10g, differences %.10g", what, got, (up - down) / (2 * h));
+}
+static void normals64(uint64_t stream, double *out, int n, double scale) {
+  for (int i = 0; i < n; i++) {
+    float x[1];
+    emxi_normals(21, stream * 10000 + (uint64_t)i, x, 1);
+    out[i] = scale * (double)x[0];
+  }
+}
+static void test_gradient(void **state) {
+  (void)state;
+  normals64(1, &layer.x[0][0], GN * GW, 1);
+  normals64(2, &layer.wq[0][0][0], 2 * GD * GW, 0.3);
+  normals64(3, &layer.k[0][0][0], 2 * GN * GD, 1);
+  normals64(4, &layer.v[0][0][0], 2 * GN * GD, 1);
+  normals64(5, &layer.r[0][0][0], 2 * GN * GD, 1);
+  normals64(6, layer.w, GW, 0.4);
+  normals64(7, layer.u, GW, 0.3);
+  layer.b = 0.3, layer.c = -0.2;
+  layer64(true);
+  for (int e = 0; e < GW; e++) {
+    expect_slope(&layer.w[e], slope.w[e], "w");
+    expect_slope(&layer.u[e], slope.u[e], "v");
+    for (int i = 0; i < GN; i++) expect_slope(&layer.x[i][e], slope.x[i][e], "x");
+  }
+  expect_slope(&layer.b, slope.b, "b");
+  expect_slope(&layer.c, slope.c, "c");
+  assert_true(fabs(slope.b) > 1e-3 && fabs(slope.c) > 1e-3);
+  assert_true(fabs(slope.db[0]) < 1e-15); /* one key: nothing to scale */
+
+  /* The library's pass on the same numbers, rounded to float: 1e-6 of the largest. */
+  emx_model_config c = config(EMX_POSITION_NAPE, EMX_ATTN_SCALE_ASENTMAX);
+  c.num_heads = c.num_kv_heads = 2;
+  c.alibi_num_heads = 1;
+  enum { R = 2 * GD + 2 };
+  static float q[GN][R], dq[GN][R];
+  float b = (float)layer.b, g = (float)layer.c, gb = -1, gc = -1;
+  const emxi_layer w = {.theta_b = &b, .theta_c = &g}, grad = {.theta_b = &gb, .theta_c = &gc};
+  double sums[2], top = 0;
+  for (int i = 0; i < GN; i++) {
+    double none[2];
+    const double zb = dot64(layer.w, layer.x[i], GW), zc = dot64(layer.u, layer.x[i], GW),
+                 theta = emxi_theta(EMX_ATTN_SCALE_ASENTMAX, zb + layer.b, zc + layer.c, i, none);
+    q[i][2 * GD] = (float)zb, q[i][2 * GD + 1] = (float)zc;
+    for (int d = 0; d < GD; d++) {
+      q[i][GD + d] = (float)(theta * slope.q[i][d]);
+      dq[i][d] = 7; /* the ALiBi head's stays */
+      dq[i][GD + d] = (float)slope.dq[i][d];
+      top = fmax(top, fabs(theta * slope.dq[i][d]));
+    }
+  }
+  const emxi_places places = {.m = GN, .length = GN};
+  assert_int_equal(emxi_scale_sums(&c, GN), 2);
+  assert_int_equal(
+      emxi_scale_backward(contexts[1], &c, &w, &q[0][0], &q[0][2 * GD], &dq[0][0], &dq[0][2 * GD], R, sums, &grad, places),
+      EMX_OK);
+  assert_true(fabs((double)gb - slope.b) < 1e-6 * (1 + fabs(slope.b)) && fabs((double)gc - slope.c) < 1e-6 * (1 + fabs(slope.c)));
+  for (int i = 0; i < GN; i++) {
+    double none[2];
+    const double theta =
+        emxi_theta(EMX_ATTN_SCALE_ASENTMAX, (double)q[i][2 * GD] + layer.b, (double)q[i][2 * GD + 1] + layer.c, i, none);
+    assert_true(fabs((double)dq[i][2 * GD] - slope.db[i]) < 1e-6 * (1 + fabs(slope.db[i])));
+    assert_true(fabs((double)dq[i][2 * GD + 1] - slope.dc[i]) < 1e-6 * (1 + fabs(slope.dc[i])));
+    for (int d = 0; d < GD; d++) {
+      assert_true(dq[i][d] == 7);
+      assert_true(fabs((double)dq[i][GD + d] - theta * slope.dq[i][d]) < 1e-6 * top);
+    }
+  }
+}
+
 /* Which heads: NAPE the ones without ALiBi, everything else all. */
 static void test_heads(void **state) {
   (void)state;
@@ -169,7 +308,9 @@ static void test_heads(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_oracle),  cmocka_unit_test(test_limits), cmocka_unit_test(test_derivatives),
-                                     cmocka_unit_test(test_queries), cmocka_unit_test(test_rope),   cmocka_unit_test(test_heads)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_oracle),      cmocka_unit_test(test_limits),
+                                     cmocka_unit_test(test_derivatives), cmocka_unit_test(test_queries),
+                                     cmocka_unit_test(test_gradient),    cmocka_unit_test(test_rope),
+                                     cmocka_unit_test(test_heads)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }
