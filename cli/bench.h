@@ -20,6 +20,7 @@ double bench_read(emx_ctx *ctx, const void *memory, size_t bytes);
 
 int bench_decode(int argc, char **argv);
 int bench_map(int argc, char **argv);
+int bench_attn(int argc, char **argv);
 int bench_budgets(int argc, char **argv);
 
 #endif

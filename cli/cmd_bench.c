@@ -52,8 +52,9 @@ double bench_read(emx_ctx *ctx, const void *memory, size_t bytes) {
 
 int cmd_bench(int argc, char **argv) {
   static const char usage[] =
-      "Usage: emx bench decode|map|budgets [OPTION...]\n\n"
+      "Usage: emx bench decode|attn|map|budgets [OPTION...]\n\n"
       "  decode   one decode step: softmax first, then each selector, against float64 attention\n"
+      "  attn     dense attention, forward and backward: softmax first, then alpha-entmax\n"
       "  map      rows of the mapping: softmax first, then alpha-entmax\n"
       "  budgets  what a byte budget loses on the activations of trained models\n\n"
       "`emx bench decode --help` lists the options.\n";
@@ -64,6 +65,10 @@ int cmd_bench(int argc, char **argv) {
   if (!strcmp(argv[1], "decode")) {
     cli_command = "emx bench decode";
     return bench_decode(argc - 1, argv + 1);
+  }
+  if (!strcmp(argv[1], "attn")) {
+    cli_command = "emx bench attn";
+    return bench_attn(argc - 1, argv + 1);
   }
   if (!strcmp(argv[1], "map")) {
     cli_command = "emx bench map";
@@ -77,6 +82,6 @@ int cmd_bench(int argc, char **argv) {
     fputs(usage, stdout);
     return cli_flush();
   }
-  cli_warn("unknown benchmark '%s', expected decode, map or budgets", argv[1]);
+  cli_warn("unknown benchmark '%s', expected decode, attn, map or budgets", argv[1]);
   return CLI_USAGE;
 }

@@ -103,6 +103,24 @@ emx_status workload_append(emx_ctx *ctx, emx_kv *kv, int32_t seq, int id, int64_
   return status;
 }
 
+emx_status workload_tensors(emx_ctx *ctx, int id, int64_t g, int64_t n, int d, const workload *w, float *k, float *v) {
+  const size_t bytes = ((size_t)2 * CHUNK + 1) * (size_t)g * (size_t)d * sizeof(float);
+  float *memory = emxi_alloc(bytes);
+  if (!memory) return emxi_fail(EMX_ERR_NOMEM, "no memory for %zu bytes", bytes);
+  fill f = {.w = w, .k = memory, .v = memory + CHUNK * g * d, .last = memory + 2 * CHUNK * g * d, .id = id, .d = d};
+  emx_status status = EMX_OK;
+  for (f.from = 0; f.from < n && !status; f.from += CHUNK) {
+    f.n = n - f.from < CHUNK ? n - f.from : CHUNK;
+    status = emxi_parallel(ctx, g, fill_head, &f);
+    for (int64_t head = 0; head < g; head++) {
+      memcpy(k + (head * n + f.from) * d, f.k + head * f.n * d, (size_t)(f.n * d) * sizeof(float));
+      memcpy(v + (head * n + f.from) * d, f.v + head * f.n * d, (size_t)(f.n * d) * sizeof(float));
+    }
+  }
+  emxi_free(memory);
+  return status;
+}
+
 int64_t workload_pick(const workload *w, int round, int id, int head, int64_t n) {
   uint32_t words[4];
   emxi_philox(w->seed, stream(STREAM_PICK, id, head, round), 0, words);

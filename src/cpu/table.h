@@ -55,6 +55,9 @@ emxi_solution emxi_solve64(const emxi_table64 *k, double alpha, double *s, int32
 /* The same from a score that is known to lie at or below the threshold's, which saves steps; the bits are the same. */
 emxi_solution emxi_solve_above(const emxi_table *k, double alpha, float *s, int32_t *idx, int64_t n, float below);
 emxi_solution emxi_solve_above64(const emxi_table64 *k, double alpha, double *s, int32_t *idx, int64_t n, double below);
+/* What emxi_solve gives for a list of which s[n] is the support; false if it cannot be one. Whether anything is missing only tau tells. */
+bool emxi_resolve(const emxi_table *k, double alpha, const float *s, int64_t n, emxi_solution *sol);
+bool emxi_resolve64(const emxi_table64 *k, double alpha, const double *s, int64_t n, emxi_solution *sol);
 /* From a lower bound t of the threshold of s[n] relative to m (as in emxi_solution) a better one: two Newton steps, which from the left
  * stay left for alpha <= 2. alpha > 2: t. */
 double emxi_raise(const emxi_table *k, double alpha, const float *s, int64_t n, double m, double t);

@@ -23,7 +23,7 @@ static sizes sizes_of(const emx_model_config *c) {
 typedef struct views {
   emx_attn_desc desc;
   emx_attn_io io;
-  emx_tensor q, k, v, o, tau, slopes, alphas, d_alpha, d_o, d_q, d_k, d_v;
+  emx_tensor q, k, v, o, tau, support, index, slopes, alphas, d_alpha, d_o, d_q, d_k, d_v;
 } views;
 
 static emx_tensor heads(float *p, int64_t batch, int64_t length, int64_t n, int64_t d, int64_t row) {
@@ -35,6 +35,8 @@ static emx_tensor heads(float *p, int64_t batch, int64_t length, int64_t n, int6
   return t;
 }
 
+static bool saves_support(const emx_model_config *c) { return c->entmax_alpha > 1; }
+
 static void attention_views(const emxi_net *net, const emxi_saved *s, int64_t batch, int64_t length, int32_t pass, views *a) {
   const emx_model_config *c = &net->config;
   const sizes z = sizes_of(c);
@@ -45,6 +47,7 @@ static void attention_views(const emxi_net *net, const emxi_saved *s, int64_t ba
   /* Offsets of a NULL base are not formed: while counting, any aligned address stands for the memory to come. */
   static float nowhere[1];
   static double no_alpha[1];
+  static int32_t no_list[1];
   float *qkv = s ? s->qkv : nowhere, *dqkv = net->dqkv ? net->dqkv : nowhere;
   const int64_t at_k = s ? z.q : 0, at_v = s ? z.q + z.kv : 0, dat_k = net->dqkv ? z.q : 0, dat_v = net->dqkv ? z.q + z.kv : 0;
   a->q = heads(qkv, batch, length, h, d, z.qkv);
@@ -61,6 +64,12 @@ static void attention_views(const emxi_net *net, const emxi_saved *s, int64_t ba
     a->io.alphas = &a->alphas;
   }
   *(a->desc.alpha == 1 ? &a->io.lse : &a->io.tau) = &a->tau;
+  if (saves_support(c)) {
+    a->support = emx_tensor_view(s ? s->support : no_list, EMX_I32, 3, (int64_t[]){batch, h, length});
+    a->index = emx_tensor_view(s ? s->index : no_list, EMX_I32, 4, (int64_t[]){batch, h, length, EMXI_SAVED_SUPPORT});
+    a->io.support = &a->support;
+    a->io.support_index = &a->index;
+  }
   a->io.alibi_slopes = &a->slopes;
   if (pass == EMX_PASS_FORWARD) {
     a->o = heads(s ? s->o : nowhere, batch, length, h, d, z.q);
@@ -89,6 +98,7 @@ emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shap
     if (shapes[i][1] > longest) longest = shapes[i][1];
   }
 #define FLOATS(count) emxi_arena_take(arena, count, sizeof(float))
+  const int64_t lists = saves_support(c) ? tokens * c->num_heads : 0;
   const bool rope = c->position_type == EMX_POSITION_ROPE;
   net->slopes = FLOATS(c->num_heads);
   net->rope = FLOATS(rope ? longest * c->head_dim : 0);
@@ -102,6 +112,8 @@ emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shap
                           .h = FLOATS(tokens * z.width),
                           .qkv = FLOATS(tokens * z.qkv),
                           .tau = FLOATS(tokens * c->num_heads),
+                          .support = emxi_arena_take(arena, lists, sizeof(int32_t)),
+                          .index = emxi_arena_take(arena, lists, EMXI_SAVED_SUPPORT * sizeof(int32_t)),
                           .o = FLOATS(tokens * z.q),
                           .x_mid = FLOATS(tokens * z.width),
                           .rstd_mid = FLOATS(tokens),

@@ -23,11 +23,15 @@ int64_t emxi_data_windows(const emxi_data *d, int64_t length);
 const uint8_t *emxi_data_draw(const emxi_data *d, int64_t length, uint64_t seed, int64_t t, int64_t i);
 
 /* ---- network (net.c) */
+/* Positions a row that forward saves for backward; a longer row is found again. Trained rows have 5 to 30. */
+#define EMXI_SAVED_SUPPORT 32
+
 typedef struct emxi_saved {        /* what the backward pass needs of one layer */
   float *x, *rstd, *h;             /* [N,W] input of the layer, [N], [N,W] normalised */
   float *qkv;                      /* [N,(H+2G)D + 2E]: one product with wq, wk, wv, theta_w, theta_v, neighbours in the flat array;
                                       then q and k are turned (RoPE) and q is multiplied by theta, in place. 2E: ASEntmax */
   float *tau, *o;                  /* [B,H,T], [N,H D] */
+  int32_t *support, *index;        /* [B,H,T], [B,H,T,EMXI_SAVED_SUPPORT]: positions that have a weight; alpha > 1 */
   float *x_mid, *rstd_mid, *h_mid; /* after the attention */
   float *gate, *up;                /* [N,F] */
 } emxi_saved;

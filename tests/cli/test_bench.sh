@@ -26,6 +26,23 @@ fails 1 'nowhere' bench decode --data nowhere.safetensors
 fails 2 'multiple' bench decode --hq 3 --hkv 2
 run 1 bench decode --n 1000000000 --hkv 4096 --hq 4096 --d 256 --dtype f32
 grep -q '[0-9][0-9]* bytes' err || die "a cache over memory is refused without its bytes"
+# dense attention: every pass of both mappings, and what the float64 rows say of it (sums of D products in float; bf16 input, f32 output)
+for data in iid ar:0.9 topics outlier:3,8 flat:0.05; do
+  run 0 bench attn --data $data --n 700 --hq 4 --hkv 2 --d 32 --rounds 3 --json
+  [ "$(wc -l <out)" = 4 ] || die "softmax and entmax, forward and backward"
+  holds '.data == "'$data'" and .device == "cpu" and .n == 700 and .h == 4 and .hkv == 2 and .d == 32 and .dtype == "f32"'
+  holds '.ms > 0 and .ms_min > 0 and .ms_min <= .ms and .vs_softmax > 0 and .density > 0 and .density <= 1 and .rel_err < 1e-5'
+  all_hold 'map([.alpha, .pass]) == [[1, "forward"], [1, "backward"], [1.5, "forward"], [1.5, "backward"]] and .[0].vs_softmax == 1'
+done
+run 0 bench attn --n 400 --hq 2 --hkv 2 --d 80 --dtype bf16 --alibi --alpha 2 --list 0 --rounds 3 --json
+all_hold '.[2].list == 0 and .[2].alpha == 2 and .[2].alibi and (map(.rel_err < 1e-5) | all)'
+run 0 bench attn --n 300 --hq 2 --hkv 1 --d 16 --alpha 3 --forward --rounds 3 --json
+all_hold 'length == 2 and .[1].pass == "forward"'
+run 0 bench attn --n 200 --alpha 1 --rounds 3
+grep -q 'vs_softmax' out || die "table"
+fails 2 'forward' bench attn --alpha 3
+fails 2 'multiple' bench attn --hq 3 --hkv 2
+fails 2 'data' bench attn --data nothing
 run 0 bench map --n 777 --rows 5 --rounds 3 --json
 # largest errors: 1e-6 is the promise for weights and losses, gradients are relative
 holds '.n == 777 and .rows == 5 and .ms > 0 and .max_err < 1e-6 and .support >= 1 and .vs_softmax > 0 and .bytes > 0'
