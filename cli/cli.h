@@ -49,6 +49,11 @@ double cli_real(const struct argp_state *state, const char *option, const char *
 int32_t cli_map_kind(const struct argp_state *state, const char *text); /* --kind: entmax, normmax or budget */
 /* --kind, --alpha and --budget against each other, when all have been read. */
 void cli_map_check(const struct argp_state *state, const emx_entmax_desc *desc, bool budget_set);
+/* The number of a task's name. */
+int32_t cli_task(const struct argp_state *state, const char *text);
+/* "N" or "A..B", within [min, max], A <= B. */
+void cli_range(const struct argp_state *state, const char *option, const char *text, int64_t min, int64_t max, int64_t *from,
+               int64_t *to);
 int cli_page(const struct argp_state *state, const char *text); /* --page: 16, 32 or 64 */
 uint64_t cli_seed(const struct argp_state *state, const char *option, const char *text);
 int32_t cli_dtype(const struct argp_state *state, const char *option, const char *text, const char *allowed);

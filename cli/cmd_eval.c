@@ -15,6 +15,7 @@ typedef struct options {
   cli_session session;
   eval_cells cells;
   eval_ruler_options ruler;
+  eval_task_options task;
   const char *models[EVAL_MAX_MODELS], *file, *svg, *dump;
   int n_models, layer;
   int64_t bucket, n;
@@ -25,7 +26,7 @@ static const struct argp_option option_table[] = {
     {"model", 'm', "DIR", 0, "The model folder; up to four, each measured and drawn beside the others", 1},
     {"file", 'f', "FILE", 0, "The text", 1},
     {"curve", KEY_CURVE, "BUCKET", 0, "Also bits per byte against position, in buckets of so many bytes", 1},
-    {"svg", KEY_SVG, "FILE", 0, "Draw the curve, or the cells of --ruler", 1},
+    {"svg", KEY_SVG, "FILE", 0, "Draw the curve, the cells of --ruler or the ladder of --task", 1},
     {"dump", KEY_DUMP, "FILE.safetensors", 0,
      "Write what a layer attends with in the first window of -c bytes: q [N,H,D], k and v [N,G,D], alibi_slopes [H], f32, as "
      "`emx decode "
@@ -43,6 +44,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
       state->child_inputs[2] = &o->cells;
       state->child_inputs[3] = &o->ruler;
       state->child_inputs[4] = &o->common;
+      state->child_inputs[5] = &o->task;
       return 0;
     case 'm':
       if (o->n_models == EVAL_MAX_MODELS) argp_error(state, "at most %d models", EVAL_MAX_MODELS);
@@ -57,13 +59,20 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
       if (!o->n_models && !o->ruler.show) argp_error(state, "-m DIR is required");
-      if (o->ruler.n_tasks) {
+      if (o->ruler.n_tasks && !o->task.task.kind) {
         const char *other = o->bucket ? "--curve" : o->dump ? "--dump" : o->n ? "-n" : o->session.ctx ? "-c" : NULL;
         if (other) argp_error(state, "%s is about bits per byte, not about --ruler", other);
         return 0;
       }
+      if (o->task.task.kind) {
+        if (o->ruler.n_tasks) argp_error(state, "--task and --ruler are two different tests");
+        if (o->file || o->bucket || o->dump || o->layer >= 0 || o->n || o->session.ctx || o->select.n)
+          argp_error(state, "--task draws its own samples and attends to all: no -f, -c, -n, --curve, --dump or --select");
+        if (!o->cells.n_len) argp_error(state, "--task needs --len L,...");
+        return 0;
+      }
       if (!o->file) argp_error(state, "-f FILE is required");
-      if (o->cells.set) argp_error(state, "%s needs --ruler", o->cells.set);
+      if (o->cells.set) argp_error(state, "%s needs --ruler or --task", o->cells.set);
       if (!o->n) o->n = 256;
       if (o->session.ctx == 1) argp_error(state, "-c is 1, expected at least 2: a window's first byte is not scored");
       if (o->dump && o->n_models > 1) argp_error(state, "--dump takes one model");
@@ -312,15 +321,16 @@ done:
 int cmd_eval(int argc, char **argv) {
   static const struct argp_child children[] = {{&cli_session_argp, 0, NULL, 0}, {&cli_select_argp, 0, NULL, 0},
                                                {&eval_cells_argp, 0, NULL, 0},  {&eval_ruler_argp, 0, NULL, 0},
-                                               {&cli_common_argp, 0, NULL, 0},  {0}};
+                                               {&cli_common_argp, 0, NULL, 0},  {&eval_task_argp, 0, NULL, 0},
+                                               {0}};
   static const struct argp argp = {
       .options = option_table,
       .parser = parse,
       .children = children,
       .doc =
           "Measures bits per byte of a text in windows of -c bytes (default: the length of training), with dense attention; or, "
-          "with "
-          "--ruler, how a byte model answers questions on long contexts.\v"
+          "with --ruler, how a byte model answers questions on long contexts; or, with --task, the share of a synthetic task's "
+          "samples that a model of that task answers exactly.\v"
           "With --select it also prefills the first -c bytes but the last N, and decodes those N one by one with each selector "
           "beside "
           "ALL (with --json one line a selector and budget): kl (mean KL divergence of the next-token distributions, nats) and "
@@ -331,7 +341,9 @@ int cmd_eval(int argc, char **argv) {
           "occur in it; choice: share of the words that are likelier than all distractors; gain: share of the words whose "
           "log-likelihood the context raises more than that of any distractor; both have a chance level; margin: that rise "
           "(nats) "
-          "over the best of the distractors. docs/ruler.md"};
+          "over the best of the distractors. docs/ruler.md\n\n"
+          "--task draws samples of the test split (default: 500 a length) and prints exact (share of samples whose whole answer "
+          "greedy decoding would give) and right (share of labels). docs/tasks.md"};
   options o = {.layer = -1};
   cli_select_init(&o.select);
   o.select.n = 0; /* nothing is compared unless --select says so */
@@ -348,9 +360,9 @@ int cmd_eval(int argc, char **argv) {
     code = cli_fail("%s has %zu bytes, at least 2 are needed", o.file, size);
   else
     code = cli_context(&o.common, &ctx);
-  if (o.ruler.n_tasks) {
+  if (o.ruler.n_tasks || o.task.task.kind) {
     const eval_common e = {ctx, o.models, o.n_models, &o.session, &o.select, &o.cells, o.svg, o.common.json};
-    if (!code) code = eval_ruler(&e, &o.ruler, text, size);
+    if (!code) code = o.task.task.kind ? eval_task(&e, &o.task) : eval_ruler(&e, &o.ruler, text, size);
     free(text);
     emx_ctx_destroy(ctx);
     return code;

@@ -64,6 +64,7 @@ static int show_model(const options *o, emx_ctx *ctx) {
       json_object_set_new(j, "alibi_slopes", list);
     }
     if (c.alpha_learned) json_object_set_new(j, "entmax_alpha_learned", json_true());
+    if (c.task) json_object_set_new(j, "task", json_string(emx_task_name(c.task)));
     if (rope) json_object_set_new(j, "rope_theta", json_real(c.rope_theta));
     if (focal) {
       json_object_set_new(j, "focal_temperature", json_real(c.focal_temperature));
@@ -84,8 +85,9 @@ static int show_model(const options *o, emx_ctx *ctx) {
   if (c.alibi_num_heads) printf(", %d ALiBi heads (%s slopes", c.alibi_num_heads, slope);
   for (int32_t h = 0; given && h < c.alibi_num_heads; h++) printf(" %g", c.alibi_slopes[h]);
   printf("%s, trained at length %d\n", c.alibi_num_heads ? ")" : "", c.max_position);
-  printf("layers       %d of width %d, gated width %d\nvocabulary   %d, head %s\n", c.num_layers, c.hidden_size,
-         c.intermediate_size, c.vocab_size, c.tie_word_embeddings ? "tied" : "untied");
+  printf("layers       %d of width %d, gated width %d\nvocabulary   %d %s%s, head %s\n", c.num_layers, c.hidden_size,
+         c.intermediate_size, c.vocab_size, c.task ? "tokens of task " : "bytes", c.task ? emx_task_name(c.task) : "",
+         c.tie_word_embeddings ? "tied" : "untied");
   code = cli_flush();
 done:
   emx_model_close(model);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * emx train: a byte model on text files. The folder holds the model, the trainer's state, log.jsonl (one object a step) and loss.svg. */
+ * emx train: a byte model on text files, or a model of a synthetic task. The folder holds the model, the trainer's state, log.jsonl (one
+ * object a step) and loss.svg. */
 #define _GNU_SOURCE
 #include "attention.h"
 #include "cli.h"
@@ -27,11 +28,16 @@ typedef struct options {
   emx_model_config config;
   cli_attention attention;
   emx_train_opts opts;
+  emx_task_desc task; /* kind 0: text */
+  const char *length, *p_write, *answers;
   int64_t save_every;
   bool resume;
 } options;
 enum {
   KEY_DATA = 1,
+  KEY_TASK,
+  KEY_P_WRITE,
+  KEY_ANSWERS,
   KEY_VALID,
   KEY_ALPHA,
   KEY_LAYERS,
@@ -47,6 +53,8 @@ enum {
   KEY_LR,
   KEY_MIN_LR,
   KEY_DECAY,
+  KEY_BETA2,
+  KEY_EMBED_STD,
   KEY_CLIP,
   KEY_SEED,
   KEY_SAVE_EVERY,
@@ -58,6 +66,10 @@ enum {
 static const struct argp_option option_table[] = {
     {"out", 'o', "DIR", 0, "Folder of the model (made if missing)", 1},
     {"data", KEY_DATA, "FILE...", 0, "Text to train on; windows do not cross files", 1},
+    {"task", KEY_TASK, "TASK", 0,
+     "Instead of text: copy, reverse, sort, mqmtar, count, nback, flipflop, parity or retrieval (docs/tasks.md)", 1},
+    {"answers", KEY_ANSWERS, "N", 0, "retrieval: tokens of the answer in training (default 2, as in emx eval)", 1},
+    {"p-write", KEY_P_WRITE, "P", 0, "flipflop: share of writes (default 0.8)", 1},
     {"valid", KEY_VALID, "FILE...", 0, "Text to measure at every save", 1},
     {"resume", KEY_RESUME, NULL, 0, "Continue from DIR, with the options of the first run", 1},
     {"save-every", KEY_SAVE_EVERY, "N", 0, "Steps between saves (default 500)", 1},
@@ -70,14 +82,16 @@ static const struct argp_option option_table[] = {
     {"head-dim", KEY_HEAD_DIM, "N", 0, "Head dimension (default 32)", 2},
     {"ffn", KEY_FFN, "N", 0, "Width of the gated layer (default 512)", 2},
     {NULL, 0, NULL, 0, "Optimisation:", 3},
-    {"length", KEY_LENGTH, "N", 0, "Tokens a sequence (default 512)", 3},
+    {"length", KEY_LENGTH, "N", 0, "Tokens a sequence (default 512); with --task a range A..B of lengths", 3},
     {"batch", KEY_BATCH, "N", 0, "Sequences a step (default 16)", 3},
     {"steps", KEY_STEPS, "N", 0, "Steps, warm-up included (default 10000)", 3},
     {"warmup", KEY_WARMUP, "N", 0, "Steps of linear warm-up (default 200)", 3},
     {"lr", KEY_LR, "X", 0, "Largest learning rate (default 0.002)", 3},
     {"min-lr", KEY_MIN_LR, "X", 0, "Learning rate at the end of the cosine (default 0.0002)", 3},
     {"weight-decay", KEY_DECAY, "X", 0, "AdamW's, on matrices (default 0.1)", 3},
+    {"beta2", KEY_BETA2, "X", 0, "AdamW's memory of squared gradients (default 0.95; rare tokens need more)", 3},
     {"clip", KEY_CLIP, "X", 0, "Largest norm of the gradient (default 1)", 3},
+    {"embed-std", KEY_EMBED_STD, "X", 0, "Standard deviation of the initial embedding (default 0.02)", 3},
     {"seed", KEY_SEED, "S", 0, "Of the weights and the order of the data (default 1)", 3},
     {"long-length", KEY_LONG_LENGTH, "N", 0, "Length of every long-every-th step, with as many tokens (default 0: never)", 3},
     {"long-every", KEY_LONG_EVERY, "N", 0, "See --long-length", 3},
@@ -115,13 +129,18 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_KV_HEADS: c->num_kv_heads = (int32_t)cli_int(state, "--kv-heads", arg, 1, 4096); return 0;
     case KEY_HEAD_DIM: c->head_dim = (int32_t)cli_int(state, "--head-dim", arg, 16, 256); return 0;
     case KEY_FFN: c->intermediate_size = (int32_t)cli_int(state, "--ffn", arg, 1, 1 << 20); return 0;
-    case KEY_LENGTH: t->length = cli_int(state, "--length", arg, 1, INT32_MAX); return 0;
+    case KEY_LENGTH: o->length = arg; return 0;
+    case KEY_TASK: emx_task_desc_init(&o->task, cli_task(state, arg)); return 0;
+    case KEY_P_WRITE: o->p_write = arg; return 0;
+    case KEY_ANSWERS: o->answers = arg; return 0;
     case KEY_BATCH: t->batch = cli_int(state, "--batch", arg, 1, INT32_MAX); return 0;
     case KEY_STEPS: t->steps = cli_int(state, "--steps", arg, 1, INT64_MAX); return 0;
     case KEY_WARMUP: t->warmup = cli_int(state, "--warmup", arg, 0, INT64_MAX); return 0;
     case KEY_LR: t->lr = cli_real(state, "--lr", arg, 1e-12, 100); return 0;
     case KEY_MIN_LR: t->min_lr = cli_real(state, "--min-lr", arg, 0, 100); return 0;
     case KEY_DECAY: t->weight_decay = cli_real(state, "--weight-decay", arg, 0, 100); return 0;
+    case KEY_BETA2: t->beta2 = cli_real(state, "--beta2", arg, 0, 0.999999); return 0;
+    case KEY_EMBED_STD: t->embed_std = cli_real(state, "--embed-std", arg, 1e-6, 10); return 0;
     case KEY_CLIP: t->clip = cli_real(state, "--clip", arg, 1e-12, 1e12); return 0;
     case KEY_SEED: t->seed = cli_seed(state, "--seed", arg); return 0;
     case KEY_LONG_LENGTH: t->long_length = cli_int(state, "--long-length", arg, 0, INT32_MAX); return 0;
@@ -129,7 +148,20 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_DTYPE: t->save_dtype = cli_dtype(state, "--dtype", arg, "bf16, f32"); return 0;
     case ARGP_KEY_END:
       if (!o->out) argp_error(state, "-o DIR is required");
-      if (!o->train.n) argp_error(state, "--data FILE... is required");
+      if (!o->train.n && !o->task.kind) argp_error(state, "--data FILE... or --task TASK is required");
+      if (o->p_write && o->task.kind != EMX_TASK_FLIPFLOP) argp_error(state, "--p-write is for --task flipflop");
+      if (o->answers && o->task.kind != EMX_TASK_RETRIEVAL) argp_error(state, "--answers is for --task retrieval");
+      if (o->task.kind) {
+        if (o->train.n || o->valid.n) argp_error(state, "--task needs no text: drop --data and --valid");
+        if (t->long_length || t->long_every) argp_error(state, "--long-length is for text; --length A..B mixes lengths");
+        if (o->length) cli_range(state, "--length", o->length, 0, INT32_MAX, &o->task.min_length, &o->task.max_length);
+        if (o->p_write) o->task.p_write = cli_real(state, "--p-write", o->p_write, 0, 1);
+        if (o->answers) o->task.answers = (int32_t)cli_int(state, "--answers", o->answers, 1, INT32_MAX);
+        o->task.seed = t->seed;
+        c->task = o->task.kind;
+      } else if (o->length) {
+        t->length = cli_int(state, "--length", o->length, 1, INT32_MAX);
+      }
       if (c->num_heads % c->num_kv_heads)
         argp_error(state, "--heads %d is not a multiple of --kv-heads %d", c->num_heads, c->num_kv_heads);
       return 0;
@@ -331,7 +363,7 @@ static int draw_loss(const options *o) {
                           {.name = "validation", .x = vx, .y = vy, .n = (int)valids, .dots = valids < 60}};
   svg_chart chart = {.title = o->config.entmax_alpha == 1 ? "Loss, softmax" : "Loss, entmax",
                      .x_label = "step",
-                     .y_label = "bits per byte",
+                     .y_label = o->task.kind ? "bits per label" : "bits per byte",
                      .series = series,
                      .n = valids ? 2 : 1};
   code = svg_write(svg, &chart);
@@ -356,8 +388,27 @@ static int validate(const options *o, emx_trainer *t, double *loss) {
   return CLI_OK;
 }
 
+/* Exact match on the first samples of the validation split at the longest length of the training. */
+static int validate_task(const options *o, emx_trainer *t, int64_t step, FILE *journal) {
+  enum { SAMPLES = 200 };
+  emx_task_desc task = o->task;
+  emx_task_score score = {.struct_size = sizeof score};
+  task.split = EMX_SPLIT_VALID;
+  task.min_length = task.max_length;
+  task.answers = 2;
+  int code = cli_status(emx_trainer_evaluate_task(t, &task, 0, SAMPLES, &score));
+  if (code) return code;
+  return log_line(o, journal,
+                  json_pack("{s:I, s:f, s:f}", "step", (json_int_t)step, "valid_loss", score.nats, "valid_exact",
+                            (double)score.exact / (double)score.samples));
+}
+
 static int save(const options *o, emx_trainer *t, int64_t step, FILE *journal) {
   double valid;
+  if (o->task.kind) {
+    int failed = validate_task(o, t, step, journal);
+    return failed ? failed : cli_status(emx_trainer_save(t, o->out));
+  }
   int code = validate(o, t, &valid);
   if (code) return code;
   if (isfinite(valid) && (code = log_line(o, journal, json_pack("{s:I, s:f}", "step", (json_int_t)step, "valid_loss", valid))))
@@ -384,8 +435,8 @@ static int loop(const options *o, emx_trainer *t, int64_t done, FILE *journal) {
                     json_pack("{s:I, s:I, s:f, s:f, s:f, s:f}", "step", (json_int_t)done, "tokens", (json_int_t)s.tokens, "loss",
                               s.loss, "grad_norm", s.grad_norm, "lr", s.lr, "tok_per_s", rate));
     if (code) break;
-    cli_progress_text(&progress, done - first, o->opts.steps - first, "loss %.3f (%.3f bits/byte) %.0f tokens/s", smooth,
-                      smooth / log(2), rate);
+    cli_progress_text(&progress, done - first, o->opts.steps - first, "loss %.3f (%.3f bits/%s) %.0f tokens/s", smooth,
+                      smooth / log(2), o->task.kind ? "label" : "byte", rate);
     if (!progress.terminal && now - told >= 60) {
       char left[24];
       cli_duration((now - start) * (double)(o->opts.steps - done) / (double)(done - first), left);
@@ -420,9 +471,9 @@ int cmd_train(int argc, char **argv) {
       .options = option_table,
       .parser = parse,
       .children = children,
-      .args_doc = "-o DIR --data FILE...",
+      .args_doc = "-o DIR --data FILE...\n-o DIR --task TASK",
       .doc =
-          "Trains a decoder-only model on the bytes of text files. DIR receives config.json, "
+          "Trains a decoder-only model on the bytes of text files, or on the samples of a synthetic task. DIR receives config.json, "
           "model.safetensors, trainer.safetensors, "
           "log.jsonl (one object a step) and loss.svg.\v"
           "Ctrl-C ends after the step and saves; a second one stops at once and leaves the last "
@@ -432,7 +483,13 @@ int cmd_train(int argc, char **argv) {
   emx_model_config_init(&o.config);
   emx_train_opts_init(&o.opts);
   cli_parse(&argp, argc, argv, &o);
-  o.config.max_position = (int32_t)o.opts.length;
+  emx_task_info info = {.struct_size = sizeof info};
+  if (o.task.kind) {
+    int bad = cli_status(emx_task_get_info(&o.task, &info));
+    if (bad) return bad;
+    o.config.vocab_size = info.vocab_size;
+  }
+  o.config.max_position = (int32_t)(o.task.kind ? info.max_tokens : o.opts.length);
 
   emx_ctx *ctx = NULL;
   emx_trainer *trainer = NULL;
@@ -452,6 +509,7 @@ int cmd_train(int argc, char **argv) {
   data.files = (const uint8_t *const *)o.train.data;
   data.sizes = o.train.sizes;
   data.n_files = o.train.n;
+  if (o.task.kind) data.task = &o.task;
   if (o.resume) {
     if ((code = resumed_step(&o, &step)) || (code = compare_config(&o, ctx))) goto done;
     CLI_TRY(emx_trainer_resume(ctx, o.out, &o.opts, &data, &trainer));
@@ -462,9 +520,14 @@ int cmd_train(int argc, char **argv) {
   cli_on_interrupt(ctx, true);
   int64_t total = 0;
   for (int64_t i = 0; i < o.train.n; i++) total += o.train.sizes[i];
-  cli_warn("%lld parameters, alpha %g, %lld bytes of text in %lld files, step %lld of %lld",
-           (long long)emx_model_config_parameters(&o.config), o.config.entmax_alpha, (long long)total, (long long)o.train.n,
-           (long long)step, (long long)o.opts.steps);
+  char what[96];
+  if (o.task.kind)
+    snprintf(what, sizeof what, "task %s of length %lld to %lld", emx_task_name(o.task.kind), (long long)o.task.min_length,
+             (long long)o.task.max_length);
+  else
+    snprintf(what, sizeof what, "%lld bytes of text in %lld files", (long long)total, (long long)o.train.n);
+  cli_warn("%lld parameters, alpha %g, %s, step %lld of %lld", (long long)emx_model_config_parameters(&o.config),
+           o.config.entmax_alpha, what, (long long)step, (long long)o.opts.steps);
   code = loop(&o, trainer, step, journal);
   log_close(&journal);
   if (!code) {

@@ -82,6 +82,24 @@ void cli_map_check(const struct argp_state *state, const emx_entmax_desc *desc, 
   if (budget_set && !budget) argp_error(state, "--budget goes with --kind budget");
   if (budget && !(desc->budget > 0)) argp_error(state, "--budget is %g, expected more than 0", desc->budget);
 }
+int32_t cli_task(const struct argp_state *state, const char *text) {
+  for (int32_t kind = EMX_TASK_NONE + 1; emx_task_name(kind); kind++)
+    if (!strcmp(text, emx_task_name(kind))) return kind;
+  argp_error(state, "--task is '%s', which is no task; --help lists them", text);
+  return 0;
+}
+void cli_range(const struct argp_state *state, const char *option, const char *text, int64_t min, int64_t max, int64_t *from,
+               int64_t *to) {
+  const char *dots = strstr(text, "..");
+  if (!dots) {
+    *from = *to = cli_int(state, option, text, min, max);
+    return;
+  }
+  char first[24];
+  snprintf(first, sizeof first, "%.*s", (int)(dots - text < 23 ? dots - text : 23), text);
+  *from = cli_int(state, option, first, min, max);
+  *to = cli_int(state, option, dots + 2, *from, max);
+}
 int cli_page(const struct argp_state *state, const char *text) {
   if (strcmp(text, "16") && strcmp(text, "32") && strcmp(text, "64"))
     argp_error(state, "--page is '%s', expected 16, 32 or 64", text);

@@ -27,6 +27,13 @@ typedef struct eval_ruler_options {
 } eval_ruler_options;
 extern const struct argp eval_ruler_argp;
 
+/* --task and --p-write, a child parser. Key range 1340. */
+typedef struct eval_task_options {
+  emx_task_desc task; /* kind 0: no --task */
+  bool p_write;
+} eval_task_options;
+extern const struct argp eval_task_argp;
+
 typedef struct eval_common {
   emx_ctx *ctx;
   const char *const *models; /* folders */
@@ -39,6 +46,9 @@ typedef struct eval_common {
 } eval_common;
 /* text: the haystack; NULL: the one built in. */
 int eval_ruler(const eval_common *e, const eval_ruler_options *o, const char *text, size_t size);
+
+/* A ladder of lengths for every model. */
+int eval_task(const eval_common *e, const eval_task_options *o);
 
 /* What stands for a model in a picture: the last part of its folder. */
 const char *eval_model_name(const char *folder);

@@ -35,6 +35,7 @@ int session_open(emx_model *model, const cli_session *opts, const cli_select *se
 }
 
 int session_tokens(const emx_model_config *config, const char *text, size_t n, int32_t **out) {
+  if (config->task) return cli_fail("the model's tokens are those of task %s, not bytes", emx_task_name(config->task));
   int32_t *tokens = malloc((n + 1) * sizeof *tokens);
   if (!tokens) return cli_nomem(n * sizeof *tokens, "the tokens");
   for (size_t i = 0; i < n; i++) {

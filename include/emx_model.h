@@ -81,6 +81,8 @@ typedef struct emx_model_config {
   int32_t focal_learned;     /* FOCAL, 1: a temperature per layer and head, which starts at focal_temperature */
   int32_t alpha_learned;     /* 1: an alpha per layer and head, 1 + sigmoid(a) (Correia et al. 2019), which starts at entmax_alpha */
   double alibi_slopes[EMX_MAX_ALIBI_SLOPES]; /* GIVEN: one per ALiBi head, from 0 */
+  int32_t task;              /* EMX_TASK_* whose tokens these are; EMX_TASK_NONE: bytes */
+  int32_t reserved;
 } emx_model_config;
 /* 4 layers of width 192, 6 heads of 32 over 3 KV heads, 3 of them ALiBi, gated width 512, bytes, tied head, alpha 1.5. */
 EMX_API void emx_model_config_init_sized(emx_model_config *config, size_t size);
@@ -203,6 +205,69 @@ EMX_API void emx_sample_opts_init_sized(emx_sample_opts *opts, size_t size); /* 
 /* A token from logits [vocab], reproducible from (seed, step). Errors: INVALID, NONFINITE (NaN or no finite logit). */
 EMX_API emx_status emx_sample(const float *logits, int32_t vocab, const emx_sample_opts *opts, int64_t step, int32_t *token);
 
+/* ----------------------------------------------------------------------------------------------------- synthetic tasks */
+
+/* Generated sequences with an answer: docs/tasks.md defines every token. */
+enum {
+  EMX_TASK_NONE = 0, /* text */
+  EMX_TASK_COPY = 1,
+  EMX_TASK_REVERSE = 2,
+  EMX_TASK_SORT = 3,
+  EMX_TASK_MQMTAR = 4,   /* multi-query multi-token associative recall */
+  EMX_TASK_COUNT = 5,    /* place of every token in its run */
+  EMX_TASK_NBACK = 6,    /* the token two places back */
+  EMX_TASK_FLIPFLOP = 7, /* the bit of the last write */
+  EMX_TASK_PARITY = 8,
+  EMX_TASK_RETRIEVAL = 9 /* two steps along a cycle given as shuffled pairs */
+};
+enum { EMX_SPLIT_TRAIN = 0, EMX_SPLIT_VALID = 1, EMX_SPLIT_TEST = 2 };
+enum { EMX_UNSCORED = -1 };
+/* "retrieval"; NULL for a number that is no task, so that a loop ends there. */
+EMX_API const char *emx_task_name(int32_t kind);
+
+typedef struct emx_task_desc {
+  uint32_t struct_size;
+  int32_t kind;       /* EMX_TASK_* */
+  int32_t split;      /* EMX_SPLIT_*; default train */
+  int32_t answers;    /* retrieval: tokens of the answer, steps along the cycle; 2. More of them in training are more labels a sample */
+  uint64_t seed;      /* 1 */
+  int64_t min_length; /* nominal length of a sample, uniform from min to max; the defaults are those of the task's recipe */
+  int64_t max_length;
+  double p_write;     /* flip-flop: share of writes among the commands in the middle; 0.8 */
+} emx_task_desc;
+EMX_API void emx_task_desc_init_sized(emx_task_desc *task, size_t size, int32_t kind);
+#define emx_task_desc_init(task, kind) emx_task_desc_init_sized((task), sizeof *(task), (kind))
+
+typedef struct emx_task_info {
+  uint32_t struct_size;
+  int32_t vocab_size;
+  int32_t pad, bos, eos, sep; /* special tokens */
+  int64_t max_tokens;         /* of any sample of the description */
+  int64_t max_scored;
+} emx_task_info;
+/* Errors: INVALID with the field that is wrong. */
+EMX_API emx_status emx_task_get_info(const emx_task_desc *task, emx_task_info *info); /* set struct_size first */
+/* Sample `index` >= 0, a function of (seed, split, index) and the task's parameters. tokens, labels [room >= max_tokens], *n of them
+ * written; labels[i]: what must be said after tokens[0..i], or EMX_UNSCORED. The prompt ends with the first label; the tokens that
+ * follow are the answer so far. */
+EMX_API emx_status emx_task_sample(const emx_task_desc *task, int64_t index, int32_t *tokens, int32_t *labels, int64_t room,
+                                   int64_t *n);
+
+typedef struct emx_task_score {
+  uint32_t struct_size;
+  int32_t reserved;
+  int64_t samples;
+  int64_t exact;  /* samples whose whole answer is right */
+  int64_t scored; /* labels */
+  int64_t right;  /* labels that are the first choice (the lowest token id among equals) given the right answer so far */
+  double nats;    /* mean -ln p of a label */
+} emx_task_score;
+/* Scores samples first .. first+n-1 with dense f32 attention, several at a time. A sample is exact if every label is the first choice
+ * in one pass over the true sequence; greedy decoding gives that answer if and only if this holds (docs/tasks.md), up to rounding.
+ * Allocates. Errors: INVALID (the model is of another task), NOMEM, CANCELLED, NONFINITE. */
+EMX_API emx_status emx_task_evaluate(emx_model *model, const emx_task_desc *task, int64_t first, int64_t n,
+                                     emx_progress_fn progress, void *user, emx_task_score *score); /* set struct_size first */
+
 /* ------------------------------------------------------------------------------------------------------------- trainer */
 
 typedef struct emx_trainer emx_trainer;
@@ -211,13 +276,14 @@ typedef struct emx_train_opts {
   int32_t save_dtype;       /* of model.safetensors: EMX_BF16 (default) or EMX_F32; the trainer's own state is always f32 */
   int64_t steps;            /* total, warm-up included */
   int64_t warmup;           /* steps of linear warm-up, then cosine to min_lr */
-  int64_t length;           /* tokens per sequence */
+  int64_t length;           /* tokens per sequence of text; tasks have their own */
   int64_t batch;            /* sequences per step */
   int64_t long_length;      /* every long_every-th step uses sequences of this length, at the same number of tokens; 0: never */
   int64_t long_every;
   double lr, min_lr;
   double beta1, beta2, eps, weight_decay; /* AdamW; decay on matrices only */
   double clip;              /* global norm of the gradient */
+  double embed_std;         /* of the initial embedding; 0.02. Large: tokens start, and nearly stay, random codes */
   uint64_t seed;            /* initial weights and the order of the data: sample i of step t depends on (seed, t, i) alone */
 } emx_train_opts;
 /* 10000 steps (200 of warm-up) of 16 sequences of 512; lr 2e-3 to 2e-4, beta 0.9 and 0.95, eps 1e-8, weight_decay 0.1, clip 1, seed 1. */
@@ -225,13 +291,15 @@ EMX_API void emx_train_opts_init_sized(emx_train_opts *opts, size_t size);
 #define emx_train_opts_init(opts) emx_train_opts_init_sized((opts), sizeof *(opts))
 
 /* Bytes to train on: files[i] of sizes[i] bytes, borrowed for the life of the trainer. Windows are drawn uniformly and do not cross
- * files. */
+ * files. Or a task: step t trains on its samples t*batch .. t*batch+batch-1, padded on the right to the longest, and the loss is the
+ * mean over their labels. */
 typedef struct emx_train_data {
   uint32_t struct_size;
   uint32_t reserved;
   int64_t n_files;
   const uint8_t *const *files;
   const int64_t *sizes;
+  const emx_task_desc *task; /* copied; NULL: text. With a task there are no files, and config.task and vocab_size are the task's */
 } emx_train_data;
 EMX_API void emx_train_data_init_sized(emx_train_data *data, size_t size);
 #define emx_train_data_init(data) emx_train_data_init_sized((data), sizeof *(data))
@@ -251,7 +319,7 @@ typedef struct emx_train_stats {
   int32_t reserved;
   int64_t step;       /* steps done */
   int64_t tokens;     /* in this step */
-  double loss;        /* mean nats a token, of this step's batch before the update */
+  double loss;        /* mean nats a token (a label, for a task), of this step's batch before the update */
   double grad_norm;   /* before clipping */
   double lr;
 } emx_train_stats;
@@ -264,6 +332,9 @@ EMX_API emx_status emx_trainer_save(emx_trainer *t, const char *folder);
 /* Mean nats per byte of `data` over its whole windows of opts.length, one after the other, with the weights of now. What is left at
  * the end is not counted. Errors: INVALID (not one window, which takes opts.length + 1 bytes), CANCELLED. */
 EMX_API emx_status emx_trainer_evaluate(emx_trainer *t, const uint8_t *data, int64_t size, double *nats);
+/* emx_task_evaluate with the weights of now. */
+EMX_API emx_status emx_trainer_evaluate_task(emx_trainer *t, const emx_task_desc *task, int64_t first, int64_t n,
+                                             emx_task_score *score); /* set struct_size first */
 
 #ifdef __cplusplus
 }

@@ -112,6 +112,7 @@ emx_status emx_model_config_check(const emx_model_config *c) {
     return emxi_fail(EMX_ERR_INVALID, "model configuration: tie_word_embeddings is %d, expected 0 or 1", c->tie_word_embeddings);
   if (!(c->rms_norm_eps >= 0 && c->rms_norm_eps <= 1))
     return emxi_fail(EMX_ERR_INVALID, "model configuration: rms_norm_eps is %g, expected 0..1", c->rms_norm_eps);
+  if (!emx_task_name(c->task)) return emxi_fail(EMX_ERR_INVALID, "model configuration: task is %d, expected EMX_TASK_*", c->task);
   if (!(c->entmax_alpha >= 1 && c->entmax_alpha <= 4))
     return emxi_fail(EMX_ERR_INVALID, "model configuration: entmax_alpha is %g, expected 1..4", c->entmax_alpha);
   if (c->alpha_learned != 0 && c->alpha_learned != 1)
@@ -198,6 +199,17 @@ static emx_status read_fixed(const reader *r, const char *key, const char *value
   return read_name(r, key, &value, 1, &index);
 }
 
+/* Bytes, or the tokens of a synthetic task. */
+static emx_status read_task(const reader *r, int32_t *task) {
+  const char *names[16];
+  int n = 0;
+  *task = EMX_TASK_NONE;
+  if (!json_object_get(r->root, "task")) return read_fixed(r, "tokenizer", "byte");
+  for (const char *name; n < 16 && (name = emx_task_name(n)); n++) names[n] = name;
+  EMX_TRY(read_name(r, "task", names, n, task));
+  return read_fixed(r, "tokenizer", *task ? "task" : "byte");
+}
+
 static emx_status read_fields(const reader *r, emx_model_config *c) {
   static const char *const model_type = "libentmax", *const architecture = "LibentmaxForCausalLM";
   int32_t index;
@@ -209,7 +221,7 @@ static emx_status read_fields(const reader *r, emx_model_config *c) {
       return emxi_fail(EMX_ERR_FORMAT, "%s: architectures is not [\"%s\"]", r->path, architecture);
   }
   EMX_TRY(read_fixed(r, "hidden_act", "silu"));
-  EMX_TRY(read_fixed(r, "tokenizer", "byte"));
+  EMX_TRY(read_task(r, &c->task));
   for (int i = 0; i < INTEGERS; i++) EMX_TRY(read_integer(r, integers[i].key, integers[i].min, integers[i].max, integer(c, i)));
   EMX_TRY(read_number(r, "rms_norm_eps", 0, 1, &c->rms_norm_eps));
   EMX_TRY(read_number(r, "entmax_alpha", 1, 4, &c->entmax_alpha));
@@ -296,7 +308,8 @@ char *emxi_config_text(const emx_model_config *c, const char *dtype) {
     bad |= json_object_set_new(root, "focal_temperature", json_real(c->focal_temperature));
     bad |= json_object_set_new(root, "focal_learned", json_boolean(c->focal_learned));
   }
-  bad |= json_object_set_new(root, "tokenizer", json_string("byte"));
+  bad |= json_object_set_new(root, "tokenizer", json_string(c->task ? "task" : "byte"));
+  if (c->task) bad |= json_object_set_new(root, "task", json_string(emx_task_name(c->task)));
   char *text = bad ? NULL : emxi_json_text(root, JSON_INDENT(2));
   json_decref(root);
   return text;

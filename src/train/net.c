@@ -125,8 +125,10 @@ emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shap
   net->x_last = FLOATS(tokens * z.width);
   net->rstd_last = FLOATS(tokens);
   net->h_last = FLOATS(tokens * z.width);
-  net->logits = FLOATS(tokens * z.vocab);
-  net->nll = FLOATS(tokens);
+  const int64_t scored = net->max_scored ? net->max_scored : tokens;
+  net->x_scored = FLOATS(net->max_scored * z.width);
+  net->logits = FLOATS(scored * z.vocab);
+  net->nll = FLOATS(scored);
   net->dx = FLOATS(tokens * z.width);
   net->dh = FLOATS(tokens * z.width);
   net->dqkv = FLOATS(tokens * z.qkv);
@@ -145,6 +147,7 @@ emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shap
 #undef FLOATS
   net->tokens = emxi_arena_take(arena, tokens, sizeof(int32_t));
   net->targets = emxi_arena_take(arena, tokens, sizeof(int32_t));
+  net->scored = emxi_arena_take(arena, net->max_scored, sizeof(int32_t));
   size_t most = 0;
   for (int i = 0; i < n; i++)
     for (int32_t pass = EMX_PASS_FORWARD; pass <= EMX_PASS_BACKWARD; pass++) {
@@ -193,12 +196,35 @@ emx_status emxi_net_forward(emxi_net *net, int64_t batch, int64_t length, bool w
     EMX_TRY(emxi_swiglu(ctx, s->gate, s->up, net->glu, n * z.gated));
     EMX_TRY(emxi_linear_residual(ctx, net->glu, w->down, s->x_mid, next, n, z.gated, z.width));
   }
-  EMX_TRY(emxi_rmsnorm(ctx, net->x_last, net->w.norm, c->rms_norm_eps, net->h_last, net->rstd_last, n, z.width));
-  EMX_TRY(emxi_linear(ctx, net->h_last, net->w.head, net->logits, n, z.width, z.vocab, false));
-  EMX_TRY(emxi_cross_entropy(ctx, net->logits, net->targets, net->nll, want_gradient ? 1.0f / (float)n : 0.0f, n, z.vocab));
+  /* Only scored rows get logits: with a large vocabulary and a short answer they would cost more than the layers. */
+  const int64_t m = net->n_scored ? net->n_scored : n;
+  const float *x = net->x_last;
+  if (net->n_scored) {
+    emxi_embed(net->x_last, net->scored, net->x_scored, m, z.width);
+    x = net->x_scored;
+  }
+  EMX_TRY(emxi_rmsnorm(ctx, x, net->w.norm, c->rms_norm_eps, net->h_last, net->rstd_last, m, z.width));
+  EMX_TRY(emxi_linear(ctx, net->h_last, net->w.head, net->logits, m, z.width, z.vocab, false));
+  EMX_TRY(emxi_cross_entropy(ctx, net->logits, net->targets, net->nll, want_gradient ? 1.0f / (float)m : 0.0f, m, z.vocab));
   double sum = 0;
-  for (int64_t i = 0; i < n; i++) sum += net->nll[i];
-  *loss = sum / (double)n;
+  for (int64_t i = 0; i < m; i++) sum += net->nll[i];
+  *loss = sum / (double)m;
+  return EMX_OK;
+}
+
+/* Gradients of the head, and of x_last into dx. */
+static emx_status head_backward(emxi_net *net, const sizes *z, int64_t n) {
+  emx_ctx *ctx = net->ctx;
+  const int64_t m = net->n_scored ? net->n_scored : n;
+  const float *x = net->n_scored ? net->x_scored : net->x_last;
+  float *dx = net->n_scored ? net->dh : net->dx;
+  EMX_TRY(emxi_linear_dw(ctx, net->h_last, net->logits, net->g.head, net->partials, m, z->width, z->vocab, false));
+  EMX_TRY(emxi_linear_dx(ctx, net->logits, net->w.head, net->dh, m, z->width, z->vocab, false));
+  EMX_TRY(emxi_rmsnorm_backward(ctx, x, net->w.norm, net->rstd_last, net->dh, dx, net->g.norm, net->partials, m, z->width, false));
+  if (!net->n_scored) return EMX_OK;
+  memset(net->dx, 0, (size_t)(n * z->width) * sizeof(float));
+  for (int64_t i = 0; i < m; i++)
+    memcpy(net->dx + net->scored[i] * z->width, net->dh + i * z->width, (size_t)z->width * sizeof(float));
   return EMX_OK;
 }
 
@@ -209,10 +235,7 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
   const emxi_places places = {.m = n, .length = length};
   emx_ctx *ctx = net->ctx;
   memset(net->g.data, 0, (size_t)net->g.count * sizeof(float)); /* norms and the embedding are added to */
-  EMX_TRY(emxi_linear_dw(ctx, net->h_last, net->logits, net->g.head, net->partials, n, z.width, z.vocab, false));
-  EMX_TRY(emxi_linear_dx(ctx, net->logits, net->w.head, net->dh, n, z.width, z.vocab, false));
-  EMX_TRY(emxi_rmsnorm_backward(ctx, net->x_last, net->w.norm, net->rstd_last, net->dh, net->dx, net->g.norm, net->partials, n,
-                                z.width, false));
+  EMX_TRY(head_backward(net, &z, n));
   for (int32_t l = c->num_layers - 1; l >= 0; l--) {
     const emxi_layer *w = &net->w.layers[l], *g = &net->g.layers[l];
     const emxi_saved *s = &net->layers[l];

@@ -79,7 +79,18 @@ static int describe(const emx_trainer *t, entry e[MAX_ENTRIES]) {
   OPTION_REAL(eps);
   OPTION_REAL(weight_decay);
   OPTION_REAL(clip);
+  OPTION_REAL(embed_std);
   ENTRY("opts.seed", "the option seed", "%" PRIu64, o->seed);
+  if (t->task.kind) {
+    ENTRY("data.task", "the task", "%s", emx_task_name(t->task.kind));
+    ENTRY("data.split", "the split of the task", "%d", t->task.split);
+    ENTRY("data.seed", "the seed of the task", "%" PRIu64, t->task.seed);
+    ENTRY("data.min_length", "the shortest length of the task", "%" PRId64, t->task.min_length);
+    ENTRY("data.max_length", "the longest length of the task", "%" PRId64, t->task.max_length);
+    ENTRY("data.answers", "the task's number of answers", "%d", t->task.answers);
+    ENTRY("data.p_write", "the task's p_write", "%.17g", t->task.p_write);
+    return n;
+  }
   ENTRY("data.files", "the number of files of the data", "%" PRId64, t->data.n);
   ENTRY("data.bytes", "the size of the data", "%" PRId64, t->data.bytes);
   ENTRY("data.hash", "the content of the data (its hash)", "%016" PRIx64, t->data.hash);
@@ -142,6 +153,7 @@ emx_status emxi_state_check(const emx_checkpoint *ck, const char *path, const em
   const int n = describe(t, e);
   for (int i = 0; i < n; i++) {
     const char *was = emx_checkpoint_metadata(ck, e[i].key);
+    if (!was && !strcmp(e[i].key, "opts.embed_std")) was = "0.02"; /* files of the time before the option */
     if (!was) return emxi_fail(EMX_ERR_FORMAT, "%s: %s is missing; not a trainer's state", path, e[i].key);
     if (strcmp(was, e[i].value)) /* the version and config.json come from files, the rest from the caller */
       return emxi_fail(i == 0 || !strncmp(e[i].key, "config.", 7) ? EMX_ERR_FORMAT : EMX_ERR_INVALID,

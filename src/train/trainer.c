@@ -24,6 +24,7 @@ void emx_train_opts_init_sized(emx_train_opts *opts, size_t size) {
                                    .eps = 1e-8,
                                    .weight_decay = 0.1,
                                    .clip = 1,
+                                   .embed_std = 0.02,
                                    .seed = 1};
   emxi_struct_init(opts, size, &defaults, sizeof defaults);
 }
@@ -49,6 +50,7 @@ static emx_status check_opts(const emx_train_opts *o) {
   REQUIRE(o->beta2 >= 0 && o->beta2 < 1, "beta2 is %g, expected 0 <= beta2 < 1", o->beta2);
   REQUIRE(o->eps > 0 && isfinite(o->eps), "eps is %g, expected a positive number", o->eps);
   REQUIRE(o->weight_decay >= 0 && isfinite(o->weight_decay), "weight_decay is %g, expected a number from 0", o->weight_decay);
+  REQUIRE(o->embed_std > 0 && o->embed_std <= 10, "embed_std is %g, expected a positive number up to 10", o->embed_std);
   REQUIRE(o->clip > 0, "clip is %g, expected a positive number (infinity: no clipping)", o->clip);
 #undef REQUIRE
   return EMX_OK;
@@ -70,6 +72,25 @@ void emx_trainer_destroy(emx_trainer *t) {
   emxi_free(t);
 }
 
+static emx_status take_data(emx_trainer *t, const emx_train_data *data) {
+  const emx_train_opts *o = &t->opts;
+  if (data->task) {
+    if (data->n_files) return emxi_fail(EMX_ERR_INVALID, "trainer: a task and %lld files", (long long)data->n_files);
+    if (o->long_length) return emxi_fail(EMX_ERR_INVALID, "trainer: long_length is for text; a task has a range of lengths");
+    t->task = *data->task;
+    return emxi_task_fits(&t->task, &t->config);
+  }
+  if (t->config.task)
+    return emxi_fail(EMX_ERR_INVALID, "trainer: the model is of task %s, the data are text", emx_task_name(t->config.task));
+  EMX_TRY(emxi_data_create(data->files, data->sizes, data->n_files, t->config.vocab_size, &t->data));
+  const int64_t lengths[2] = {o->length, o->long_length};
+  for (int i = 0; i < 2; i++)
+    if (lengths[i] && emxi_data_windows(&t->data, lengths[i]) < 1)
+      return emxi_fail(EMX_ERR_INVALID, "trainer: no file has the %lld bytes of a window of %lld tokens", (long long)lengths[i] + 1,
+                       (long long)lengths[i]);
+  return EMX_OK;
+}
+
 /* Everything but the memory of the network. */
 static emx_status open_trainer(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts,
                                const emx_train_data *data, emx_trainer **out) {
@@ -87,12 +108,7 @@ static emx_status open_trainer(emx_ctx *ctx, const emx_model_config *config, con
   if (config->position_type != EMX_POSITION_NAPE)
     t->config.alibi_num_heads = config->position_type == EMX_POSITION_ALIBI ? config->num_heads : 0;
   if (!t->config.alibi_num_heads) t->config.alibi_slope_type = EMX_SLOPE_LINEAR;
-  emx_status status = emxi_data_create(data->files, data->sizes, data->n_files, config->vocab_size, &t->data);
-  const int64_t lengths[2] = {opts->length, opts->long_length};
-  for (int i = 0; i < 2 && !status; i++)
-    if (lengths[i] && emxi_data_windows(&t->data, lengths[i]) < 1)
-      status = emxi_fail(EMX_ERR_INVALID, "trainer: no file has the %lld bytes of a window of %lld tokens",
-                         (long long)lengths[i] + 1, (long long)lengths[i]);
+  emx_status status = take_data(t, data);
   if (status)
     emx_trainer_destroy(t);
   else
@@ -100,36 +116,67 @@ static emx_status open_trainer(emx_ctx *ctx, const emx_model_config *config, con
   return status;
 }
 
+/* The shapes of the batches (B,T): text has one or two, a task one for every length that the longest sample may have. */
+static emx_status list_shapes(const emx_trainer *t, int64_t (**out)[2], int *n) {
+  const emx_train_opts *o = &t->opts;
+  emx_task_info info = {.struct_size = sizeof info};
+  if (t->task.kind) EMX_TRY(emx_task_get_info(&t->task, &info));
+  if (info.max_tokens > INT32_MAX / o->batch)
+    return emxi_fail(EMX_ERR_INVALID, "trainer: a batch of %lld samples of %lld tokens is too large", (long long)o->batch,
+                     (long long)info.max_tokens);
+  const int64_t count = t->task.kind ? info.max_tokens : o->long_length ? 2 : 1;
+  int64_t(*shapes)[2] = emxi_alloc((size_t)count * sizeof *shapes);
+  if (!shapes) return emxi_fail(EMX_ERR_NOMEM, "trainer: no memory for %lld shapes", (long long)count);
+  for (int64_t i = 0; i < count; i++) {
+    shapes[i][0] = i && !t->task.kind ? long_batch(o) : o->batch;
+    shapes[i][1] = t->task.kind ? i + 1 : i ? o->long_length : o->length;
+  }
+  *out = shapes;
+  *n = (int)count;
+  return EMX_OK;
+}
+
 /* The flat arrays, the optimiser and the network: counted when arena has no base. */
-static emx_status carve(emx_trainer *t, emxi_arena *arena, float **weights, float **gradient) {
+static emx_status carve(emx_trainer *t, emxi_arena *arena, const int64_t (*shapes)[2], int n, float **weights, float **gradient) {
   const int64_t parameters = emx_model_config_parameters(&t->config);
-  const int64_t shapes[2][2] = {{t->opts.batch, t->opts.length},
-                                {t->opts.long_length ? long_batch(&t->opts) : 0, t->opts.long_length}};
   *weights = emxi_arena_take(arena, parameters, sizeof(float));
   *gradient = emxi_arena_take(arena, parameters, sizeof(float));
   emxi_adamw_carve(&t->adamw, arena, &t->config);
-  EMX_TRY(emxi_net_carve(&t->net, arena, shapes, t->opts.long_length ? 2 : 1));
+  EMX_TRY(emxi_net_carve(&t->net, arena, shapes, n));
   if (arena->overflow) return emxi_fail(EMX_ERR_NOMEM, "trainer: a step of this size does not fit into memory");
   return EMX_OK;
 }
-static emx_status take_memory(emx_trainer *t) {
+static emx_status take_memory_for(emx_trainer *t, const int64_t (*shapes)[2], int n) {
   emxi_arena arena;
   float *weights, *gradient;
   t->net.ctx = t->ctx;
   t->net.config = t->config;
   emxi_arena_init(&arena, NULL, 0);
-  EMX_TRY(carve(t, &arena, &weights, &gradient));
+  EMX_TRY(carve(t, &arena, shapes, n, &weights, &gradient));
   const size_t bytes = emxi_arena_total(&arena), list = (size_t)t->config.num_layers * sizeof *t->net.layers;
   t->net.layers = emxi_calloc(list);
   t->memory = emxi_alloc(bytes);
   if (!t->net.layers || !t->memory) return emxi_fail(EMX_ERR_NOMEM, "trainer: no memory for %zu bytes", bytes + list);
   emxi_arena_init(&arena, t->memory, bytes);
-  EMX_TRY(carve(t, &arena, &weights, &gradient));
+  EMX_TRY(carve(t, &arena, shapes, n, &weights, &gradient));
   EMX_TRY(emxi_weights_create(&t->config, weights, &t->net.w));
   return emxi_weights_create(&t->config, gradient, &t->net.g);
 }
+static emx_status take_memory(emx_trainer *t) {
+  int64_t(*shapes)[2] = NULL;
+  int n = 0;
+  EMX_TRY(list_shapes(t, &shapes, &n));
+  if (t->task.kind) {
+    emx_task_info info = {.struct_size = sizeof info};
+    emx_task_get_info(&t->task, &info);
+    t->net.max_scored = info.max_scored * t->opts.batch;
+  }
+  emx_status status = take_memory_for(t, shapes, n);
+  emxi_free(shapes);
+  return status;
+}
 
-/* N(0, 0.02), the projections onto the residual stream smaller by sqrt(2 L), which keeps its variance independent of the depth
+/* N(0, 0.02), the embedding N(0, embed_std), the projections onto the residual stream smaller by sqrt(2 L), which keeps its variance independent of the depth
  * (Radford et al. 2019); norms 1, the parameters of alpha and theta constant. The i-th tensor beside those is stream i of the seed:
  * models that differ in them alone start from the same weights. */
 static void initial_weights(emx_trainer *t) {
@@ -142,7 +189,8 @@ static void initial_weights(emx_trainer *t) {
     if (p.start == EMXI_START_NORM || p.start == EMXI_START_SCALAR) {
       for (int64_t j = 0; j < p.count; j++) w[j] = p.value;
     } else {
-      const float scale = (float)(0.02 * (p.start == EMXI_START_RESIDUAL ? residual : 1));
+      const bool embedding = i == 0;
+      const float scale = (float)(embedding ? t->opts.embed_std : 0.02 * (p.start == EMXI_START_RESIDUAL ? residual : 1));
       emxi_normals(t->opts.seed, stream, w, p.count);
       for (int64_t j = 0; j < p.count; j++) w[j] *= scale;
     }
@@ -214,8 +262,11 @@ static emx_status step(emx_trainer *t, emx_train_stats *stats) {
   if (t->nonfinite) return emxi_fail(EMX_ERR_NONFINITE, "an earlier step met a NaN or an infinity; resume from the last save");
   if (t->step >= o->steps) return emxi_fail(EMX_ERR_STATE, "all %lld steps are done", (long long)o->steps);
   const bool is_long = o->long_every && t->step % o->long_every == o->long_every - 1;
-  const int64_t length = is_long ? o->long_length : o->length, batch = is_long ? long_batch(o) : o->batch;
-  for (int64_t i = 0; i < batch; i++) put_window(&t->net, i, length, emxi_data_draw(&t->data, length, o->seed, t->step, i));
+  int64_t length = is_long ? o->long_length : o->length, batch = is_long ? long_batch(o) : o->batch, tokens = batch * length;
+  if (t->task.kind)
+    EMX_TRY(emxi_task_batch(&t->task, t->step * batch, batch, &t->net, &length, &tokens));
+  else
+    for (int64_t i = 0; i < batch; i++) put_window(&t->net, i, length, emxi_data_draw(&t->data, length, o->seed, t->step, i));
   double loss, norm;
   EMX_TRY(emxi_net_forward(&t->net, batch, length, true, &loss));
   if (!isfinite(loss)) return stop(t, "loss", loss);
@@ -226,7 +277,7 @@ static emx_status step(emx_trainer *t, emx_train_stats *stats) {
   emxi_adamw_update(t->ctx, &t->adamw, o, lr, t->step + 1, norm > o->clip ? o->clip / norm : 1, t->net.g.data, t->net.w.data);
   t->step++;
   stats->step = t->step;
-  stats->tokens = batch * length;
+  stats->tokens = tokens;
   stats->loss = loss;
   stats->grad_norm = norm;
   stats->lr = lr;
@@ -245,6 +296,7 @@ emx_status emx_trainer_save(emx_trainer *t, const char *folder) {
 
 /* Batches have the shape of an ordinary step; the last one is filled up with its first window, which is not counted. */
 static emx_status evaluate(emx_trainer *t, const uint8_t *data, int64_t size, double *nats) {
+  if (t->task.kind) return emxi_fail(EMX_ERR_INVALID, "emx_trainer_evaluate: the model is of task %s", emx_task_name(t->task.kind));
   const int64_t length = t->opts.length, windows = size > 0 ? (size - 1) / length : 0;
   if (windows < 1)
     return emxi_fail(EMX_ERR_INVALID, "emx_trainer_evaluate: %lld bytes, a window takes %lld", (long long)size,
@@ -267,4 +319,9 @@ emx_status emx_trainer_evaluate(emx_trainer *t, const uint8_t *data, int64_t siz
   if (!t || !nats || (size > 0 && !data))
     return emxi_fail(EMX_ERR_INVALID, "emx_trainer_evaluate: %s is NULL", !t ? "t" : !nats ? "nats" : "data");
   EMXI_LOCKED(t->ctx, evaluate(t, data, size, nats));
+}
+
+emx_status emx_trainer_evaluate_task(emx_trainer *t, const emx_task_desc *task, int64_t first, int64_t n, emx_task_score *score) {
+  if (!t) return emxi_fail(EMX_ERR_INVALID, "emx_trainer_evaluate_task: t is NULL");
+  EMXI_LOCKED(t->ctx, emxi_task_evaluate(t->ctx, &t->config, &t->net.w, task, first, n, NULL, NULL, score));
 }

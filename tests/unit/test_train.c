@@ -86,7 +86,7 @@ enum { FILES = 3 };
 static uint8_t bytes[FILES][200];
 static const uint8_t *files[FILES];
 static const int64_t sizes[FILES] = {200, 37, 150};
-static const emx_train_data corpus = {sizeof corpus, 0, FILES, files, sizes};
+static const emx_train_data corpus = {sizeof corpus, 0, FILES, files, sizes, NULL};
 static void fill_files(void) {
   for (int f = 0; f < FILES; f++) {
     files[f] = bytes[f];
@@ -543,7 +543,7 @@ static void test_learns(void **state) {
     o.lr = 5e-3;
     o.min_lr = 5e-4;
     emx_trainer *t;
-    assert_int_equal(emx_trainer_create(two, &c, &o, &(emx_train_data){sizeof(emx_train_data), 0, 1, list, list_sizes}, &t),
+    assert_int_equal(emx_trainer_create(two, &c, &o, &(emx_train_data){sizeof(emx_train_data), 0, 1, list, list_sizes, NULL}, &t),
                      EMX_OK);
     double before, after;
     assert_int_equal(emx_trainer_evaluate(t, text, sizeof text, &before), EMX_OK);
@@ -868,7 +868,7 @@ static void test_invalid(void **state) {
   REFUSED(EMX_ERR_NOMEM, "bytes");
 #undef OPTION
 #undef REFUSED
-  assert_int_equal(emx_trainer_create(one, &c, &o, &(emx_train_data){sizeof(emx_train_data), 0, 0, files, sizes}, &t),
+  assert_int_equal(emx_trainer_create(one, &c, &o, &(emx_train_data){sizeof(emx_train_data), 0, 0, files, sizes, NULL}, &t),
                    EMX_ERR_INVALID);
   assert_int_equal(emx_trainer_create(one, &c, &o, &corpus, NULL), EMX_ERR_INVALID);
   assert_int_equal(emx_trainer_create(NULL, &c, &o, &corpus, &t), EMX_ERR_INVALID);
