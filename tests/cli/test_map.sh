@@ -37,6 +37,7 @@ map 1 '1 2;3\n'
 map 2 '1\n' --alpha 0.5
 map 2 '1\n' --alpha 5
 map 2 '1\n' --alpha nan
+map 2 '1\n' --alpha 1.0000001
 map 2 '1\n' 3
 # other maps: clamp(x - tau, 0, 1) with sum 2; normmax of alpha 2 is (.6, .8) / 1.4 for scores .2 apart
 map 0 '3 2.5 2.25 0\n' --json --kind budget --alpha 2 --budget 2
