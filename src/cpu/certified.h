@@ -10,22 +10,17 @@
 #define CERT_ROWS 8
 #define CERT_CHUNK 65536               /* positions */
 #define CERT_SUPERS (CERT_CHUNK / 64)  /* of a chunk */
-#define CERT_CANDIDATES (CERT_CHUNK / 8) /* of a row and chunk that the planes leave; more: the item takes ALL's path */
+#define CERT_CANDIDATES (CERT_CHUNK / 4) /* of a row and chunk that the planes leave; more: the item takes ALL's path */
 #define CERT_FOUND 2048                /* scores above the limit of a row and chunk; more: the same */
 #define CERT_SEEDS 2                   /* superpages with the best centres, and as many with the best bounds */
-#define CERT_BLOCK 64                  /* groups judged at a time */
-#define CERT_PROBE (CERT_BLOCK * 16)   /* keys of a probe */
+#define CERT_BLOCK EMXI_SKETCH_BLOCK   /* groups judged at a time */
+#define CERT_PROBE 256                 /* groups of a probe */
 #define CERT_READ 0x80
 
-/* A query in the sketches' terms: q.k = q.offset + q'.y with q' = q weight, and q' = s1 a + s2 b + rest in 8-bit integers a, b. */
 typedef struct cert_query {
-  double alpha, a;       /* alpha - 1; alpha = 1: 1 */
-  double slope;
-  double s1, s2, e1, e2; /* e1 >= |q' - s1 a|, e2 >= |q' - s1 a - s2 b| */
-  double norm, raw;      /* >= |q'|, >= |q| */
-  double start;          /* q.offset */
-  double slack_k, slack_0; /* error of a score: slack_k |k| + slack_0 + slack of the bias */
-  double sum_a, sum_b;
+  emxi_sketch_query x; /* its limit is set where groups are judged */
+  double alpha, a;     /* alpha - 1 */
+  double raw;          /* >= |q| */
   int64_t visible;
 } cert_query;
 
@@ -50,9 +45,8 @@ typedef struct cert_slot {
   int32_t item, chunk;
   bool full;                  /* a list was too short */
   cert_list found[CERT_ROWS]; /* a chunk's starts with the item's */
-  float *up[CERT_ROWS];       /* [cap] upper bounds of scores */
-  int32_t *pos[CERT_ROWS];
-  int64_t n[CERT_ROWS], cap;
+  emxi_sketch_sink left[CERT_ROWS]; /* [cap] candidates: upper bounds of scores, positions */
+  int64_t cap;
   cert_count count[CERT_ROWS];
   uint8_t *pages[CERT_ROWS];  /* chunk: bit set: a key of this page was read; [CHUNK/16/8] */
   struct {                    /* chunk: best superpages, by centre and by bound */
@@ -69,6 +63,8 @@ typedef struct cert_item {
   const int32_t *table;
   int32_t b, g, first_row, rows;
   int64_t length, supers; /* complete superpages */
+  int32_t shift;          /* log2 P */
+  double raw;             /* the largest of its rows */
   bool all;               /* takes ALL's path */
   float *q;               /* [rows, QLD] times scale */
   int8_t *q8;             /* [2 rows, LD]: a of every row, then b of every row */
@@ -89,6 +85,11 @@ static inline bool cert_own(const cert_item *it, int64_t position) {
   return super >= it->supers || it->taken[super] & (CERT_READ | 1u << position % EMXI_SUPER / EMXI_GROUP);
 }
 
+/* Index in the head's arrays of the group that holds a position. */
+static inline int64_t emxi_cert_group(const cert_item *it, int64_t position) {
+  return ((int64_t)it->table[position >> it->shift] << (it->shift - 4)) + ((position & ((1 << it->shift) - 1)) >> 4);
+}
+
 /* certified_bounds.c */
 void emxi_cert_open_query(cert_item *it, int r, const float *map);
 /* Bounds of superpages [from, to) into upper[], and the best of them. */
@@ -97,6 +98,8 @@ void emxi_cert_superpages(cert_item *it, cert_slot *slot, int64_t from, int64_t 
 void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch);
 /* Judges a few groups from all over the sequence for the item's own lists. Returns the share of keys that the planes leave. */
 double emxi_cert_probe(cert_item *it, cert_list *scratch);
+/* A candidate's bound with its residual row taken into account. */
+double emxi_cert_refine(cert_item *it, int r, int64_t position, double up);
 
 /* certified_cpu.c: exact keys */
 /* Scores tokens [from, from + n) of one page for all rows, or for row r >= 0 alone, into slot->found. norm: >= |k|, or -1: measure. */

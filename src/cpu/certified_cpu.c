@@ -54,8 +54,8 @@ static void add(cert_item *it, cert_list *list, int r, float s, int64_t position
   list->s[list->n] = s;
   list->pos[list->n++] = (int32_t)position;
   if (norm < 0) norm = key_norm(it, position);
-  const double bias = c->slope != 0 ? 0x1p-22 * fabs(c->slope * (double)(position - (c->visible - 1))) : 0;
-  list->slack = fmax(list->slack, c->slack_k * norm + c->slack_0 + bias);
+  const double bias = c->x.slope != 0 ? 0x1p-22 * fabs(c->x.slope * (double)(position - (c->visible - 1))) : 0;
+  list->slack = fmax(list->slack, c->x.slack_k * norm + c->x.slack_0 + bias);
 }
 
 void emxi_cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t n, double norm) {
@@ -68,7 +68,7 @@ void emxi_cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t
   for (int h = first; h < first + rows; h++) {
     const cert_query *c = &it->query[h];
     float *score = s + (h - first) * EMXI_SUPER;
-    if (c->slope != 0) it->k->kv->bias(score, n, (float)c->slope, (float)(from - (c->visible - 1)));
+    if (c->x.slope != 0) it->k->kv->bias(score, n, (float)c->x.slope, (float)(from - (c->visible - 1)));
     for (int64_t t = 0; t < n; t++) add(it, &slot->found[h], h, score[t], from + t, norm);
     slot->count[h].tokens += n;
     slot->count[h].bytes_k += kv->k_token == kv->D ? emxi_lines(n * key) : n * emxi_lines(key);
@@ -134,8 +134,8 @@ static void slot_carve(emxi_arena *a, cert_slot *slot, int32_t rows, int64_t cap
   slot->cap = cap;
   for (int32_t r = 0; r < rows; r++) {
     list_carve(a, &slot->found[r], CERT_FOUND);
-    slot->up[r] = emxi_arena_take(a, cap, sizeof(float));
-    slot->pos[r] = emxi_arena_take(a, cap, sizeof(int32_t));
+    slot->left[r].up = emxi_arena_take(a, cap + 64, sizeof(float)); /* kernels store whole vectors */
+    slot->left[r].pos = emxi_arena_take(a, cap + 64, sizeof(int32_t));
   }
 }
 
@@ -158,7 +158,7 @@ static void carve(job *j, emxi_arena *a) {
     it.q8 = emxi_arena_take(a, 2 * j->rows * EMXI_SKETCH_LD, 1);
     it.upper = emxi_arena_take(a, j->rows * supers_ld, sizeof(float));
     it.taken = emxi_arena_take(a, supers_ld, 1);
-    slot_carve(a, &it.own, j->rows, CERT_PROBE);
+    slot_carve(a, &it.own, j->rows, CERT_PROBE * EMXI_GROUP);
     if (live) j->items[i] = it;
   }
   for (int64_t i = 0; i < j->n_slots; i++) {
@@ -204,6 +204,8 @@ static void open_item(void *arg, int64_t i, int32_t worker) {
   it->table = e.table;
   it->length = e.length;
   it->supers = e.length / EMXI_SUPER;
+  it->shift = e.page_shift;
+  it->raw = 0;
   it->own.full = false;
   it->all = e.length < emxi_certified_short || !d->kv->sketch.mapped;
   memset(it->taken, 0, (size_t)it->supers_ld);
@@ -212,13 +214,12 @@ static void open_item(void *arg, int64_t i, int32_t worker) {
     memcpy(it->q + r * EMXI_QLD, q, EMXI_QLD * sizeof(float));
     it->bad[r] = e.row[r].bad;
     it->own.count[r] = (cert_count){0};
-    it->own.n[r] = 0;
+    it->own.left[r].n = 0;
     const double alpha = emxi_decode_alpha(d, e.row[r].h);
     it->query[r] = (cert_query){.alpha = alpha,
                                 .a = alpha > 1 ? alpha - 1 : 1,
-                                .slope = (double)e.row[r].slope,
                                 .visible = e.row[r].visible,
-                                .slack_0 = e.row[r].underflow};
+                                .x = {.slope = (double)e.row[r].slope, .slack_0 = e.row[r].underflow}};
     list_reset(&it->own.found[r]);
     it->all |= it->bad[r];
     if (!it->all) emxi_cert_open_query(it, r, d->kv->sketch.map + (int64_t)it->g * 3 * d->kv->sketch.dp);
@@ -233,7 +234,7 @@ static void bound_chunk(void *arg, int64_t i, int32_t worker) {
   (void)worker;
   s->full = false;
   for (int r = 0; r < it->rows; r++) {
-    s->n[r] = 0;
+    s->left[r].n = 0;
     s->count[r] = (cert_count){0};
     memset(s->pages[r], 0, CERT_CHUNK / 16 / 8);
     for (int w = 0; w < 2; w++)
@@ -333,19 +334,37 @@ static bool settle(cert_item *it, cert_slot *all, cert_slot *from, int r, cert_l
   const emx_kv *kv = it->d->kv;
   cert_list *list = &all->found[r];
   const size_t key = (size_t)kv->D * emx_dtype_size(kv->dtype);
+  emxi_sketch_sink *c = &from->left[r];
   int64_t n = 0, since = 0;
-  for (int64_t i = 0; i < from->n[r]; i++) /* those that are still above */
-    if ((double)from->up[r][i] > list->limit) {
-      from->up[r][n] = from->up[r][i];
-      from->pos[r][n++] = from->pos[r][i];
+  for (int64_t i = 0; i < c->n; i++) /* those that are still above */
+    if ((double)c->up[i] > list->limit) {
+      c->up[n] = c->up[i];
+      c->pos[n++] = c->pos[i];
     }
+  const emxi_sketch *k = &kv->sketch;
+  if (k->row) { /* the residual rows rule most of them out */
+    int64_t left = 0;
+    for (int64_t i = 0; i < n; i++) {
+      if (i + 8 < n) {
+        const int64_t p = c->pos[i + 8], at = (int64_t)it->g * k->groups + emxi_cert_group(it, p);
+        emxi_prefetch((const char *)(k->row + (at * EMXI_GROUP + p % EMXI_GROUP) * (k->dp / 2)), (size_t)k->dp / 2);
+        __builtin_prefetch(k->group + at, 0, 3);
+      }
+      const double up = emxi_cert_refine(it, r, c->pos[i], (double)c->up[i]);
+      if (up <= list->limit) continue;
+      c->up[left] = c->up[i];
+      c->pos[left++] = c->pos[i];
+    }
+    all->count[r].bytes_meta += n * emxi_lines(k->dp / 2);
+    n = left;
+  }
   for (int64_t i = 0; i < n; i++) {
     if (i + 8 < n) {
-      const int32_t p = from->pos[r][i + 8];
+      const int32_t p = c->pos[i + 8];
       emxi_prefetch(emxi_kv_k(kv, it->table[p / kv->P], it->g, p % kv->P), key);
     }
-    if (!((double)from->up[r][i] > list->limit)) continue;
-    emxi_cert_read(it, all, r, from->pos[r][i], 1, -1);
+    if (!((double)c->up[i] > list->limit)) continue;
+    emxi_cert_read(it, all, r, c->pos[i], 1, -1);
     if (++since == 64) {
       since = 0;
       if (list->n > scratch->cap) return false;

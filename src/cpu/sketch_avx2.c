@@ -94,14 +94,37 @@ INL void planes(const int8_t *q, const int nq, const uint32_t *upper, const uint
     for (int h = 0; h < nq; h++) _mm256_storeu_si256((__m256i *)(out + h * EMXI_GROUP + 8 * half), acc[h]);
   }
 }
-
 static void rows(const int8_t *q, int nq, const uint32_t *upper, const uint32_t *lower, int dp, int32_t *out) {
   for (; nq >= 4; nq -= 4, q += 4 * LD, out += 4 * EMXI_GROUP) planes(q, 4, upper, lower, dp, out);
   for (; nq >= 1; nq -= 1, q += LD, out += EMXI_GROUP) planes(q, 1, upper, lower, dp, out);
 }
-static void high(const int8_t *q, int nq, const uint32_t *words, int dp, int32_t *out) { rows(q, nq, words, NULL, dp, out); }
-static void both(const int8_t *q, int nq, const uint32_t *upper, const uint32_t *lower, int dp, int32_t *out) {
-  rows(q, nq, upper, lower, dp, out);
+INL unsigned above(const int32_t *dot, int32_t limit) {
+  const __m256i t = _mm256_set1_epi32(limit), a = _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i *)dot), t),
+                b = _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i *)(dot + 8)), t);
+  return (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(a)) | (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(b)) << 8;
+}
+
+static bool high(const int8_t *q, int nq, const uint32_t *words, int dp, const int32_t *limit) {
+  int32_t dot[8 * EMXI_GROUP];
+  unsigned any = 0;
+  rows(q, nq, words, NULL, dp, dot);
+  for (int h = 0; h < nq; h++) any |= above(dot + h * EMXI_GROUP, limit[h * EMXI_SKETCH_BLOCK]);
+  return any != 0;
+}
+static bool both(const int8_t *q, int nq, const uint32_t *upper, const uint32_t *lower, int dp, const emxi_sketch_row *row, int x,
+                 int32_t from, emxi_sketch_sink *sink, int32_t *dot, uint16_t *hot) {
+  unsigned any = 0;
+  rows(q, nq, upper, lower, dp, dot);
+  for (int h = 0; h < nq; h++, row++, sink++, dot += EMXI_GROUP) {
+    hot[h] = (uint16_t)above(dot, row->hot[x]);
+    any |= hot[h];
+    for (unsigned m = above(dot, row->limit[x]) & ~(unsigned)hot[h]; m; m &= m - 1) {
+      const int t = __builtin_ctz(m);
+      sink->up[sink->n] = row->base[x] + (float)(2 * dot[t] - row->zero) * row->scale[x];
+      sink->pos[sink->n++] = from + t;
+    }
+  }
+  return any != 0;
 }
 
 const emxi_sketch_kernels emxi_sketch_avx2 = {.name = "avx2",
@@ -110,4 +133,6 @@ const emxi_sketch_kernels emxi_sketch_avx2 = {.name = "avx2",
                                               .nibbles = nibbles,
                                               .bytes = bytes,
                                               .high = high,
-                                              .both = both};
+                                              .both = both,
+                                              .judge_supers = judge_supers,
+                                              .judge_groups = judge_groups};

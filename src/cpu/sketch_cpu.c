@@ -38,7 +38,6 @@ void emxi_sketch_page(const emxi_table *k, const emx_kv *kv, int32_t page, int32
                                  .centre = s->centre + at * s->dp,
                                  .high = s->high + at * s->dp,
                                  .low = s->low + at * s->dp,
-                                 .rest = s->rest ? s->rest + at : NULL,
                                  .row = s->row ? s->row + at * EMXI_GROUP * s->dp / 2 : NULL};
     load_keys(k, kv, page, head, (int32_t)i * EMXI_GROUP, EMXI_GROUP, keys);
     sk->encode_group(keys, kv->D, s->dp, map_of(kv, head), &out);
@@ -56,11 +55,11 @@ void emxi_sketch_superpage(const emxi_table *k, const emx_kv *kv, const int32_t 
   memcpy(record + s->dp / 2, &super, sizeof super);
 }
 
-/* A power of two near the channel's typical deviation. */
-static float weight_of(double deviation) {
+/* The power of two nearest to x, by its logarithm. */
+static float power_of_two(double x) {
   int e = 0;
-  if (!(deviation > 0x1p-60)) return 0x1p-60f;
-  frexp(deviation * 1.41421356, &e);
+  if (!(x > 0x1p-60)) return 0x1p-60f;
+  frexp(x * 1.41421356, &e);
   return ldexpf(1.0f, e - 1 > 60 ? 60 : e - 1);
 }
 
@@ -69,8 +68,8 @@ void emxi_sketch_learn(const emxi_table *k, const emx_kv *kv, const int32_t *pag
   if (n > EMXI_LEARN / kv->P) n = EMXI_LEARN / kv->P;
   for (int32_t head = 0; head < kv->G; head++) {
     float *map = map_of(kv, head), key[EMXI_SKETCH_LD];
-    double mean[EMXI_SKETCH_LD] = {0}, off[EMXI_SKETCH_LD] = {0}, sum = 0;
-    int64_t count = 0, live = 0;
+    double mean[EMXI_SKETCH_LD] = {0}, off[EMXI_SKETCH_LD] = {0}, sorted[EMXI_SKETCH_LD];
+    int64_t count = 0;
     for (int pass = 0; pass < 2; pass++) { /* mean, then mean absolute deviation: one odd token weighs little */
       count = 0;
       for (int64_t p = 0; p < n; p++)
@@ -92,14 +91,18 @@ void emxi_sketch_learn(const emxi_table *k, const emx_kv *kv, const int32_t *pag
         else
           off[i] *= 1.2533141373155 / (double)count; /* of a normal: its spread */
     }
-    for (int32_t i = 0; i < D; i++) {
-      sum += off[i];
-      live += off[i] > 0;
+    for (int32_t i = 0; i < D; i++) { /* insertion sort: the median tells what is usual */
+      int32_t at = i;
+      for (; at > 0 && sorted[at - 1] > off[i]; at--) sorted[at] = sorted[at - 1];
+      sorted[at] = off[i];
     }
+    /* A weight of its own only for a channel that is far out, an offset only where it is far from zero: what a few keys suggest about the
+     * others is noise, and weights that follow noise loosen every bound. */
+    const double usual = sorted[D / 2] > 0 ? sorted[D / 2] : sorted[D - 1] > 0 ? sorted[D - 1] : 1;
     for (int32_t i = 0; i < dp; i++) {
-      /* a channel that has been constant so far is taken for an average one */
-      const float w = i >= D || !live ? 1.0f : weight_of(off[i] > 0 ? off[i] : sum / (double)live);
-      map[i] = i < D && live ? (float)mean[i] : 0;
+      const bool out = i < D && off[i] > 4 * usual, shifted = i < D && fabs(mean[i]) > 2 * fmax(off[i], usual);
+      const float w = power_of_two(out ? off[i] : usual);
+      map[i] = shifted ? (float)mean[i] : 0;
       map[dp + i] = w;
       map[2 * dp + i] = 1.0f / w;
     }

@@ -69,7 +69,7 @@ static void bytes(const int8_t *q, int nq, const uint8_t *const *codes, int64_t 
     for (int h = 0; h < nq; h++) out[h * ldo + i] = _mm512_reduce_add_epi32(byte_dot(q + h * LD, codes[i], dp));
 }
 
-INL void high_rows(const int8_t *q, const int nq, const uint32_t *words, int dp, int32_t *out) {
+INL unsigned high_rows(const int8_t *q, const int nq, const uint32_t *words, int dp, const int32_t *limit) {
   const __m512i two = _mm512_set1_epi8(3);
   __m512i a[MAXQ], b[MAXQ];
   for (int h = 0; h < nq; h++) a[h] = b[h] = _mm512_setzero_si512();
@@ -85,9 +85,13 @@ INL void high_rows(const int8_t *q, const int nq, const uint32_t *words, int dp,
       b[h] = _mm512_dpbusd_epi32(b[h], c3, _mm512_set1_epi32(four(r + 12)));
     }
   }
-  for (int h = 0; h < nq; h++) _mm512_storeu_si512(out + h * EMXI_GROUP, _mm512_add_epi32(a[h], b[h]));
+  unsigned any = 0;
+  for (int h = 0; h < nq; h++)
+    any |= _mm512_cmpgt_epi32_mask(_mm512_add_epi32(a[h], b[h]), _mm512_set1_epi32(limit[h * EMXI_SKETCH_BLOCK]));
+  return any;
 }
-INL void both_rows(const int8_t *q, const int nq, const uint32_t *upper, const uint32_t *lower, int dp, int32_t *out) {
+INL unsigned both_rows(const int8_t *q, const int nq, const uint32_t *upper, const uint32_t *lower, int dp, const emxi_sketch_row *row,
+                       int x_, int32_t from, emxi_sketch_sink *sink, int32_t *dot, uint16_t *hot) {
   const __m512i two = _mm512_set1_epi8(3), top = _mm512_set1_epi8(12);
   __m512i a[MAXQ], b[MAXQ];
   for (int h = 0; h < nq; h++) a[h] = b[h] = _mm512_setzero_si512();
@@ -106,24 +110,45 @@ INL void both_rows(const int8_t *q, const int nq, const uint32_t *upper, const u
       b[h] = _mm512_dpbusd_epi32(b[h], c3, _mm512_set1_epi32(four(r + 12)));
     }
   }
-  for (int h = 0; h < nq; h++) _mm512_storeu_si512(out + h * EMXI_GROUP, _mm512_add_epi32(a[h], b[h]));
+  unsigned any = 0;
+  const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(from), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  for (int h = 0; h < nq; h++) { /* no branch: in hostile data every other group has a candidate */
+    const __m512i x = _mm512_add_epi32(a[h], b[h]);
+    const __mmask16 over = _mm512_cmpgt_epi32_mask(x, _mm512_set1_epi32(row[h].hot[x_]));
+    const __mmask16 keep = _mm512_mask_cmpgt_epi32_mask((__mmask16)~over, x, _mm512_set1_epi32(row[h].limit[x_]));
+    const __m512 twice = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_slli_epi32(x, 1), _mm512_set1_epi32(row[h].zero)));
+    const __m512 up = _mm512_add_ps(_mm512_set1_ps(row[h].base[x_]), _mm512_mul_ps(twice, _mm512_set1_ps(row[h].scale[x_])));
+    _mm512_storeu_ps(sink[h].up + sink[h].n, _mm512_maskz_compress_ps(keep, up));
+    _mm512_storeu_si512(sink[h].pos + sink[h].n, _mm512_maskz_compress_epi32(keep, at));
+    sink[h].n += __builtin_popcount(keep);
+    _mm512_storeu_si512(dot + h * EMXI_GROUP, x);
+    any |= hot[h] = over;
+  }
+  return any;
 }
 
 /* Rows in blocks whose size the compiler knows. */
-#define BLOCKS(call)                                        \
-  for (; nq >= 8; nq -= 8, q += 8 * LD, out += 8 * EMXI_GROUP) call(8); \
-  for (; nq >= 4; nq -= 4, q += 4 * LD, out += 4 * EMXI_GROUP) call(4); \
-  for (; nq >= 2; nq -= 2, q += 2 * LD, out += 2 * EMXI_GROUP) call(2); \
-  if (nq) call(1)
-static void high(const int8_t *q, int nq, const uint32_t *words, int dp, int32_t *out) {
-#define CALL(n) high_rows(q, n, words, dp, out)
-  BLOCKS(CALL);
+#define BLOCKS(call, next)                       \
+  unsigned any = 0;                              \
+  for (; nq >= 8; nq -= 8, next(8)) any |= call(8); \
+  for (; nq >= 4; nq -= 4, next(4)) any |= call(4); \
+  for (; nq >= 2; nq -= 2, next(2)) any |= call(2); \
+  if (nq) any |= call(1);                        \
+  return any != 0
+static bool high(const int8_t *q, int nq, const uint32_t *words, int dp, const int32_t *limit) {
+#define CALL(n) high_rows(q, n, words, dp, limit)
+#define NEXT(n) q += n * LD, limit += n * EMXI_SKETCH_BLOCK
+  BLOCKS(CALL, NEXT);
 #undef CALL
+#undef NEXT
 }
-static void both(const int8_t *q, int nq, const uint32_t *upper, const uint32_t *lower, int dp, int32_t *out) {
-#define CALL(n) both_rows(q, n, upper, lower, dp, out)
-  BLOCKS(CALL);
+static bool both(const int8_t *q, int nq, const uint32_t *upper, const uint32_t *lower, int dp, const emxi_sketch_row *row, int x,
+                 int32_t from, emxi_sketch_sink *sink, int32_t *dot, uint16_t *hot) {
+#define CALL(n) both_rows(q, n, upper, lower, dp, row, x, from, sink, dot, hot)
+#define NEXT(n) q += n * LD, row += n, sink += n, dot += n * EMXI_GROUP, hot += n
+  BLOCKS(CALL, NEXT);
 #undef CALL
+#undef NEXT
 }
 
 const emxi_sketch_kernels emxi_sketch_vnni = {.name = "vnni",
@@ -132,4 +157,6 @@ const emxi_sketch_kernels emxi_sketch_vnni = {.name = "vnni",
                                               .nibbles = nibbles,
                                               .bytes = bytes,
                                               .high = high,
-                                              .both = both};
+                                              .both = both,
+                                              .judge_supers = judge_supers,
+                                              .judge_groups = judge_groups};

@@ -20,10 +20,7 @@ void emxi_sketch_carve(emx_kv *kv, emxi_arena *device, emxi_arena *host) {
   s->centre = take(device, G, s->groups, s->dp, 1);
   s->high = take(device, G, s->groups, s->dp, sizeof *s->high);
   s->low = take(device, G, s->groups, s->dp, sizeof *s->low);
-  if (kv->summaries & EMX_SUMMARY_RESIDUAL) {
-    s->rest = take(device, G, s->groups, 1, sizeof *s->rest);
-    s->row = take(device, G, s->groups, EMXI_GROUP * s->dp / 2, 1);
-  }
+  if (kv->summaries & EMX_SUMMARY_RESIDUAL) s->row = take(device, G, s->groups, EMXI_GROUP * s->dp / 2, 1);
   s->super = take(device, G, M, s->super_ld, 1);
   s->map = take(device, G, 3 * s->dp, 1, sizeof(float));
   s->number = take(host, M, 1, 1, sizeof *s->number);

@@ -24,21 +24,18 @@
 enum { EMXI_GROUP = 16, EMXI_SUPER = 64 };
 
 /* Values of codes: centre of a group (c - 128) step_c; of a superpage (c - 7.5) step_c; planes (4 h + l - 7.5) step; residual row
- * (c - 7.5) step. */
+ * (c - 7.5) step5. Half a cache line. */
 typedef struct emxi_sketch_group {
-  float step_c, norm_c; /* norm_c >= |centre| */
+  float step_c;
   float radius;         /* >= |y - centre| of every key */
-  float norm_k;         /* >= |k| of every key */
   float step;
   float error2, error4; /* >= |y - centre - planes| with the high plane alone (l = 1.5), with both */
-  float reserved;
+  float step5, error5;  /* residual rows: >= |y - centre - planes - row|; without them error5 is error4 */
+  uint16_t norm_c, norm_k; /* >= |centre|, >= |k| of every key; bf16 */
 } emxi_sketch_group;
 typedef struct emxi_sketch_super { /* behind the Dp/2 bytes of codes */
   float step_c, norm_c, radius, norm_k;
 } emxi_sketch_super;
-typedef struct emxi_sketch_rest {
-  float step, error; /* of the residual rows of one group */
-} emxi_sketch_rest;
 
 /* Device arrays, by KV head, then physical page, then group of the page; D is padded to Dp, a multiple of 16. NULL: no sketches. */
 typedef struct emxi_sketch {
@@ -47,8 +44,7 @@ typedef struct emxi_sketch {
   emxi_sketch_group *group; /* [G,groups] */
   uint8_t *centre;          /* [G,groups,Dp] */
   uint32_t *high, *low;     /* [G,groups,Dp/16,16]: word w, key t: byte b, bits 2s and 2s+1 are channel 16 w + 4 s + b */
-  emxi_sketch_rest *rest;   /* [G,groups]; NULL without residual rows */
-  uint8_t *row;             /* [G,groups,16,Dp/2]: low nibble of byte j is channel j, high nibble channel j + Dp/2 */
+  uint8_t *row;             /* [G,groups,16,Dp/2]: low nibble of byte j is channel j, high nibble channel j + Dp/2; or NULL */
   uint8_t *super;           /* [G,max_pages,super_ld]: nibbles as in a row, then emxi_sketch_super */
   int64_t super_ld;
   float *map; /* [G,3,Dp]: offset, weight, 1 / weight */
