@@ -46,7 +46,6 @@ static void attention_views(const emxi_net *net, const emxi_saved *s, int64_t ba
   emx_attn_io_init(&a->io);
   /* Offsets of a NULL base are not formed: while counting, any aligned address stands for the memory to come. */
   static float nowhere[1];
-  static double no_alpha[1];
   static int32_t no_list[1];
   float *qkv = s ? s->qkv : nowhere, *dqkv = net->dqkv ? net->dqkv : nowhere;
   const int64_t at_k = s ? z.q : 0, at_v = s ? z.q + z.kv : 0, dat_k = net->dqkv ? z.q : 0, dat_v = net->dqkv ? z.q + z.kv : 0;
@@ -59,8 +58,8 @@ static void attention_views(const emxi_net *net, const emxi_saved *s, int64_t ba
   a->io.k = &a->k;
   a->io.v = &a->v;
   if (c->alpha_learned) {
-    a->alphas = emx_tensor_view(net->alphas ? net->alphas : no_alpha, EMX_F64, 1, &h);
-    a->d_alpha = emx_tensor_view(net->d_alpha ? net->d_alpha : no_alpha, EMX_F64, 1, &h);
+    a->alphas = emx_tensor_view(net->alphas, EMX_F64, 1, &h);
+    a->d_alpha = emx_tensor_view(net->d_alpha, EMX_F64, 1, &h);
     a->io.alphas = &a->alphas;
   }
   *(a->desc.alpha == 1 ? &a->io.lse : &a->io.tau) = &a->tau;
