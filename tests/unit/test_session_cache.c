@@ -66,12 +66,11 @@ static void set_select(emx_session *s, int32_t kind) {
   OK(emx_session_set_select(s, &d));
 }
 
-static void test_goes_on(void **state) {
-  (void)state;
+static void goes_on(emx_model *m) {
   static const int32_t dtypes[] = {EMX_BF16, EMX_F16, EMX_F32};
   for (int variant = 0; variant < 3; variant++) {
     const int32_t page = variant == 1 ? 32 : 16, cut = variant == 2 ? 64 : 61; /* 64: every page is full */
-    emx_session *a = session(model, dtypes[variant], page, N), *b = session(model, dtypes[variant], page, N);
+    emx_session *a = session(m, dtypes[variant], page, N), *b = session(m, dtypes[variant], page, N);
     float la[V], lb[V], na[20], nb[20];
     set_select(a, EMX_SELECT_GAUSSIAN);
     set_select(b, EMX_SELECT_GAUSSIAN);
@@ -93,6 +92,26 @@ static void test_goes_on(void **state) {
     assert_memory_equal(na, nb, sizeof na); /* the first of these comes from the state that the file brought */
     emx_session_destroy(a);
     emx_session_destroy(b);
+  }
+}
+
+static void test_goes_on(void **state) {
+  (void)state;
+  goes_on(model);
+  for (int which = 0; which < 2;
+       which++) { /* keys that were turned, queries that are scaled by where they are, an alpha a head */
+    char other[32];
+    emx_model *m;
+    emx_model_config c = tiny_config();
+    c.position_type = which ? EMX_POSITION_ROPE : EMX_POSITION_NAPE;
+    c.attn_scale_type = which ? EMX_ATTN_SCALE_SSMAX : EMX_ATTN_SCALE_ASENTMAX;
+    c.alpha_learned = which;
+    assert_true(folder_create(other) && tiny_write(other, &c, 5));
+    OK(emx_model_open(ctx, other, &m));
+    goes_on(m);
+    emx_model_close(m);
+    tiny_remove(other);
+    rmdir(other);
   }
 }
 
