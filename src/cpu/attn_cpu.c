@@ -13,7 +13,8 @@
  * A block's lists share a slab of fixed size. Should a list outgrow its share, which takes long and flat rows, the block is cut in two
  * and starts again; a block of one query always fits. Where the cuts are cannot be seen in the results.
  *
- * A backward task owns one KV head of one sequence, hence dk and dv. Rows come from the caller's support lists, where they hold what
+ * A backward task owns one KV head of one sequence, hence dk and dv; where there are fewer of those than workers, a first round of tasks
+ * owns blocks of queries, a second ranges of keys, and the order of every sum is the same. Rows come from the caller's support lists, where they hold what
  * they should, else from the same walk over the keys with the row's threshold known.
  *
  * Cost: 2 D FLOP a visible pair that is not bounded away and 2 D (backward 10 D) a nonzero; K is read rows / block times from cache.
@@ -27,7 +28,7 @@
 #include "base/num.h"
 #include "cpu/backend_cpu.h"
 
-#define ROWS_WANTED 192 /* rows of a block: enough to amortise the fetch and transposition of a key tile */
+#define ROWS_WANTED 192                 /* rows of a block: enough to amortise the fetch and transposition of a key tile */
 #define SUB_ROWS 12                     /* rows that are scored or skipped together: whole register blocks of every table */
 #define LIST_ENTRIES ((int64_t)1 << 21) /* of the slab of lists a worker has */
 #define ROOM (EMXI_TILE + 16)           /* entries in front of a list that one tile may need */
@@ -92,7 +93,9 @@ typedef struct job {
   emx_ctx *ctx;
   const emxi_attn *a;
   block blk;
-  double *d_alpha; /* [rows of q, heads]: each row's share */
+  double *d_alpha;       /* [rows of q, heads]: each row's share */
+  void *states;          /* the same, where queries and keys are tasks of their own; else NULL */
+  int64_t range, ranges; /* keys of a task, tasks a KV head */
   /* Bounds of key tiles, or NULL: centers [batch * kv_heads, panels, d, TILE] of REAL, a panel being TILE tiles, and what a unit of |q|
    * adds to q.center [batch * kv_heads, panels * TILE]. */
   void *center, *radius;
@@ -100,10 +103,12 @@ typedef struct job {
   void *work[EMXI_MAX_THREADS]; /* per worker, carved by the template */
 } job;
 
-static int64_t alpha_rows(const emxi_attn *a) { return a->cu_q ? a->rows_q : a->batch * a->max_q; }
-static int64_t alpha_index(const emxi_attn *a, const emxi_span *sp, int64_t b, int64_t i) {
-  return a->cu_q ? sp->q0 + i : b * a->max_q + i;
+/* Rows of q in memory, head by head: where per-row results of the backward pass are kept. */
+static int64_t query_rows(const emxi_attn *a) { return (a->cu_q ? a->rows_q : a->batch * a->max_q) * a->heads; }
+static int64_t row_index(const emxi_attn *a, const emxi_span *sp, int64_t b, int64_t h, int64_t i) {
+  return (a->cu_q ? sp->q0 + i : b * a->max_q + i) * a->heads + h;
 }
+enum { ROW_NONE, ROW_WEIGHTS, ROW_NAN }; /* sees nothing; has weights; is NaN */
 
 /* d p / d alpha, as far as it matters beside d_p - delta, whose mean under u is zero (docs/math.md, 6): -p L^2 (e^x - 1 - x) / x^2 with
  * L = log p and x = -(alpha-1) L. The quotient is 1/2 at x = 0 (alpha = 1) and is not taken as a difference where that cancels. */
@@ -147,17 +152,31 @@ emx_status emxi_cpu_attn_supports(emx_ctx *ctx, const emxi_attn *a) {
   return EMX_OK;
 }
 
+/* Whether queries and keys are tasks of their own, which finds every row's weights twice but keeps more workers busy than one a KV head
+ * does. The gradients have the same bits either way. */
+static bool split(const emx_ctx *ctx, const emxi_attn *a) {
+  const int64_t heads = a->batch * a->kv_heads;
+  return ctx->threads > 1 && a->max_k > 0 && a->max_q * (a->heads / a->kv_heads) > 2 * ROWS_WANTED &&
+         heads < (a->list ? 2 : 1) * (int64_t)ctx->threads;
+}
+
 emx_status emxi_cpu_attn_run(emx_ctx *ctx, const emxi_attn *a, emxi_arena *arena) {
   const bool f64 = a->k.dtype == EMX_F64, backward = a->pass == EMX_PASS_BACKWARD;
   const int64_t heads = a->batch * a->kv_heads;
   job j = {.ctx = ctx, .a = a, .blk = block_of(a)};
   for (int32_t w = 0; w < ctx->threads; w++) j.work[w] = f64 ? carve64(arena, &j) : carve(arena, &j);
-  j.d_alpha = emxi_arena_take(arena, a->d_alpha ? alpha_rows(a) * a->heads : 0, sizeof(double));
+  j.d_alpha = emxi_arena_take(arena, a->d_alpha ? query_rows(a) : 0, sizeof(double));
   if (bounded(a)) {
     const size_t real = f64 ? sizeof(double) : sizeof(float);
     j.panels = (a->max_k + EMXI_TILE * EMXI_TILE - 1) / (EMXI_TILE * EMXI_TILE);
     j.center = emxi_arena_take(arena, heads, (size_t)(j.panels * EMXI_TILE * a->d) * real);
     j.radius = emxi_arena_take(arena, heads, (size_t)(j.panels * EMXI_TILE) * real);
+  }
+  if (backward && split(ctx, a)) {
+    j.states = emxi_arena_take(arena, query_rows(a), f64 ? sizeof(state64) : sizeof(state));
+    const int64_t tiles = (a->max_k + EMXI_TILE - 1) / EMXI_TILE, want = 4 * ctx->threads / heads + 1;
+    j.range = ((tiles + want - 1) / want) * EMXI_TILE;
+    j.ranges = (a->max_k + j.range - 1) / j.range;
   }
   if (!arena->base) return EMX_OK;
   EMX_TRY(emxi_arena_check(arena, "attention"));
@@ -165,12 +184,17 @@ emx_status emxi_cpu_attn_run(emx_ctx *ctx, const emxi_attn *a, emxi_arena *arena
   for (int32_t w = 0; w < ctx->threads; w++) f64 ? lay_out64(&j, w) : lay_out(&j, w);
   if (j.center) EMX_TRY(emxi_parallel(ctx, heads * j.panels, f64 ? bound_task64 : bound_task, &j));
   if (backward) {
-    const int64_t rows = alpha_rows(a);
-    if (a->d_alpha) memset(j.d_alpha, 0, (size_t)(rows * a->heads) * sizeof(double)); /* padding has no share */
-    EMX_TRY(emxi_parallel(ctx, heads, f64 ? backward_task64 : backward_task, &j));
+    const int64_t rows = query_rows(a);
+    if (a->d_alpha) memset(j.d_alpha, 0, (size_t)rows * sizeof(double)); /* padding has no share */
+    if (j.ranges) {
+      EMX_TRY(emxi_parallel(ctx, heads * j.blk.count, f64 ? queries_task64 : queries_task, &j));
+      EMX_TRY(emxi_parallel(ctx, heads * j.ranges, f64 ? keys_task64 : keys_task, &j));
+    } else {
+      EMX_TRY(emxi_parallel(ctx, heads, f64 ? backward_task64 : backward_task, &j));
+    }
     for (int64_t h = 0; a->d_alpha && h < a->heads; h++) {
       double sum = 0;
-      for (int64_t i = 0; i < rows; i++) sum += j.d_alpha[i * a->heads + h];
+      for (int64_t i = h; i < rows; i += a->heads) sum += j.d_alpha[i];
       a->d_alpha[h] = sum;
     }
     return EMX_OK;

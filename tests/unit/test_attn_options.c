@@ -196,6 +196,16 @@ static const packed catalogue[] = {
      .right = -1,
      .alibi = true,
      .clustered = true},
+    {.b = 3,
+     .h = 4,
+     .g = 2,
+     .d = 16,
+     .sq = {210, 0, 30},
+     .sk = {300, 5, 30},
+     .left = -1,
+     .right = -1,
+     .causal = true,
+     .alibi = true},
     {.b = 1, .h = 1, .g = 1, .d = 16, .sq = {520}, .sk = {520}, .left = 300, .right = -1, .clustered = true},
 };
 enum { CASES = sizeof catalogue / sizeof *catalogue };
@@ -328,10 +338,11 @@ static void test_lists(void **state) {
       memcpy(p.support, counts, (size_t)rows * 4);
       free(good);
     }
-    for (int threads = 1; threads <= 3; threads += 2) {
+    for (int variant = 0; variant < 4; variant++) { /* one worker: a task a KV head; many: queries and keys apart */
       emx_ctx_opts opts;
       emx_ctx_opts_init(&opts);
-      opts.threads = threads;
+      opts.threads = variant & 1 ? 9 : 1;
+      w.io.support_index = variant & 2 ? NULL : &ti;
       emx_ctx *mine;
       assert_int_equal(emx_ctx_create(&opts, &mine), EMX_OK);
       other = run_backward(&p, &w, mine);
