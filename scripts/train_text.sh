@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Trains the text models of models/ again:  scripts/train_text.sh entmax|softmax [OUT]   (about an hour each on a slow pair of cores).
+# Trains the text models of models/ again:  scripts/train_text.sh entmax|softmax [OUT]   (a quarter of an hour on a quiet pair of fast cores, an hour on a busy one).
 # The two differ in alpha alone. A run that was interrupted continues with the same command. Files are named in one fixed order,
 # because the order of the windows depends on it.
 set -eu
