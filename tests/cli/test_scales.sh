@@ -32,6 +32,9 @@ learns --position rope --rope-theta 500
 told '.position_type == "rope" and .rope_theta == 500 and .alibi_num_heads == 0'
 learns --alibi-heads 2 --learn-alpha --alpha 1.4
 told '.entmax_alpha == 1.4 and .entmax_alpha_learned'
+run 0 eval -m m$n -f text --dump layer.safetensors
+run 0 info --json -f layer.safetensors
+all_hold 'map(select(.name == "alphas") | .dtype == "f64" and .shape == [4]) == [true]'
 
 # a resumed training has the scale and the positions of the first
 again() { # TEXT OPTIONS...

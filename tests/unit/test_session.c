@@ -693,6 +693,15 @@ static void test_scales_and_positions(void **state) {
     emx_model *m, *m1;
     assert_int_equal(emx_model_open(ctx, folder, &m), EMX_OK);
     assert_int_equal(emx_model_open(single, folder, &m1), EMX_OK);
+    int n = 0;
+    for (emx_status status = EMX_ERR_NOMEM; status; n++) { /* what a learned alpha allocates may fail, too */
+      emx_session *none = NULL;
+      emxi_alloc_fail_after(n);
+      status = emx_session_create(m, NULL, &none);
+      emxi_alloc_fail_after(-1);
+      assert_true(!status || (status == EMX_ERR_NOMEM && !none));
+      emx_session_destroy(none);
+    }
     float logits[V], nll[N], row[2][V];
     emx_session *s = session(m, EMX_F32, 7, 2 * N), *one = session(m1, EMX_F32, 7, N), *f;
     prefill(s, 0, 40, nll, logits); /* chunks begin inside of a tile of rows and of a page */
