@@ -153,13 +153,13 @@ EMX_API void emx_ctx_resume(emx_ctx *ctx);
 
 /* Which map of a row of scores x to weights p; a = alpha - 1, b = 1/a. All are shift invariant, with exact zeros for alpha > 1.
  *
- *   ENTMAX    the p of the simplex that maximises p.x + H(p), H the Tsallis entropy of order alpha: p_i = [a x_i - tau]_+^b, sum p = 1
- *             (Peters, Niculae, Martins 2019, eq. 10). alpha = 1: softmax; 2: sparsemax.
- *   NORMMAX   the p of the simplex that maximises p.x - |p|_alpha: p = w / sum w, w_i = [x_i - tau]_+^b, sum w^alpha = 1 (norm entropy of
- *             Blondel, Martins, Niculae 2020, sec. 4.3; Santos et al. 2024 for Hopfield networks). 1 < alpha <= 4. Flatter on its
- *             support than entmax: a large alpha gives nearly equal weights, alpha near 1 the largest scores alone.
- *   BUDGET    as ENTMAX, but at most one a weight and `budget` in all: p_i = min(1, [a x_i - tau]_+^b), sum p = budget. alpha = 2 is
- *             the k-subsets relaxation (budget_bisect of the entmax package; upper bounds: Malaviya, Ferreira, Martins 2018).
+ *   ENTMAX    the p of the simplex that maximises p.x + H(p), H the Tsallis entropy of order alpha: p_i = [a x_i - tau]_+^b,
+ *             sum p = 1 (Peters, Niculae, Martins 2019, eq. 10). alpha = 1: softmax; 2: sparsemax.
+ *   NORMMAX   the p of the simplex that maximises p.x - |p|_alpha: p = w / sum w, w_i = [x_i - tau]_+^b, sum w^alpha = 1 (norm
+ *             entropies: Blondel, Martins, Niculae 2020; Santos, Niculae, McNamee, Martins 2024 for Hopfield networks).
+ *             1 < alpha <= 4: a large alpha gives nearly equal weights on a support, alpha near 1 the largest scores alone.
+ *   BUDGET    as ENTMAX, but at most one a weight and `budget` in all: p_i = min(1, [a x_i - tau]_+^b), sum p = budget. alpha = 2
+ *             is the k-subsets relaxation (budget_bisect of the entmax package; upper bounds: Malaviya, Ferreira, Martins 2018).
  *             1 < alpha <= 4. A row with fewer unmasked scores than the budget gives each of them weight 1. */
 enum { EMX_MAP_ENTMAX = 0, EMX_MAP_NORMMAX = 1, EMX_MAP_BUDGET = 2 };
 
@@ -178,8 +178,8 @@ typedef struct emx_entmax_io {
   uint32_t reserved;
   const emx_tensor *x;       /* forward: [R,N] f32, f16, bf16 or f64 */
   const emx_tensor *p;       /* [R,N], dtype of x. Forward: output, may be x itself. Backward: the weights, input */
-  const emx_tensor *tau;     /* forward, optional: output [R] f32 or f64; NaN at alpha = 1, which has no threshold. NORMMAX: in score units */
-  const emx_tensor *support; /* forward, optional: output [R] i32, how many weights are not zero (before they are rounded to p's dtype) */
+  const emx_tensor *tau;     /* forward, optional: output [R] f32 or f64; NaN at alpha = 1, no threshold. NORMMAX: of the score */
+  const emx_tensor *support; /* forward, optional: output [R] i32, how many weights are not zero before they are rounded */
   const emx_tensor *dp;      /* backward: gradient of p, [R,N], dtype of p */
   const emx_tensor *dx;      /* backward: output [R,N], dtype of p; may be dp */
   const emx_tensor *alpha;   /* optional: [R] f32 or f64, one alpha a row instead of desc->alpha, with the same limits */
@@ -188,33 +188,34 @@ typedef struct emx_entmax_io {
 EMX_API void emx_entmax_io_init_sized(emx_entmax_io *io, size_t size);
 #define emx_entmax_io_init(io) emx_entmax_io_init_sized((io), sizeof *(io))
 
-/* Rows of weights. f32 and f64 rows of any length are within 1e-6 of the exact map and sum to one (BUDGET: to the budget) within 1e-6
- * of it, for alpha > 2 up to what an element on the threshold costs (docs/math.md, 2); f16 and bf16 weights are those, rounded. A row
- * is read once (softmax: twice); what follows touches only scores that lie within 1/(alpha-1) of the largest (NORMMAX: 1; BUDGET: of
- * the budget-th largest). Errors: INVALID (an alpha out of range, by row; budget > N), SHAPE, DTYPE, UNSUPPORTED, CANCELLED.
- * Working memory: one row a worker, kept by the context, which grows on the first call with a longer row (the one allocation; NOMEM). */
+/* Rows of weights. f32 and f64 rows of any length are within 1e-6 of the exact map and sum to one (BUDGET: to the budget) within
+ * 1e-6 of it, for alpha > 2 up to what an element on the threshold costs (docs/math.md, 2); f16 and bf16 weights are those, rounded.
+ * A row is read once (softmax: twice); what follows touches only scores that lie within 1/(alpha-1) of the largest (NORMMAX: 1;
+ * BUDGET: of the budget-th largest). Errors: INVALID (an alpha out of range, by row; budget > N), SHAPE, DTYPE, UNSUPPORTED,
+ * CANCELLED. Working memory: one row a worker, kept by the context, which grows on the first call with a longer row (the one
+ * allocation; NOMEM). */
 EMX_API emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io);
 
 /* dx = J^T dp from the weights alone, 1 <= alpha <= 4; u_i = p_i^(2-alpha) on the support (docs/math.md, 6).
  *   ENTMAX    J = diag(u) - u u^T / sum(u)  (Peters et al. 2019, prop. 2; alpha = 1: u = p)
  *   NORMMAX   J = |p|_alpha^a / a (diag(u) - u p^T - p u^T + sum(u) p p^T)
  *   BUDGET    as ENTMAX over the weights strictly between 0 and 1
- * d_alpha = dp . dp/dalpha (Correia, Niculae, Martins 2019, prop. 1, in a form that holds down to softmax; at alpha = 1 the right-hand
- * derivative, sum dp_i p_i (sum_j p_j ln^2 p_j - ln^2 p_i) / 2).
+ * d_alpha = dp . dp/dalpha (Correia, Niculae, Martins 2019, prop. 1, in a form that holds down to softmax; at alpha = 1 it is the
+ * derivative from the right, sum dp_i p_i (sum_j p_j ln^2 p_j - ln^2 p_i) / 2).
  * For alpha > 2 u grows without bound as p goes to 0, and so does the true gradient between two such elements. Weights under
  * 2^(-52/(alpha-1)), which no solver in double can tell from zero or from each other, count as that much: gradients stay finite.
  * A dp at a weight of zero is not read. A fully masked row (all p zero) gives zeros, NaN weights give NaN.
  * Errors: as forward; UNSUPPORTED for d_alpha of another kind than ENTMAX. */
 EMX_API emx_status emx_entmax_backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io);
 
-/* What io->total is, and what io->d_loss is the gradient of. MEAN divides by the number of rows that are not ignored (as the entmax
- * package and PyTorch do: NaN if there is none). */
+/* What io->total is, and what io->d_loss is the gradient of. MEAN divides by the number of rows that are not ignored (as the
+ * entmax package and PyTorch do: NaN if there is none). */
 enum { EMX_REDUCE_NONE = 0, EMX_REDUCE_SUM = 1, EMX_REDUCE_MEAN = 2 };
 
 /* The tensors of one loss. Optional ones are NULL. R may be 0; V may be 0 if every row is ignored. */
 typedef struct emx_loss_io {
   uint32_t struct_size;
-  int32_t ignore_index; /* rows with this target count nothing: loss 0, gradient 0, scores not read; default -100. It may be a class */
+  int32_t ignore_index; /* rows with this target: loss 0, gradient 0, scores not read. Default -100; it may be a class */
   int32_t reduction;    /* EMX_REDUCE_*; default NONE */
   int32_t reserved;
   const emx_tensor *x;       /* [R,V] scores, f32, f16, bf16 or f64 */
@@ -222,13 +223,13 @@ typedef struct emx_loss_io {
   const emx_tensor *loss;    /* output [R] f32 or f64 */
   const emx_tensor *total;   /* optional: output [1] f32 or f64, sum or mean of the losses as they are stored; not with NONE */
   const emx_tensor *support; /* optional: output [R] i32, nonzeros of p; 0 for an ignored row */
-  const emx_tensor *d_loss;  /* optional: f32 or f64, upstream gradient: of loss, [R], with NONE; of total, [1], with SUM and MEAN. NULL: 1 */
+  const emx_tensor *d_loss;  /* optional: f32 or f64, upstream gradient; NONE: of loss, [R]; SUM, MEAN: of total, [1]. NULL: 1 */
   const emx_tensor *dx;      /* optional: output [R,V], dtype of x; may be x. (p - e_target) times the upstream gradient */
 } emx_loss_io;
 EMX_API void emx_loss_io_init_sized(emx_loss_io *io, size_t size);
 #define emx_loss_io_init(io) emx_loss_io_init_sized((io), sizeof *(io))
 
-/* Fenchel-Young loss of each row and, in the same pass, its gradient (Blondel, Martins, Niculae 2020, def. 2; Peters et al. 2019, eq. 13):
+/* Fenchel-Young loss of each row and, in the same pass, its gradient (Blondel, Martins, Niculae 2020; Peters et al. 2019):
  *     loss = max_p (p.x + H(p)) - x_target,     dx = p - e_target,     p the map of x
  * ENTMAX: alpha = 1 cross-entropy (natural logarithm), 2 sparsemax loss (Martins, Astudillo 2016). NORMMAX: H(p) = 1 - |p|_alpha.
  * BUDGET: UNSUPPORTED. It is never negative, and exactly 0 where p = e_target: entmax reaches that at a margin of 1/(alpha-1).

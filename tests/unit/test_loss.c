@@ -311,9 +311,51 @@ static void test_refusals(void **state) {
   for (int i = 0; i < R; i++) assert_true(bloss[i] == 0);
 }
 
+/* The same bits for any number of threads; without memory for a row an error, and then work as before. */
+static void test_threads_and_memory(void **state) {
+  (void)state;
+  enum { ROWS = 50, N = 300 };
+  static float x[ROWS * N], dx[2][ROWS * N];
+  static int32_t target[ROWS];
+  double loss[2][ROWS], total[2];
+  emxi_normals(12, 1, x, ROWS * N);
+  for (int i = 0; i < ROWS; i++) target[i] = i % 9 ? i : -100;
+  emx_entmax_desc desc = map_desc((map_args){EMX_MAP_ENTMAX, 1.4, 1});
+  for (int t = 0; t < 2; t++) {
+    static const int64_t shape[2] = {ROWS, N}, one[1] = {1};
+    emx_ctx_opts opts;
+    emx_ctx_opts_init(&opts);
+    opts.threads = t ? 4 : 1;
+    emx_ctx *own;
+    OK(emx_ctx_create(&opts, &own));
+    emx_tensor tx = emx_tensor_view(x, EMX_F32, 2, shape), ty = emx_tensor_view(target, EMX_I32, 1, shape),
+               tl = emx_tensor_view(loss[t], EMX_F64, 1, shape), td = emx_tensor_view(dx[t], EMX_F32, 2, shape),
+               tt = emx_tensor_view(&total[t], EMX_F64, 1, one);
+    emx_loss_io io;
+    emx_loss_io_init(&io);
+    io.x = &tx, io.target = &ty, io.loss = &tl, io.dx = &td, io.total = &tt, io.reduction = EMX_REDUCE_MEAN;
+    emxi_alloc_fail_after(0);
+    assert_int_equal(emx_entmax_loss(own, &desc, &io), EMX_ERR_NOMEM);
+    emxi_alloc_fail_after(-1);
+    OK(emx_entmax_loss(own, &desc, &io));
+    emx_ctx_destroy(own);
+    OK(emx_ctx_create(&opts, &own));
+    emx_entmax_io back;
+    emx_entmax_io_init(&back);
+    back.p = &tx, back.dp = &td, back.dx = &td;
+    emxi_alloc_fail_after(0);
+    assert_int_equal(emx_entmax_backward(own, &desc, &back), EMX_ERR_NOMEM);
+    emxi_alloc_fail_after(-1);
+    emx_ctx_destroy(own);
+  }
+  assert_true(total[0] == total[1]);
+  assert_memory_equal(loss[0], loss[1], sizeof loss[0]);
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_known_values), cmocka_unit_test(test_against_definition),
-                                     cmocka_unit_test(test_gradient),     cmocka_unit_test(test_batches),
-                                     cmocka_unit_test(test_special_rows), cmocka_unit_test(test_refusals)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_known_values),      cmocka_unit_test(test_against_definition),
+                                     cmocka_unit_test(test_gradient),          cmocka_unit_test(test_batches),
+                                     cmocka_unit_test(test_special_rows),      cmocka_unit_test(test_refusals),
+                                     cmocka_unit_test(test_threads_and_memory)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }
