@@ -44,6 +44,9 @@ static inline void fingerprint_add(emxi_hash *h, const emx_kv *kv) {
   emxi_hash_add(h, kv->free_list, (size_t)kv->n_free * sizeof *kv->free_list);
   emxi_hash_add(h, kv->refs, (size_t)kv->max_pages * sizeof *kv->refs);
   emxi_hash_add(h, kv->sum_tokens, (size_t)kv->max_pages * sizeof *kv->sum_tokens);
+  emxi_hash_add(h, &kv->sketch.mapped, sizeof kv->sketch.mapped);
+  for (int32_t page = 0; page < kv->max_pages; page++)
+    if (kv->sketch.number && kv->refs[page]) emxi_hash_add(h, &kv->sketch.number[page], sizeof kv->sketch.number[page]);
   for (int32_t page = 0; page < kv->max_pages; page++)
     for (int32_t g = 0; g < kv->G && kv->refs[page] && kv->sum_tokens[page]; g++) {
       if (kv->minmax) emxi_hash_add(h, emxi_kv_minmax(kv, page, g), 2 * row);

@@ -37,6 +37,7 @@ typedef struct plan {
   int32_t *rows;          /* [M] tokens of a page that some sequence sees */
   int32_t *place;         /* [L,M] physical page */
   int32_t *index;         /* saving: [max_pages] number of a physical page, -1: not met. Loading: [M] its place in a sequence */
+  int32_t *mapped;        /* [L] what emxi_sketch.mapped was */
   void *memory;
 } plan;
 
@@ -52,6 +53,7 @@ static emx_status plan_create(plan *p, int32_t layers, int32_t seqs, int64_t n_i
     p->place = emxi_arena_take(&a, p->pages, (size_t)layers * sizeof(int32_t));
     p->rows = emxi_arena_take(&a, p->pages, sizeof(int32_t));
     p->index = emxi_arena_take(&a, n_index, sizeof(int32_t));
+    p->mapped = emxi_arena_take(&a, layers, sizeof(int32_t));
     if (p->memory) break;
     bytes = emxi_arena_total(&a);
     if (!(p->memory = emxi_alloc(bytes))) return emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", path, bytes);
@@ -426,9 +428,13 @@ static emx_status read_body(const emxi_cache *c, const emx_cache_info *info, pla
   EMX_TRY(emxi_source_get(source, want, sizeof want));
   if (memcmp(digest, want, sizeof want))
     return emxi_fail(EMX_ERR_FORMAT, "%s: the checksum does not fit: the file is damaged", source->path);
-  for (int32_t l = 0; l < c->layers; l++)
-    EMX_TRY(c->ctx->backend->kv_summarize(c->ctx, c->kv[l], p->place + l * p->pages, p->described + l * p->pages, p->pages));
-  return EMX_OK;
+  /* A cache without keys learns from these how to sketch keys: if nothing comes of them, it has learned nothing. */
+  emx_status status = EMX_OK;
+  for (int32_t l = 0; l < c->layers; l++) p->mapped[l] = c->kv[l]->sketch.mapped;
+  for (int32_t l = 0; l < c->layers && !status; l++)
+    status = c->ctx->backend->kv_summarize(c->ctx, c->kv[l], p->place + l * p->pages, p->described + l * p->pages, p->pages);
+  for (int32_t l = 0; l < c->layers && status; l++) c->kv[l]->sketch.mapped = p->mapped[l];
+  return status;
 }
 
 static emx_status load(emxi_cache *c, emxi_source *source, emx_checkpoint *ck) {
@@ -457,7 +463,8 @@ static emx_status load(emxi_cache *c, emxi_source *source, emx_checkpoint *ck) {
                                      .tables = p.tables},
                     c->kind == EMX_CACHE_KV ? c->seqs : c->seqs + l);
     for (int32_t l = 0; l < c->layers; l++)
-      for (int32_t q = 0; q < info.seqs; q++) emxi_sketch_rebuild(c->ctx, c->kv[l], c->kind == EMX_CACHE_KV ? c->seqs[q] : c->seqs[l]);
+      for (int32_t q = 0; q < info.seqs; q++)
+        emxi_sketch_rebuild(c->ctx, c->kv[l], c->kind == EMX_CACHE_KV ? c->seqs[q] : c->seqs[l]);
     c->n_seqs = info.seqs;
     c->length = info.tokens;
     c->last_known = width > 0;

@@ -1,7 +1,7 @@
 # Cache files: a restored run goes on as the run that saved would have done, killed or not; what is refused.
 . "$SRC/tests/cli/lib.sh"
 SAMPLED="--temp 1 --top-k 50 --seed 7"
-for options in "" "$SAMPLED" "$SAMPLED --select topk --budget 32 --kv-dtype f16 --page 32"; do
+for options in "" "$SAMPLED" "$SAMPLED --select certified" "$SAMPLED --select topk --budget 32 --kv-dtype f16 --page 32"; do
   run 0 generate -m "$MODEL" -p "The licence" -n 60 $options --json
   cp out whole
   run 0 generate -m "$MODEL" -p "The licence" -n 25 $options --cache-save cache --json

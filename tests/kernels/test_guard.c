@@ -11,6 +11,7 @@
 #include "base/num.h"
 #include "model/model.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -121,9 +122,19 @@ static void finish(uint8_t out[EMXI_HASH_SIZE]) {
     if (memcmp(digests[0], digests[1], EMXI_HASH_SIZE)) fail_msg("%s: where a tensor lies changes the result", now); \
   } while (0)
 
+/* cmocka would say that there was a segmentation fault, in which it cannot say: workers are threads. */
+static void crashed(int number) {
+  (void)number;
+  static const char text[] = ": a byte outside of a tensor was touched\n";
+  if (write(STDERR_FILENO, now, strlen(now)) > 0 && write(STDERR_FILENO, text, sizeof text - 1) > 0) _exit(1);
+  _exit(1);
+}
+
 /* f once on every table that this CPU can run. */
 static void on_tables(void (*f)(void)) {
   static const char *const tables[] = {"scalar", "avx2", "avx512"};
+  signal(SIGSEGV, crashed);
+  signal(SIGBUS, crashed);
   for (int i = 0; i < 3; i++) {
     emx_ctx_opts o;
     emx_ctx_opts_init(&o);
@@ -348,7 +359,7 @@ static void kv_run(const kv_case *c) {
   o.head_dim = (int32_t)c->D;
   o.page_size = c->P;
   o.layout = c->layout;
-  o.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS;
+  o.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS | EMX_SUMMARY_SKETCH | EMX_SUMMARY_RESIDUAL;
   o.max_pages = POOL;
   o.k_pool = &k;
   o.v_pool = &v;
@@ -372,7 +383,6 @@ static void kv_run(const kv_case *c) {
   emx_tensor by_head = doubles(H, alphas), slopes = tensor(EMX_F32, 1, &h, 0, 3);
   for (int i = 0; i < H; i++) ((float *)slopes.data)[i] = i % 2 ? 0.2f : 0;
   for (int32_t kind = EMX_SELECT_ALL; kind <= EMX_SELECT_PAGES; kind++) {
-    if (kind == EMX_SELECT_CERTIFIED) continue;
     const int64_t s = kind == EMX_SELECT_ALL ? 3 : 1;
     emx_tensor q = bhnd(c, c->q_dtype, H, s, 4), out = bhnd(c, c->q_dtype, H, s, 0), kn = bhnd(c, new_dtype, G, s, 5),
                vn = bhnd(c, new_dtype, G, s, 6), lists = tensor(EMX_I32, 4, (int64_t[]){B, H, s, M}, 0, 0),
@@ -392,8 +402,10 @@ static void kv_run(const kv_case *c) {
     io.n_pages = &n_pages;
     io.bound = &bound;
     size_t bytes;
-    OK(emx_decode_workspace_size(ctx, kv, &select, &io, M * c->P, &bytes));
-    OK(emx_select(ctx, kv, &batch, &select, &io, place(bytes), bytes));
+    if (kind != EMX_SELECT_CERTIFIED) { /* which has no lists */
+      OK(emx_decode_workspace_size(ctx, kv, &select, &io, M * c->P, &bytes));
+      OK(emx_select(ctx, kv, &batch, &select, &io, place(bytes), bytes));
+    }
     select.kind = kind;
     io.o = &out;
     io.reports = reports_at(B * H * s);

@@ -168,7 +168,10 @@ static size_t selection(emx_kv *kv, int32_t seq, int32_t kind, uint8_t out[1 << 
   OK(emx_decode_workspace_size(ctx, kv, &select, &io, M * kv->P, &bytes));
   assert_true(bytes <= sizeof work);
   memset(pages, 0xff, sizeof pages);
-  OK(emx_select(ctx, kv, &b, &select, &io, work, bytes));
+  if (kind == EMX_SELECT_CERTIFIED)
+    io.pages = io.n_pages = io.bound = NULL;
+  else
+    OK(emx_select(ctx, kv, &b, &select, &io, work, bytes));
   OK(emx_decode(ctx, kv, &b, &select, &io, work, bytes));
   struct {
     const void *p;
@@ -566,6 +569,10 @@ static void watch(void *user, int64_t done, int64_t total) {
   assert_true(done > *last && done <= total);
   *last = done == total ? -total : done;
 }
+static void stop_at_the_end(void *user, int64_t done, int64_t total) {
+  (void)user;
+  if (done == total) emx_ctx_cancel(ctx);
+}
 static void test_cancel(void **state) {
   (void)state;
   shape s = small;
@@ -600,6 +607,41 @@ static void test_cancel(void **state) {
   seen = 0;
   OK(emx_kv_load(b, path, &got, 1, &n, watch, &seen));
   assert_int_equal(seen, -2 * 400 * 2048);
+  emx_kv_destroy(b);
+  /* after the last byte: the summaries, and what a cache without keys learns from the first */
+  s.summaries |= EMX_SUMMARY_SKETCH;
+  b = cache(s, 400, 8);
+  const fingerprint empty = fingerprint_of(b);
+  fails(emx_kv_load(b, path, &got, 1, &n, stop_at_the_end, NULL), EMX_ERR_CANCELLED, "cancelled");
+  emx_ctx_resume(ctx);
+  assert_true(fingerprint_same(empty, fingerprint_of(b)));
+  emx_kv_destroy(a);
+  emx_kv_destroy(b);
+}
+
+/* Sketches are learned anew: an exact certified decode has the same bits, whatever it reads. */
+static void test_sketches(void **state) {
+  (void)state;
+  static uint8_t before[1 << 14], after[1 << 14];
+  shape s = small;
+  s.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_SKETCH | EMX_SUMMARY_RESIDUAL;
+  emx_kv *a = cache(s, 40, 4), *b = cache(s, 40, 4);
+  int32_t seq, got, n;
+  OK(emx_seq_create(a, &seq));
+  for (int i = 0; i < 9; i++) OK(append(a, seq, 10 + (uint64_t)(5 * i), 37));
+  OK(emx_kv_save(a, &seq, 1, path, NULL, NULL));
+  OK(emx_kv_load(b, path, &got, 1, &n, NULL, NULL));
+  same_sequence(a, seq, b, got);
+  const size_t size = selection(a, seq, EMX_SELECT_CERTIFIED, before);
+  assert_int_equal(size, selection(b, got, EMX_SELECT_CERTIFIED, after));
+  const size_t reports = size - 4 * sizeof(emx_report), o = reports - 4 * 16 * sizeof(float);
+  assert_memory_equal(before + o, after + o, reports - o);
+  for (int h = 0; h < 4; h++) {
+    emx_report x, y;
+    memcpy(&x, before + reports + (size_t)h * sizeof x, sizeof x);
+    memcpy(&y, after + reports + (size_t)h * sizeof y, sizeof y);
+    assert_true((x.flags & EMX_REPORT_CERTIFIED) && x.flags == y.flags && x.tau == y.tau && x.support == y.support);
+  }
   emx_kv_destroy(a);
   emx_kv_destroy(b);
 }
@@ -608,7 +650,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_hash),    cmocka_unit_test(test_round_trip), cmocka_unit_test(test_round_trip_odd),
       cmocka_unit_test(test_damage),  cmocka_unit_test(test_hostile),    cmocka_unit_test(test_no_room),
-      cmocka_unit_test(test_no_disk), cmocka_unit_test(test_cancel),
+      cmocka_unit_test(test_no_disk), cmocka_unit_test(test_cancel),     cmocka_unit_test(test_sketches),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }
