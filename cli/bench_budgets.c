@@ -26,8 +26,8 @@ typedef struct options {
 enum { KEY_LEN = 1, KEY_QUERIES, KEY_SVG };
 static const struct argp_option option_table[] = {
     {"model", 'm', "DIR", 0, "A model folder; up to four, compared at equal bytes", 1},
-    {"file", 'f', "FILE", 0, "The text", 1},
-    {"len", KEY_LEN, "L,...", 0, "Bytes of context (default 4096,16384)", 1},
+    {"file", 'f', "FILE", 0, "The text that models of text read; models of a task read its samples", 1},
+    {"len", KEY_LEN, "L,...", 0, "Bytes of context, or nominal lengths of a task's samples (default 4096,16384)", 1},
     {"queries", KEY_QUERIES, "N", 0, "Tokens after the context that are measured, each in every layer and head (default 32)", 1},
     {"svg", KEY_SVG, "FILE", 0, "Draw dropped mass and error against bytes read", 1},
     {0}};
@@ -57,7 +57,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_SVG: o->svg = arg; return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
-      if (!o->n_models || !o->file) argp_error(state, "-m DIR and -f FILE are required");
+      if (!o->n_models) argp_error(state, "-m DIR is required");
       return 0;
   }
   return ARGP_ERR_UNKNOWN;
@@ -298,11 +298,11 @@ typedef struct stats {
 typedef struct row {
   emx_select_desc select;
   stats metric[METRICS];
-  double kl, top1;
-  json_t *heads; /* {"delta": [layers][heads], "rel_err": ...} means */
+  double kl, top1, exact; /* exact: of a task's samples, else NaN */
+  json_t *heads;          /* {"delta": [layers][heads], "rel_err": ...} means */
 } row;
 typedef struct result {
-  const char *folder;
+  const char *folder, *task; /* task: NULL: text */
   char label[48];
   double alpha;
   int64_t length;
@@ -348,6 +348,10 @@ static int print_row(const options *o, const result *r, const row *x, json_t *ta
       for (int m = 0; m < METRICS; m++) json_object_set_new(j, metric_names[m], stats_json(&x->metric[m]));
       json_object_set_new(j, "kl", cli_json_real(x->kl));
       json_object_set_new(j, "top1", cli_json_real(x->top1));
+      if (r->task) {
+        json_object_set_new(j, "task", json_string(r->task));
+        json_object_set_new(j, "exact", cli_json_real(x->exact));
+      }
       if (target)
         json_object_set_new(j, "target", target);
       else
@@ -357,84 +361,182 @@ static int print_row(const options *o, const result *r, const row *x, json_t *ta
   }
   json_decref(target);
   const stats *m = x->metric;
-  printf("%-14s %8lld %-12s %6.2f%% %9.2e %9.2e %9.2e %7.2f%% %7.2f%% %9.2e %9.2e %9.2e %9.2e %7.4f\n", r->label,
+  printf("%-14s %8lld %-12s %6.2f%% %9.2e %9.2e %9.2e %7.2f%% %7.2f%% %9.2e %9.2e %9.2e %9.2e %7.4f", r->label,
          (long long)r->length, cli_select_label(&x->select, label), 100 * m[SHARE].mean, m[DELTA].mean, m[DELTA].p50,
          m[DELTA].p90, 100 * m[RECALL].mean, 100 * m[RECALL99].mean, m[ERROR].mean, m[ERROR].p50, m[ERROR].p90, x->kl, x->top1);
+  if (r->task) printf(" %6.1f%%", 100 * x->exact);
+  putchar('\n');
   return cli_flush();
 }
 /* ---- measuring */
 
-static int measure_length(const options *o, emx_session *base, const emx_model_config *config, const int32_t *tokens,
-                          int64_t length, probe *p, result *r) {
-  emx_session *s = NULL;
+/* What the whole model expects with each method in every layer, summed over tokens. */
+typedef struct tally {
+  double kl, top1;
+  int64_t tokens, samples, exact; /* exact: samples of a task whose labels are all first choices */
+} tally;
+static int compare(const probe *p, emx_session *base, const int32_t *tokens, const int32_t *labels, int64_t n, tally *t) {
   session_reference reference = {0};
-  cli_progress progress;
-  char label[80];
+  int code = session_reference_open(base, tokens, n, p->config.vocab_size, &reference);
+  for (int m = 0; m < p->n_methods && !code; m++) {
+    session_difference d;
+    if ((code = session_reference_compare(&reference, &p->methods[m], &d))) break;
+    t[m].kl += d.kl * (double)n;
+    t[m].top1 += d.top1 * (double)n;
+    t[m].tokens += n;
+    t[m].samples++;
+    bool exact = labels != NULL;
+    for (int64_t i = 0; i < n && exact; i++)
+      exact = labels[i] == EMX_UNSCORED || logits_best(reference.other + i * reference.vocab, reference.vocab) == labels[i];
+    t[m].exact += exact;
+  }
+  session_reference_close(&reference);
+  return code;
+}
+
+/* Decodes one token of s with ALL, looking. */
+static int look_at(emx_session *s, int32_t token, probe *p) {
+  emxi_session_tap(s, look, p);
+  int code = cli_status(emx_session_decode(s, token, p->logits));
+  emxi_session_tap(s, NULL, NULL);
+  p->query++;
+  return code;
+}
+
+/* The text up to `length` is in base; queries are tokens after it, STRIDE apart. */
+static int measure_text(const options *o, emx_session *base, const int32_t *next, probe *p, cli_progress *progress, tally *t) {
+  emx_session *s = NULL;
   int code = CLI_OK;
-  snprintf(label, sizeof label, "%s, %lld bytes", r->label, (long long)length);
-  cli_progress_init(&progress, label);
-  choose_methods(p, length);
   CLI_TRY(emx_session_fork(base, &s));
-  for (p->query = 0; p->query < o->queries; p->query++) {
-    const int32_t *at = tokens + length + p->query * STRIDE;
-    cli_progress_text(&progress, p->query, o->queries, NULL);
-    emxi_session_tap(s, look, p);
-    CLI_TRY(emx_session_decode(s, at[0], p->logits));
-    emxi_session_tap(s, NULL, NULL);
+  while (p->query < o->queries) {
+    const int32_t *at = next + p->query * STRIDE;
+    cli_progress_text(progress, p->query, o->queries, NULL);
+    if ((code = look_at(s, at[0], p))) goto done;
     CLI_TRY(emx_session_prefill(s, at + 1, STRIDE - 1, NULL, NULL, NULL, NULL));
   }
-  cli_progress_end(&progress);
+  cli_progress_end(progress);
   emx_session_destroy(s);
   s = NULL;
-  if ((code = session_reference_open(base, tokens + length, o->queries, config->vocab_size, &reference))) goto done;
-  const int64_t cells = (int64_t)config->num_layers * config->num_heads * o->queries;
-  for (int m = 0; m < p->n_methods; m++) {
-    row *x = &r->rows[r->n++];
-    session_difference d;
-    if ((code = session_reference_compare(&reference, &p->methods[m], &d))) goto done;
-    x->select = p->methods[m];
-    x->kl = d.kl;
-    x->top1 = d.top1;
-    x->heads = json_pack("{s:o, s:o, s:o}", "delta", head_means(p, m, DELTA), "recall99", head_means(p, m, RECALL99), "rel_err",
-                         head_means(p, m, ERROR));
-    p->query = 0;
-    for (int i = 0; i < METRICS; i++) x->metric[i] = summarize(value(p, m, i, 0, 0), cells);
-    if (o->common.json && (code = print_row(o, r, x, NULL))) goto done;
-  }
+  code = compare(p, base, next, NULL, o->queries, t);
 done:
-  cli_progress_end(&progress);
-  session_reference_close(&reference);
   emx_session_destroy(s);
   return code;
 }
 
-static int measure_model(const options *o, emx_ctx *ctx, const char *folder, const char *text, result *results) {
-  const int64_t need = o->len[o->n_len - 1] + o->queries * STRIDE;
+/* Samples of the model's task; queries are the tokens after which something is scored. tokens, labels: [room]. */
+static int measure_task(const options *o, emx_session *base, const emx_task_desc *task, int32_t *tokens, int32_t *labels,
+                        int64_t room, probe *p, cli_progress *progress, tally *t) {
+  emx_session *s = NULL;
+  int code = CLI_OK;
+  for (int64_t sample = 0; p->query < o->queries; sample++) {
+    int64_t n, first = 0;
+    CLI_TRY(emx_task_sample(task, sample, tokens, labels, room, &n));
+    while (first < n && labels[first] == EMX_UNSCORED) first++;
+    while (n > first && labels[n - 1] == EMX_UNSCORED) n--;
+    if (first < 1 || first == n) continue; /* nothing to prefill */
+    CLI_TRY(emx_session_truncate(base, 0));
+    CLI_TRY(emx_session_prefill(base, tokens, first, NULL, NULL, NULL, NULL));
+    CLI_TRY(emx_session_fork(base, &s));
+    for (int64_t i = first; i < n && p->query < o->queries; i++) {
+      cli_progress_text(progress, p->query, o->queries, NULL);
+      if (labels[i] == EMX_UNSCORED)
+        CLI_TRY(emx_session_decode(s, tokens[i], p->logits));
+      else if ((code = look_at(s, tokens[i], p)))
+        goto done;
+    }
+    emx_session_destroy(s);
+    s = NULL;
+    if ((code = compare(p, base, tokens + first, labels + first, n - first, t))) goto done;
+  }
+done:
+  emx_session_destroy(s);
+  return code;
+}
+
+static int finish(const options *o, probe *p, const tally *t, result *r) {
+  const int64_t cells = (int64_t)p->config.num_layers * p->config.num_heads * o->queries;
+  int code = CLI_OK;
+  for (int m = 0; m < p->n_methods && !code; m++) {
+    row *x = &r->rows[r->n++];
+    x->select = p->methods[m];
+    x->kl = t[m].kl / (double)t[m].tokens;
+    x->top1 = t[m].top1 / (double)t[m].tokens;
+    x->exact = r->task ? (double)t[m].exact / (double)t[m].samples : NAN;
+    x->heads = json_pack("{s:o, s:o, s:o}", "delta", head_means(p, m, DELTA), "recall99", head_means(p, m, RECALL99), "rel_err",
+                         head_means(p, m, ERROR));
+    p->query = 0;
+    for (int i = 0; i < METRICS; i++) x->metric[i] = summarize(value(p, m, i, 0, 0), cells);
+    if (o->common.json) code = print_row(o, r, x, NULL);
+  }
+  return code;
+}
+
+static int measure_model(const options *o, emx_ctx *ctx, const char *folder, const char *text, size_t size, result *results) {
   emx_model *model = NULL;
   emx_model_config config = {.struct_size = sizeof config};
   emx_session *base = NULL;
-  int32_t *tokens = NULL;
+  int32_t *tokens = NULL, *labels = NULL;
   probe p = {0};
+  cli_progress progress;
   int code = CLI_OK;
+  cli_progress_init(&progress, folder);
   CLI_TRY(emx_model_open(ctx, folder, &model));
   CLI_TRY(emx_model_get_config(model, &config));
+  int64_t need = o->len[o->n_len - 1] + o->queries * STRIDE;
+  emx_task_desc task;
+  if (config.task != EMX_TASK_NONE) {
+    emx_task_info info = {.struct_size = sizeof info};
+    emx_task_desc_init(&task, config.task);
+    task.split = EMX_SPLIT_TEST;
+    task.min_length = task.max_length = o->len[o->n_len - 1];
+    CLI_TRY(emx_task_get_info(&task, &info));
+    need = info.max_tokens;
+    tokens = malloc(2 * (size_t)need * sizeof *tokens);
+    if (!tokens) {
+      code = cli_nomem(2 * (size_t)need * sizeof *tokens, "tokens");
+      goto done;
+    }
+    labels = tokens + need;
+  } else if (!text) {
+    code = cli_fail("%s is a model of text: -f FILE is required", folder);
+    goto done;
+  } else if (size < (size_t)need) {
+    code = cli_fail("the text has %zu bytes, %lld are needed", size, (long long)need);
+    goto done;
+  } else if ((code = session_tokens(&config, text, (size_t)need, &tokens))) {
+    goto done;
+  }
   cli_session opts;
   cli_session_init(&opts);
   if ((code = session_open(model, &opts, NULL, need + o->queries + 2 * opts.page, &base))) goto done;
-  if ((code = session_tokens(&config, text, (size_t)need, &tokens))) goto done;
   if ((code = probe_open(&config, need + 1, o->queries, &p))) goto done;
   for (int l = 0; l < o->n_len; l++) {
     result *r = &results[l];
+    tally t[MAX_METHODS] = {{0}};
     const char *slash = strrchr(folder, '/');
-    *r = (result){.folder = folder, .alpha = config.entmax_alpha, .length = o->len[l]};
+    *r = (result){.folder = folder,
+                  .alpha = config.entmax_alpha,
+                  .length = o->len[l],
+                  .task = config.task ? emx_task_name(config.task) : NULL};
     snprintf(r->label, sizeof r->label, "%.40s", slash && slash[1] ? slash + 1 : folder);
-    const int64_t from = l ? o->len[l - 1] : 0;
-    if (from < r->length &&
-        (code = session_prefill(base, &config, text + from, (size_t)(r->length - from), NULL, NULL, "prefill")))
-      goto done;
-    if ((code = measure_length(o, base, &config, tokens, r->length, &p, r))) goto done;
+    choose_methods(&p, r->length);
+    p.query = 0;
+    char label[80];
+    snprintf(label, sizeof label, "%s, %lld", r->label, (long long)r->length);
+    cli_progress_init(&progress, label);
+    if (r->task) {
+      task.min_length = task.max_length = r->length;
+      code = measure_task(o, base, &task, tokens, labels, need, &p, &progress, t);
+    } else {
+      const int64_t from = l ? o->len[l - 1] : 0;
+      if (from < r->length) code = session_prefill(base, &config, text + from, (size_t)(r->length - from), NULL, NULL, "prefill");
+      if (!code) code = measure_text(o, base, tokens + r->length, &p, &progress, t);
+    }
+    cli_progress_end(&progress);
+    if (code || (code = finish(o, &p, t, r))) goto done;
   }
 done:
+  cli_progress_end(&progress);
   probe_close(&p);
   free(tokens);
   emx_session_destroy(base);
@@ -463,11 +565,10 @@ static int print_matched(const options *o, const result *results) {
   int code = CLI_OK;
   if (!o->common.json)
     printf("%-14s %8s %-12s %7s %9s %9s %9s %8s %8s %9s %9s %9s %9s %7s\n", "model", "length", "select", "K+V", "dropped", "p50",
-           "p90", "support", "99 %", "error", "p50", "p90", "kl", "top1");
+           "p90", "support", "99 %", "error", "p50", "p90", "kl", "top1  exact");
   for (int l = 0; l < o->n_len && !code; l++) {
     for (size_t t = 0; t < sizeof targets / sizeof *targets && !code; t++) {
-      if (!o->common.json)
-        printf("\n%lld bytes of context, topk within %g %% of K and V:\n", (long long)o->len[l], 100 * targets[t]);
+      if (!o->common.json) printf("\n%lld of context, topk within %g %% of K and V:\n", (long long)o->len[l], 100 * targets[t]);
       for (int m = 0; m < o->n_models && !code; m++) {
         const result *r = &results[m * MAX_LENGTHS + l];
         const row *x = within(r, targets[t]);
@@ -478,7 +579,7 @@ static int print_matched(const options *o, const result *results) {
       const result *of = &results[g * MAX_LENGTHS + l];
       const row *x = gaussian_of(of);
       if (!x) continue;
-      if (!o->common.json) printf("%lld bytes of context, gaussian, and topk within its bytes:\n", (long long)o->len[l]);
+      if (!o->common.json) printf("%lld of context, gaussian, and topk within its bytes:\n", (long long)o->len[l]);
       code = print_row(o, of, x, json_string("gaussian"));
       for (int m = 0; m < o->n_models && !code; m++) {
         const result *r = &results[m * MAX_LENGTHS + l];
@@ -544,7 +645,9 @@ int bench_budgets(int argc, char **argv) {
           "recall, share of the tokens of nonzero weight that were read; recall99, the same of the heaviest tokens that hold 99 "
           "% of "
           "the mass; rel_err, L2 error of the output. bytes_share counts keys, values and summaries. kl and top1: the whole "
-          "model with this selector in every layer against all, over the tokens that follow the context."};
+          "model with this selector in every layer against all, over the tokens that follow the context; exact: share of a "
+          "task's samples "
+          "that it then answers."};
   options o = {.len = {4096, 16384}, .n_len = 2, .queries = 32};
   cli_parse(&argp, argc, argv, &o);
 
@@ -552,15 +655,10 @@ int bench_budgets(int argc, char **argv) {
   char *text = NULL;
   size_t size = 0;
   result *results = calloc(MAX_MODELS * MAX_LENGTHS, sizeof *results);
-  int code = results ? cli_read_file(o.file, &text, &size) : cli_nomem(MAX_MODELS * MAX_LENGTHS * sizeof *results, "results");
-  if (code) goto done;
-  const int64_t need = o.len[o.n_len - 1] + o.queries * STRIDE;
-  if (size < (size_t)need) {
-    code = cli_fail("%s has %zu bytes, %lld are needed", o.file, size, (long long)need);
-    goto done;
-  }
+  int code = results ? CLI_OK : cli_nomem(MAX_MODELS * MAX_LENGTHS * sizeof *results, "results");
+  if (code || (o.file && (code = cli_read_file(o.file, &text, &size)))) goto done;
   if ((code = cli_context(&o.common, &ctx))) goto done;
-  for (int m = 0; m < o.n_models && !code; m++) code = measure_model(&o, ctx, o.models[m], text, results + m * MAX_LENGTHS);
+  for (int m = 0; m < o.n_models && !code; m++) code = measure_model(&o, ctx, o.models[m], text, size, results + m * MAX_LENGTHS);
   if (!code) code = print_matched(&o, results);
   if (!code && o.svg) code = draw(&o, results);
 done:

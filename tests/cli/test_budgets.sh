@@ -32,7 +32,15 @@ for alpha in 1.5 1; do
   jq -es --argjson b "$budgets" '.[-1] | (.delta - $b.delta.mean | fabs) < 1e-3 and .delta > 0.01 and (.rel_err / $b.rel_err.mean - 1 | fabs) < 1e-2' \
     out >/dev/null || die "bench decode differs: $budgets"
 done
-fails 2 'required' bench budgets -m soft
+# samples of a task: two labels each
+run 0 train -o task --task retrieval --length 16..32 --layers 1 --hidden 32 --heads 2 --kv-heads 1 --head-dim 16 --ffn 32 --alibi-heads 1 \
+  --batch 2 --warmup 2 --steps 3
+run 0 bench budgets -m task --len 300,600 --queries 3 --json
+holds '.task == "retrieval" and .exact >= 0 and .exact <= 1 and .queries == 3 and .delta.max <= 1 and (.length == 300 or .length == 600)'
+holds 'if .select == "all" then .delta.max == 0 and .rel_err.max < 1e-5 and .kl == 0 and .top1 == 1 else true end'
+run 0 bench budgets -m task --len 300 --queries 2
+grep -q '^task  *300 topk.*%$' out || die "table of a task"
+fails 1 'FILE is required' bench budgets -m soft
 fails 2 'len' bench budgets -m soft -f text --len 12
 fails 2 'queries' bench budgets -m soft -f text --queries 0
 fails 1 'are needed' bench budgets -m soft -f text --len 600
