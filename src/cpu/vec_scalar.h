@@ -28,7 +28,7 @@ INL void v_hsum4(VF a, VF b, VF c, VF d, REAL *out) {
 }
 INL unsigned v_not_le(VF a, VF b) { return !(a <= b); }
 INL VF v_round(VF a) { return (REAL)nearbyint(a); }
-INL VF v_pow2i(VF n) { return (REAL)ldexp(1.0, (int)n); }
+INL VF v_pow2i(VF n) { return n == n ? (REAL)ldexp(1.0, (int)n) : n; } /* NaN is no int */
 INL VF v_zero_below(VF v, VF x, VF lim) { return x < lim ? 0 : v; }
 #define v_compress_store(so, io, v, mask, idx_or_null, base) \
   do {                                                       \
