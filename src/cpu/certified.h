@@ -44,6 +44,7 @@ typedef struct cert_count {
 typedef struct cert_slot {
   int32_t item, chunk;
   bool full;                  /* a list was too short */
+  int64_t next;               /* chunk: the first superpage that was not judged, for a limit in bytes */
   cert_list found[CERT_ROWS]; /* a chunk's starts with the item's */
   emxi_sketch_sink left[CERT_ROWS]; /* [cap] candidates: upper bounds of scores, positions */
   int64_t cap;
@@ -66,6 +67,8 @@ typedef struct cert_item {
   int32_t shift;          /* log2 P */
   double raw;             /* the largest of its rows */
   bool all;               /* takes ALL's path */
+  bool skip;              /* the bound of the dropped mass is small enough already */
+  int64_t chunk_bytes;    /* of a chunk's row; 0: no limit */
   float *q;               /* [rows, QLD] times scale */
   int8_t *q8;             /* [2 rows, LD]: a of every row, then b of every row */
   cert_query query[CERT_ROWS];

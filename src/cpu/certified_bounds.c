@@ -339,7 +339,8 @@ static void read_planes(scan *s, block *b) {
 }
 
 void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch) {
-  const int64_t from = (int64_t)slot->chunk * CERT_SUPERS, most = from + CERT_SUPERS, to = it->supers < most ? it->supers : most;
+  const int64_t from = (int64_t)slot->chunk * CERT_SUPERS, most = from + CERT_SUPERS;
+  int64_t to = it->supers < most ? it->supers : most;
   scan s = {.it = it, .slot = slot, .scratch = scratch};
   block ring[3];
   int64_t since = 0;
@@ -350,6 +351,8 @@ void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch) {
   for (int turn = 0, drained = 0; drained < 3 && !slot->full; turn++) {
     block *listed = &ring[turn % 3], *judged = &ring[(turn + 2) % 3], *ready = &ring[(turn + 1) % 3];
     listed->n = listed->n_exact = 0;
+    for (int r = 0; it->chunk_bytes && r < it->rows; r++)
+      if (slot->count[r].bytes_k + slot->count[r].bytes_meta >= it->chunk_bytes) to = p;
     for (; p < to && listed->n + listed->n_exact <= CERT_BLOCK - 4; p++) {
       unsigned rows = 0;
       for (int r = 0; r < it->rows; r++) rows |= (unsigned)!((double)it->upper[r * it->supers_ld + p] <= slot->found[r].limit) << r;
@@ -369,6 +372,7 @@ void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch) {
     }
     if (emxi_cancelled(it->ctx)) return;
   }
+  slot->next = p;
 }
 
 double emxi_cert_probe(cert_item *it, cert_list *scratch) {

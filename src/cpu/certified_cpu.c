@@ -119,6 +119,8 @@ typedef struct job {
   cert_slot *slots;
   emxi_work *work;    /* [threads] */
   cert_list *scratch; /* [threads] */
+  emxi_sketch_sink *heap; /* [threads] with a limit: candidates of one row */
+  bool limited;           /* max_bytes or max_delta */
   int64_t n_items, n_slots;
   int32_t rows, blocks; /* of an item; items per KV head */
   int64_t first;        /* first item of the wave */
@@ -149,6 +151,7 @@ static void carve(job *j, emxi_arena *a) {
   j->slots = emxi_arena_take(a, j->n_slots, sizeof *j->slots);
   j->work = emxi_arena_take(a, j->ctx->threads, sizeof *j->work);
   j->scratch = emxi_arena_take(a, j->ctx->threads, sizeof *j->scratch);
+  j->heap = emxi_arena_take(a, j->ctx->threads, sizeof *j->heap);
   const bool live = a->base && !a->overflow;
   j->n_items = j->n_slots < total ? j->n_slots : total;
   /* superpage arrays of one item never exceed those of its chunks */
@@ -172,7 +175,10 @@ static void carve(job *j, emxi_arena *a) {
     cert_list list = {0};
     emxi_cpu_carve(&j->all, a, &w, j->rows, true);
     list_carve(a, &list, CERT_FOUND);
+    emxi_sketch_sink heap = {.up = emxi_arena_take(a, j->limited ? d->max_len : 0, sizeof(float)),
+                             .pos = emxi_arena_take(a, j->limited ? d->max_len : 0, sizeof(int32_t))};
     if (live) {
+      j->heap[t] = heap;
       j->work[t] = w;
       j->scratch[t] = list;
     }
@@ -206,6 +212,8 @@ static void open_item(void *arg, int64_t i, int32_t worker) {
   it->supers = e.length / EMXI_SUPER;
   it->shift = e.page_shift;
   it->raw = 0;
+  it->skip = false;
+  it->chunk_bytes = 0;
   it->own.full = false;
   it->all = e.length < emxi_certified_short || !d->kv->sketch.mapped;
   memset(it->taken, 0, (size_t)it->supers_ld);
@@ -254,6 +262,21 @@ static void read_range(cert_item *it, int64_t from, int64_t to) {
   }
 }
 
+/* Bound of the mass of what is neither in the list nor known to lie below its limit: candidates, and superpages in upper[]. */
+static double bound_dropped(const cert_item *it, int r, const cert_list *list, const float *up, int64_t n) {
+  float top = it->k->max(list->s, list->n);
+  const emxi_dropped x = {.k = it->k,
+                          .alpha = it->query[r].alpha,
+                          .list = list->s,
+                          .n = list->n,
+                          .top = top,
+                          .tau_low = list->limit * it->query[r].a,
+                          .slack = list->slack,
+                          .far = {{.up = up, .n = n, .times = 1},
+                                  {.up = it->upper + r * it->supers_ld, .n = it->supers, .times = EMXI_SUPER}}};
+  return emxi_cpu_dropped_mass(&x);
+}
+
 static void seed_item(void *arg, int64_t i, int32_t worker) {
   const job *j = arg;
   cert_item *it = &j->items[i];
@@ -283,6 +306,25 @@ static void seed_item(void *arg, int64_t i, int32_t worker) {
   }
   it->all = it->all || emxi_cert_probe(it, &j->scratch[worker]) > MAX_SHARE || it->own.full;
   for (int r = 0; r < it->rows; r++) it->all |= it->own.found[r].full || it->own.found[r].bad;
+  if (it->all || !j->limited) return;
+  const emx_select_desc *select = &j->d->select;
+  if (select->max_bytes > 0) {
+    int64_t used = 0;
+    for (int r = 0; r < it->rows; r++) {
+      int64_t row = it->own.count[r].bytes_k + it->own.count[r].bytes_meta;
+      for (int64_t c = 0; c < cert_chunks(it->length); c++) row += slots[c].count[r].bytes_meta;
+      used = row > used ? row : used;
+    }
+    it->chunk_bytes = (select->max_bytes - used) / cert_chunks(it->length);
+    if (it->chunk_bytes < 1) it->chunk_bytes = 1;
+  }
+  it->skip = select->max_delta > 0;
+  for (int r = 0; r < it->rows; r++) {
+    float *upper = it->upper + r * it->supers_ld;
+    for (int64_t p = 0; p < it->supers; p++)
+      if (it->taken[p] & CERT_READ) upper[p] = -INFINITY;
+    it->skip = it->skip && bound_dropped(it, r, &it->own.found[r], it->own.left[r].up, it->own.left[r].n) <= select->max_delta;
+  }
 }
 
 static void scan_chunk(void *arg, int64_t i, int32_t worker) {
@@ -299,33 +341,36 @@ static void scan_chunk(void *arg, int64_t i, int32_t worker) {
     memcpy(list.pos, own->pos, (size_t)own->n * sizeof *own->pos);
     s->found[r] = list;
   }
-  emxi_cert_scan(it, s, &j->scratch[worker]);
+  s->next = (int64_t)s->chunk * CERT_SUPERS;
+  if (!it->skip) emxi_cert_scan(it, s, &j->scratch[worker]);
+  if (!j->limited) return;
+  for (int r = 0; r < it->rows; r++) /* what is left in upper[] has not been judged */
+    for (int64_t p = (int64_t)s->chunk * CERT_SUPERS; p < s->next; p++) it->upper[r * it->supers_ld + p] = -INFINITY;
 }
 
 /* ---- step 4 */
 
-static void sift(float *s, int32_t *pos, int64_t at, int64_t n) {
+static void swap(float *s, int32_t *pos, int64_t a, int64_t b) {
+  const float f = s[a];
+  const int32_t p = pos[a];
+  s[a] = s[b];
+  pos[a] = pos[b];
+  s[b] = f;
+  pos[b] = p;
+}
+/* Heaps with the largest position, or the largest s, on top. */
+static void sift(float *s, int32_t *pos, int64_t at, int64_t n, bool by_s) {
   for (int64_t child; (child = 2 * at + 1) < n; at = child) {
-    if (child + 1 < n && pos[child + 1] > pos[child]) child++;
-    if (pos[at] >= pos[child]) return;
-    const float f = s[at];
-    const int32_t p = pos[at];
-    s[at] = s[child];
-    pos[at] = pos[child];
-    s[child] = f;
-    pos[child] = p;
+    if (child + 1 < n && (by_s ? s[child + 1] > s[child] : pos[child + 1] > pos[child])) child++;
+    if (by_s ? s[at] >= s[child] : pos[at] >= pos[child]) return;
+    swap(s, pos, at, child);
   }
 }
 static void sort_positions(float *s, int32_t *pos, int64_t n) {
-  for (int64_t i = n / 2; i-- > 0;) sift(s, pos, i, n);
+  for (int64_t i = n / 2; i-- > 0;) sift(s, pos, i, n, false);
   for (int64_t end = n - 1; end > 0; end--) {
-    const float f = s[0];
-    const int32_t p = pos[0];
-    s[0] = s[end];
-    pos[0] = pos[end];
-    s[end] = f;
-    pos[end] = p;
-    sift(s, pos, 0, end);
+    swap(s, pos, 0, end);
+    sift(s, pos, 0, end, false);
   }
 }
 
@@ -374,6 +419,59 @@ static bool settle(cert_item *it, cert_slot *all, cert_slot *from, int r, cert_l
   return true;
 }
 
+/* The same with a limit: best bound first, until nothing is left that can have weight, or enough has been read. False: as above. */
+static bool settle_limited(const job *j, cert_item *it, cert_slot *all, int r, emxi_row *row, cert_list *scratch, emxi_sketch_sink *heap) {
+  const emx_select_desc *select = &j->d->select;
+  const emxi_sketch *k = &it->d->kv->sketch;
+  const int64_t chunks = cert_chunks(it->length), line = emxi_lines((int64_t)it->d->kv->D * (int64_t)emx_dtype_size(it->d->kv->dtype));
+  cert_list *list = &all->found[r];
+  cert_count *count = &all->count[r];
+  heap->n = 0;
+  for (int64_t c = -1; c < chunks; c++) {
+    const emxi_sketch_sink *from = &(c < 0 ? &it->own : &it->slots[c])->left[r];
+    for (int64_t i = 0; i < from->n; i++) {
+      double up = (double)from->up[i];
+      if (up > list->limit && k->row) {
+        up = emxi_cert_refine(it, r, from->pos[i], up);
+        count->bytes_meta += emxi_lines(k->dp / 2);
+      }
+      if (up <= list->limit) continue;
+      float f = (float)up;
+      heap->up[heap->n] = (double)f >= up ? f : nextafterf(f, INFINITY);
+      heap->pos[heap->n++] = from->pos[i];
+    }
+  }
+  for (int64_t i = heap->n / 2; i-- > 0;) sift(heap->up, heap->pos, i, heap->n, true);
+  const float *upper = it->upper + r * it->supers_ld;
+  const double far = it->supers ? (double)it->k->max(upper, it->supers) : -INFINITY;
+  for (int64_t since = 0;; since++) {
+    if (since % 16 == 0) {
+      if (list->n > scratch->cap) return false;
+      emxi_cert_raise(it, r, list, scratch);
+    }
+    const bool done = far <= list->limit && (!heap->n || (double)heap->up[0] <= list->limit);
+    if (done) break;
+    const bool bytes = select->max_bytes > 0 && count->bytes_k + count->bytes_meta + list->n * line >= select->max_bytes;
+    if (bytes || !heap->n || (select->max_delta > 0 && since % 16 == 0)) {
+      const double delta = bound_dropped(it, r, list, heap->up, heap->n);
+      const bool enough = select->max_delta > 0 && delta <= select->max_delta;
+      if (bytes || !heap->n || enough) {
+        row->delta = delta;
+        row->stopped_by = enough ? EMX_STOP_DELTA : EMX_STOP_BYTES;
+        row->max_unread = fmax(list->limit, fmax(far, heap->n ? (double)heap->up[0] : -INFINITY));
+        return true;
+      }
+    }
+    const int32_t p = heap->pos[0];
+    heap->n--;
+    swap(heap->up, heap->pos, 0, heap->n);
+    sift(heap->up, heap->pos, 0, heap->n, true);
+    emxi_cert_read(it, all, r, p, 1, -1);
+  }
+  row->max_unread = list->limit;
+  return true;
+}
+
 static void add_count(cert_count *to, const cert_count *from) {
   to->tokens += from->tokens;
   to->bytes_k += from->bytes_k;
@@ -381,7 +479,7 @@ static void add_count(cert_count *to, const cert_count *from) {
 }
 
 /* Joins what the chunks have found with the item's own scores, in the row's list. False: a list was too short. */
-static bool collect(cert_item *it, cert_slot *all, int r, emxi_row *row, cert_list *scratch) {
+static bool collect(const job *j, cert_item *it, cert_slot *all, int r, emxi_row *row, cert_list *scratch, emxi_sketch_sink *heap) {
   const int64_t chunks = cert_chunks(it->length);
   const cert_list *own = &it->own.found[r];
   cert_list *list = &all->found[r];
@@ -412,6 +510,7 @@ static bool collect(cert_item *it, cert_slot *all, int r, emxi_row *row, cert_li
   if (list->n > scratch->cap) return false;
   list->limit = dropped;
   emxi_cert_raise(it, r, list, scratch);
+  if (j->limited) return settle_limited(j, it, all, r, row, scratch, heap);
   if (!settle(it, all, &it->own, r, scratch)) return false;
   for (int64_t c = 0; c < chunks; c++)
     if (!settle(it, all, &it->slots[c], r, scratch)) return false;
@@ -426,7 +525,7 @@ static void finish_item(void *arg, int64_t i, int32_t worker) {
   emxi_cpu_open_item(&e, j->ctx, j->d, &j->work[worker], it->b, it->g, it->first_row, j->rows);
   cert_slot all = {0};
   for (int r = 0; r < it->rows && !it->all; r++)
-    if (!collect(it, &all, r, &e.row[r], &j->scratch[worker])) it->all = true;
+    if (!collect(j, it, &all, r, &e.row[r], &j->scratch[worker], &j->heap[worker])) it->all = true;
   if (it->all) {
     emxi_cpu_stream(&e);
     if (emxi_cancelled(j->ctx)) return;
@@ -455,6 +554,7 @@ emx_status emxi_cpu_certified(emx_ctx *ctx, const emxi_decode *d, emxi_arena *ar
   const int64_t group = d->H / d->kv->G;
   job j = {.ctx = ctx, .d = d, .all = *d, .rows = (int32_t)(group < CERT_ROWS ? group : CERT_ROWS)};
   j.all.select.kind = EMX_SELECT_ALL;
+  j.limited = d->select.max_bytes > 0 || d->select.max_delta > 0;
   j.blocks = (int32_t)((group + j.rows - 1) / j.rows);
   const emxi_arena before = *arena;
   emxi_arena other = before;

@@ -115,7 +115,22 @@ static inline float emxi_below(float m, double alpha) { return nextafterf((float
 void emxi_cpu_overflows(const emx_kv *kv, const int32_t *table, int32_t g, float *s, const int32_t *at, int64_t start, int64_t n);
 /* Fills chosen[], any[] and, if wanted, the bounds (select_cpu.c). Leaves sparse false if every row reads every page. */
 void emxi_cpu_select(emxi_item *it);
-/* T6 in its root form: bound of the mass of the row's unread tokens, from the candidates list[0..n) above tau_low (absolute, units of
+/* T6 in its root form: bound of the mass of tokens that were not read, alpha > 1, from exact scores and upper bounds. */
+typedef struct emxi_dropped {
+  const emxi_table *k;
+  double alpha;
+  const float *list; /* [n] scores above tau_low, a lower bound of the threshold in units of (alpha-1) score */
+  int64_t n;
+  float top; /* the largest of them */
+  double tau_low, slack; /* largest error of a listed score */
+  struct {
+    const float *up; /* bounds, each of `times` tokens; +inf: nothing is known */
+    int64_t n;
+    double times;
+  } far[2];
+} emxi_dropped;
+double emxi_cpu_dropped_mass(const emxi_dropped *x);
+/* The same for the row's unread tokens, from the candidates list[0..n) above tau_low (absolute, units of
  * (alpha-1) score). alpha > 1. */
 double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n, double tau_low);
 /* The same for softmax. */

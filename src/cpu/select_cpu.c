@@ -303,44 +303,41 @@ void emxi_cpu_select(emxi_item *it) {
   summarise_bounds(it);
 }
 
-/* H = F over the candidates + P times F over the upper bounds of unread pages that reach above t; slope: the sum of y^(b-1). */
-typedef struct root {
-  const emxi_item *it;
-  double alpha;
-  const float *list, *far;
-  int64_t n, n_far;
-} root;
-static double total(const root *x, double t, double *slope) {
-  double f, g, f2, g2;
-  emxi_power_sums(x->it->k, x->alpha, x->list, x->n, 0, t, &f, &g);
-  emxi_power_sums(x->it->k, x->alpha, x->far, x->n_far, 0, t, &f2, &g2);
-  *slope = g + x->it->d->kv->P * g2;
-  return f + x->it->d->kv->P * f2;
+/* H = F over the candidates + F over the upper bounds of what was not read, each as often as it counts; slope: the sum of y^(b-1). */
+static double total(const emxi_dropped *x, double t, double *slope) {
+  double f;
+  emxi_power_sums(x->k, x->alpha, x->list, x->n, 0, t, &f, slope);
+  for (int i = 0; i < 2; i++) {
+    double f2, g2;
+    if (!x->far[i].n) continue;
+    emxi_power_sums(x->k, x->alpha, x->far[i].up, x->far[i].n, 0, t, &f2, &g2);
+    f += x->far[i].times * f2;
+    *slope += x->far[i].times * g2;
+  }
+  return f;
 }
 
-double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n, double tau_low) {
-  const emxi_row *row = &it->row[r];
-  const emxi_work *w = it->w;
-  const double a = row->alpha - 1.0;
-  if (!n || !(row->max_unread < INFINITY) || !(row->slack < INFINITY) || !(tau_low > -INFINITY)) return 1;
-  root x = {.it = it, .alpha = row->alpha, .list = list, .n = n, .far = w->pick};
-  for (int64_t p = 0; p < it->pages; p++) { /* every unread page is counted with P tokens, which is enough or more */
-    const float u = w->upper[r * w->page_ld + p];
-    if (!w->chosen[r * w->page_ld + p] && a * (double)u > tau_low) w->pick[x.n_far++] = u;
+double emxi_cpu_dropped_mass(const emxi_dropped *x) {
+  const double a = x->alpha - 1.0;
+  double top = (double)x->top;
+  for (int i = 0; i < 2; i++) {
+    const double far = x->far[i].n ? (double)x->k->max(x->far[i].up, x->far[i].n) : -INFINITY;
+    top = far > top ? far : top;
   }
+  if (!x->n || !(top < INFINITY) || !(x->slack < INFINITY) || !(x->tau_low > -INFINITY)) return 1;
   /* H(tau_low) >= 1 up to rounding and H = 0 at the right end. Newton on H^(1/b), a norm, stays left of the root (alpha <= 2). */
-  double lo = tau_low, hi = a * fmax((double)row->m, row->max_unread), slope;
+  double lo = x->tau_low, hi = a * top, slope;
   const double tol = 1e-10 * (1.0 + fabs(lo));
-  for (int i = 0; i < 50 && row->alpha <= 2.0; i++) {
-    const double f = total(&x, lo, &slope), step = (f - pow(f, 1.0 - a)) / slope;
+  for (int i = 0; i < 50 && x->alpha <= 2.0; i++) {
+    const double f = total(x, lo, &slope), step = (f - pow(f, 1.0 - a)) / slope;
     if (!(step > tol) || !(lo + step < hi)) break;
     lo += step;
   }
-  if (lo + 2 * tol < hi && total(&x, lo + 2 * tol, &slope) <= 1.0) hi = lo + 2 * tol;
+  if (lo + 2 * tol < hi && total(x, lo + 2 * tol, &slope) <= 1.0) hi = lo + 2 * tol;
   while (hi - lo > 2 * tol) {
     const double mid = 0.5 * (lo + hi);
     if (mid <= lo || mid >= hi) break; /* neighbours: far bounds have coarser floats than tol */
-    if (total(&x, mid, &slope) > 1.0)
+    if (total(x, mid, &slope) > 1.0)
       lo = mid;
     else
       hi = mid;
@@ -348,8 +345,22 @@ double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n
   /* The candidates' true scores may be lower by the slack: F_true(t) >= F(t + a slack), and the root found with computed scores may be
    * lower than the true one by as much again. */
   double f, g;
-  emxi_power_sums(it->k, row->alpha, list, n, 0, hi + 2 * a * row->slack + 1e-12 * (1 + fabs(hi)), &f, &g);
-  return fmin(fmax(1.0 - f + 1e-12 + (double)n * 0x1p-50, 0.0), 1.0);
+  emxi_power_sums(x->k, x->alpha, x->list, x->n, 0, hi + 2 * a * x->slack + 1e-12 * (1 + fabs(hi)), &f, &g);
+  return fmin(fmax(1.0 - f + 1e-12 + (double)x->n * 0x1p-50, 0.0), 1.0);
+}
+
+double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n, double tau_low) {
+  const emxi_row *row = &it->row[r];
+  const emxi_work *w = it->w;
+  const double a = row->alpha - 1.0;
+  if (!n || !(row->max_unread < INFINITY) || !(tau_low > -INFINITY)) return 1;
+  emxi_dropped x = {.k = it->k, .alpha = row->alpha, .list = list, .n = n, .top = row->m, .tau_low = tau_low, .slack = row->slack,
+                    .far = {{.up = w->pick, .times = it->d->kv->P}}};
+  for (int64_t p = 0; p < it->pages; p++) { /* every unread page is counted with P tokens, which is enough or more */
+    const float u = w->upper[r * w->page_ld + p];
+    if (!w->chosen[r * w->page_ld + p] && a * (double)u > tau_low) w->pick[x.far[0].n++] = u;
+  }
+  return emxi_cpu_dropped_mass(&x);
 }
 
 double emxi_cpu_dropped_softmax(const emxi_item *it, int r) {

@@ -43,6 +43,9 @@ static emx_status check_select(const emx_kv *kv, const emx_select_desc *s, const
     case EMX_SELECT_CERTIFIED:
       if (!(kv->summaries & EMX_SUMMARY_SKETCH))
         return emxi_fail(EMX_ERR_STATE, "%s: CERTIFIED needs a cache with EMX_SUMMARY_SKETCH", who);
+      if (s->max_bytes < 0) return emxi_fail(EMX_ERR_INVALID, "%s: max_bytes is %lld", who, (long long)s->max_bytes);
+      if (!(s->max_delta >= 0 && s->max_delta <= 1))
+        return emxi_fail(EMX_ERR_INVALID, "%s: max_delta is %g, expected 0 to 1", who, s->max_delta);
       break;
     default: return emxi_fail(EMX_ERR_INVALID, "%s: unknown selector %d", who, s->kind);
   }
