@@ -23,7 +23,7 @@ int64_t emxi_data_windows(const emxi_data *d, int64_t length);
 const uint8_t *emxi_data_draw(const emxi_data *d, int64_t length, uint64_t seed, int64_t t, int64_t i);
 
 /* ---- network (net.c) */
-/* Positions a row that forward saves for backward; a longer row is found again. Trained rows have 5 to 30. */
+/* Positions a row that forward saves for backward; a longer row is found again. */
 #define EMXI_SAVED_SUPPORT 32
 
 typedef struct emxi_saved {        /* what the backward pass needs of one layer */
