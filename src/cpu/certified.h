@@ -80,7 +80,7 @@ typedef struct cert_item {
   int64_t supers_ld;
 } cert_item;
 
-extern int64_t emxi_certified_short; /* shorter sequences take ALL's path */
+extern int64_t emxi_certified_short; /* tokens times head dimension: less takes ALL's path */
 static inline int64_t cert_chunks(int64_t length) { return (length + CERT_CHUNK - 1) / CERT_CHUNK; }
 /* Whether the item's own lists speak for this position. */
 static inline bool cert_own(const cert_item *it, int64_t position) {
@@ -101,8 +101,8 @@ void emxi_cert_superpages(cert_item *it, cert_slot *slot, int64_t from, int64_t 
 void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch);
 /* Judges a few groups from all over the sequence for the item's own lists. Returns the share of keys that the planes leave. */
 double emxi_cert_probe(cert_item *it, cert_list *scratch);
-/* A candidate's bound with its residual row taken into account. */
-double emxi_cert_refine(cert_item *it, int r, int64_t position, double up);
+/* Takes the residual rows of candidates into account. */
+void emxi_cert_refine(cert_item *it, int r, emxi_sketch_sink *c);
 
 /* certified_cpu.c: exact keys */
 /* Scores tokens [from, from + n) of one page for all rows, or for row r >= 0 alone, into slot->found. norm: >= |k|, or -1: measure. */

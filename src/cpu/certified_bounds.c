@@ -403,16 +403,32 @@ double emxi_cert_probe(cert_item *it, cert_list *scratch) {
   return tokens ? (double)(blind + most) / (double)tokens : 1;
 }
 
-double emxi_cert_refine(cert_item *it, int r, int64_t position, double up) {
+void emxi_cert_refine(cert_item *it, int r, emxi_sketch_sink *c) {
   const emxi_sketch *k = &it->d->kv->sketch;
-  const emxi_sketch_query *c = &it->query[r].x;
-  const int64_t at = (int64_t)it->g * k->groups + emxi_cert_group(it, position);
-  const emxi_sketch_group *g = k->group + at;
-  const uint8_t *row = k->row + (at * EMXI_GROUP + position % EMXI_GROUP) * (k->dp / 2);
-  int32_t dot;
-  it->sk->nibbles(it->q8 + r * LD, 1, &row, 1, k->dp, &dot, 1);
-  const double term = c->s1 * (double)g->step5 * ((double)dot - 7.5 * c->sum_a);
-  const double loose5 = c->norm * (double)g->error5 + c->e1 * ((double)g->radius + (double)g->error5);
-  /* up is start + centre + planes + what every bound adds + loose4, rounded up */
-  return fmin(up, up - loose4(c, g) + term + loose5 + 1e-12 * (fabs(up) + fabs(term) + c->norm * (double)g->radius));
+  const emxi_sketch_query *q = &it->query[r].x;
+  const int64_t head = (int64_t)it->g * k->groups;
+  for (int64_t from = 0; from < c->n; from += EMXI_SKETCH_BLOCK) {
+    const uint8_t *rows[EMXI_SKETCH_BLOCK];
+    const emxi_sketch_group *group[EMXI_SKETCH_BLOCK];
+    int32_t dot[EMXI_SKETCH_BLOCK];
+    const int64_t n = c->n - from < EMXI_SKETCH_BLOCK ? c->n - from : EMXI_SKETCH_BLOCK;
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t at = head + emxi_cert_group(it, c->pos[from + i]);
+      group[i] = k->group + at;
+      rows[i] = k->row + (at * EMXI_GROUP + c->pos[from + i] % EMXI_GROUP) * (k->dp / 2);
+      emxi_prefetch((const char *)rows[i], (size_t)k->dp / 2);
+    }
+    it->sk->nibbles(it->q8 + r * LD, 1, rows, n, k->dp, dot, EMXI_SKETCH_BLOCK);
+    for (int64_t i = 0; i < n; i++) {
+      const emxi_sketch_group *g = group[i];
+      const double up = (double)c->up[from + i], term = q->s1 * (double)g->step5 * ((double)dot[i] - 7.5 * q->sum_a);
+      const double loose5 = q->norm * (double)g->error5 + q->e1 * ((double)g->radius + (double)g->error5);
+      /* up is start + centre + planes + what every bound adds + loose4, rounded up */
+      const double better = up - loose4(q, g) + term + loose5 + 1e-12 * (fabs(up) + fabs(term) + q->norm * (double)g->radius);
+      if (better < up) {
+        const float f = (float)better;
+        c->up[from + i] = (double)f >= better ? f : nextafterf(f, INFINITY);
+      }
+    }
+  }
 }

@@ -21,14 +21,24 @@
 #include <math.h>
 #include <string.h>
 
-int64_t emxi_certified_short = 2048; /* tokens: below, ALL's path is as fast. A variable for the tests alone */
+/* Tokens times head dimension below which ALL's path is as fast on keys that give nothing away. A variable for the tests alone. */
+int64_t emxi_certified_short = (int64_t)1 << 21;
 #define MIN_SLOTS 32  /* chunks in flight: several items together when sequences are short */
+#define FLAT 128      /* scores above the limit after the seeds */
 #define MAX_SHARE 0.5 /* of keys that the planes leave: more, and ALL's path is faster */
 
 /* ---- exact keys */
 
+/* >= |k|: from the sketch, else from the key. */
 static double key_norm(const cert_item *it, int64_t position) {
   const emx_kv *kv = it->d->kv;
+  if (emxi_sketch_page_valid(kv, it->table[position >> it->shift]) && position / kv->P < it->length / kv->P) {
+    const emxi_sketch_group *g = kv->sketch.group + (int64_t)it->g * kv->sketch.groups + emxi_cert_group(it, position);
+    const uint32_t u = (uint32_t)g->norm_k << 16;
+    float norm;
+    memcpy(&norm, &u, 4);
+    if (g->radius < INFINITY) return (double)norm;
+  }
   float key[EMXI_QLD];
   double s = 0;
   it->k->load[emxi_slot(kv->dtype)](emxi_kv_k(kv, it->table[position / kv->P], it->g, position % kv->P), kv->D, key);
@@ -161,7 +171,7 @@ static void carve(job *j, emxi_arena *a) {
     it.q8 = emxi_arena_take(a, 2 * j->rows * EMXI_SKETCH_LD, 1);
     it.upper = emxi_arena_take(a, j->rows * supers_ld, sizeof(float));
     it.taken = emxi_arena_take(a, supers_ld, 1);
-    slot_carve(a, &it.own, j->rows, CERT_PROBE * EMXI_GROUP);
+    slot_carve(a, &it.own, j->rows, 2 * CERT_PROBE * EMXI_GROUP);
     if (live) j->items[i] = it;
   }
   for (int64_t i = 0; i < j->n_slots; i++) {
@@ -215,7 +225,7 @@ static void open_item(void *arg, int64_t i, int32_t worker) {
   it->skip = false;
   it->chunk_bytes = 0;
   it->own.full = false;
-  it->all = e.length < emxi_certified_short || !d->kv->sketch.mapped;
+  it->all = e.length * d->kv->D < emxi_certified_short || !d->kv->sketch.mapped;
   memset(it->taken, 0, (size_t)it->supers_ld);
   for (int r = 0; r < it->rows; r++) {
     const float *q = e.w->q + r * EMXI_QLD;
@@ -303,6 +313,8 @@ static void seed_item(void *arg, int64_t i, int32_t worker) {
     cert_list *list = &it->own.found[r];
     emxi_cert_raise(it, r, list, &j->scratch[worker]);
     it->all |= list->full || list->bad || !(list->limit > -INFINITY);
+    /* where most of the best keys have weight, most of the others will */
+    it->all |= list->n > FLAT && list->n > it->own.count[r].tokens / 2;
   }
   it->all = it->all || emxi_cert_probe(it, &j->scratch[worker]) > MAX_SHARE || it->own.full;
   for (int r = 0; r < it->rows; r++) it->all |= it->own.found[r].full || it->own.found[r].bad;
@@ -374,37 +386,32 @@ static void sort_positions(float *s, int32_t *pos, int64_t n) {
   }
 }
 
+/* Keeps what is above the limit. */
+static void cut(emxi_sketch_sink *c, double limit) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < c->n; i++) {
+    c->up[n] = c->up[i];
+    c->pos[n] = c->pos[i];
+    n += (double)c->up[i] > limit;
+  }
+  c->n = n;
+}
+
 /* Reads the candidates that may still have weight. False: a list was too short. */
 static bool settle(cert_item *it, cert_slot *all, cert_slot *from, int r, cert_list *scratch) {
   const emx_kv *kv = it->d->kv;
   cert_list *list = &all->found[r];
   const size_t key = (size_t)kv->D * emx_dtype_size(kv->dtype);
   emxi_sketch_sink *c = &from->left[r];
-  int64_t n = 0, since = 0;
-  for (int64_t i = 0; i < c->n; i++) /* those that are still above */
-    if ((double)c->up[i] > list->limit) {
-      c->up[n] = c->up[i];
-      c->pos[n++] = c->pos[i];
-    }
-  const emxi_sketch *k = &kv->sketch;
-  if (k->row) { /* the residual rows rule most of them out */
-    int64_t left = 0;
-    for (int64_t i = 0; i < n; i++) {
-      if (i + 8 < n) {
-        const int64_t p = c->pos[i + 8], at = (int64_t)it->g * k->groups + emxi_cert_group(it, p);
-        emxi_prefetch((const char *)(k->row + (at * EMXI_GROUP + p % EMXI_GROUP) * (k->dp / 2)), (size_t)k->dp / 2);
-        __builtin_prefetch(k->group + at, 0, 3);
-      }
-      const double up = emxi_cert_refine(it, r, c->pos[i], (double)c->up[i]);
-      if (up <= list->limit) continue;
-      c->up[left] = c->up[i];
-      c->pos[left++] = c->pos[i];
-    }
-    all->count[r].bytes_meta += n * emxi_lines(k->dp / 2);
-    n = left;
+  int64_t since = 0;
+  cut(c, list->limit);
+  if (kv->sketch.row) { /* the residual rows rule most of them out */
+    emxi_cert_refine(it, r, c);
+    all->count[r].bytes_meta += c->n * emxi_lines(kv->sketch.dp / 2);
+    cut(c, list->limit);
   }
-  for (int64_t i = 0; i < n; i++) {
-    if (i + 8 < n) {
+  for (int64_t i = 0; i < c->n; i++) {
+    if (i + 8 < c->n) {
       const int32_t p = c->pos[i + 8];
       emxi_prefetch(emxi_kv_k(kv, it->table[p / kv->P], it->g, p % kv->P), key);
     }
@@ -428,18 +435,16 @@ static bool settle_limited(const job *j, cert_item *it, cert_slot *all, int r, e
   cert_count *count = &all->count[r];
   heap->n = 0;
   for (int64_t c = -1; c < chunks; c++) {
-    const emxi_sketch_sink *from = &(c < 0 ? &it->own : &it->slots[c])->left[r];
-    for (int64_t i = 0; i < from->n; i++) {
-      double up = (double)from->up[i];
-      if (up > list->limit && k->row) {
-        up = emxi_cert_refine(it, r, from->pos[i], up);
-        count->bytes_meta += emxi_lines(k->dp / 2);
-      }
-      if (up <= list->limit) continue;
-      float f = (float)up;
-      heap->up[heap->n] = (double)f >= up ? f : nextafterf(f, INFINITY);
-      heap->pos[heap->n++] = from->pos[i];
+    emxi_sketch_sink *from = &(c < 0 ? &it->own : &it->slots[c])->left[r];
+    cut(from, list->limit);
+    if (k->row) {
+      emxi_cert_refine(it, r, from);
+      count->bytes_meta += from->n * emxi_lines(k->dp / 2);
+      cut(from, list->limit);
     }
+    memcpy(heap->up + heap->n, from->up, (size_t)from->n * sizeof *from->up);
+    memcpy(heap->pos + heap->n, from->pos, (size_t)from->n * sizeof *from->pos);
+    heap->n += from->n;
   }
   for (int64_t i = heap->n / 2; i-- > 0;) sift(heap->up, heap->pos, i, heap->n, true);
   const float *upper = it->upper + r * it->supers_ld;
@@ -566,7 +571,7 @@ emx_status emxi_cpu_certified(emx_ctx *ctx, const emxi_decode *d, emxi_arena *ar
     return EMX_OK;
   }
   const int64_t total = (int64_t)d->B * d->kv->G * j.blocks;
-  if (d->max_len < emxi_certified_short) {
+  if (d->max_len * d->kv->D < emxi_certified_short) {
     *arena = before;
     return emxi_cpu_sweep(ctx, &j.all, arena);
   }
