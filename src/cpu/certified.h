@@ -78,6 +78,8 @@ typedef struct cert_item {
   float *upper;           /* [rows, supers_ld] of superpages' scores */
   uint8_t *taken;         /* [supers_ld] CERT_READ: superpage was read; bit g: group g was judged by the probe */
   int64_t supers_ld;
+  int64_t first;  /* item of the wave with the same sequence whose `valid` holds for all of them */
+  uint8_t *valid; /* [supers_ld] the superpage's record describes its pages */
 } cert_item;
 
 extern int64_t emxi_certified_short; /* tokens times head dimension: less takes ALL's path */
@@ -96,7 +98,7 @@ static inline int64_t emxi_cert_group(const cert_item *it, int64_t position) {
 /* certified_bounds.c */
 void emxi_cert_open_query(cert_item *it, int r, const float *map);
 /* Bounds of superpages [from, to) into upper[], and the best of them. */
-void emxi_cert_superpages(cert_item *it, cert_slot *slot, int64_t from, int64_t to);
+void emxi_cert_superpages(cert_item *it, const uint8_t *valid, cert_slot *slot, int64_t from, int64_t to);
 /* Judges the groups of the chunk's superpages that may matter. */
 void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch);
 /* Judges a few groups from all over the sequence for the item's own lists. Returns the share of keys that the planes leave. */

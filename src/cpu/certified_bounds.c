@@ -73,7 +73,7 @@ static void keep_best(cert_slot *slot, int r, int which, double value, int32_t s
   slot->best[r][which][at].super = super;
 }
 
-void emxi_cert_superpages(cert_item *it, cert_slot *slot, int64_t from, int64_t to) {
+void emxi_cert_superpages(cert_item *it, const uint8_t *valid, cert_slot *slot, int64_t from, int64_t to) {
   const emx_kv *kv = it->d->kv;
   const emxi_sketch *s = &kv->sketch;
   const int64_t per = EMXI_SUPER / kv->P, codes = s->dp / 2, bytes = codes + (int64_t)sizeof(emxi_sketch_super);
@@ -87,10 +87,11 @@ void emxi_cert_superpages(cert_item *it, cert_slot *slot, int64_t from, int64_t 
     int n = 0;
     for (int64_t p = at; p < end; p++) {
       const int32_t *pages = it->table + p * per;
-      if (p + 24 < to) emxi_prefetch((const char *)(base + it->table[(p + 25) * per - 1] * s->super_ld), (size_t)bytes);
+      if (p + EMXI_SKETCH_BLOCK < to) /* a block ahead */
+        emxi_prefetch((const char *)(base + it->table[(p + EMXI_SKETCH_BLOCK + 1) * per - 1] * s->super_ld), (size_t)bytes);
       emxi_sketch_super x = {.radius = INFINITY};
       const uint8_t *found = base + pages[per - 1] * s->super_ld;
-      if (emxi_sketch_super_valid(kv, pages)) memcpy(&x, found + codes, sizeof x);
+      if (valid[p]) memcpy(&x, found + codes, sizeof x);
       if (!(x.radius < INFINITY) || overflows(it, (double)x.norm_k)) {
         for (int r = 0; r < it->rows; r++) it->upper[r * it->supers_ld + p] = INFINITY;
         continue;

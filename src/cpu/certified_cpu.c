@@ -171,6 +171,7 @@ static void carve(job *j, emxi_arena *a) {
     it.q8 = emxi_arena_take(a, 2 * j->rows * EMXI_SKETCH_LD, 1);
     it.upper = emxi_arena_take(a, j->rows * supers_ld, sizeof(float));
     it.taken = emxi_arena_take(a, supers_ld, 1);
+    it.valid = emxi_arena_take(a, supers_ld, 1);
     slot_carve(a, &it.own, j->rows, 2 * CERT_PROBE * EMXI_GROUP);
     if (live) j->items[i] = it;
   }
@@ -245,6 +246,17 @@ static void open_item(void *arg, int64_t i, int32_t worker) {
   }
 }
 
+/* Which superpages have a record: a question about the sequence, not about the head. */
+static void check_chunk(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  const cert_slot *s = &j->slots[i];
+  cert_item *it = &j->items[s->item];
+  const int64_t from = (int64_t)s->chunk * CERT_SUPERS, per = EMXI_SUPER / it->d->kv->P;
+  (void)worker;
+  if (it->first != s->item) return;
+  for (int64_t p = from; p < from + CERT_SUPERS && p < it->supers; p++) it->valid[p] = emxi_sketch_super_valid(it->d->kv, it->table + p * per);
+}
+
 static void bound_chunk(void *arg, int64_t i, int32_t worker) {
   const job *j = arg;
   cert_slot *s = &j->slots[i];
@@ -260,7 +272,7 @@ static void bound_chunk(void *arg, int64_t i, int32_t worker) {
   }
   if (it->all) return;
   const int64_t from = (int64_t)s->chunk * CERT_SUPERS, most = from + CERT_SUPERS;
-  if (from < it->supers) emxi_cert_superpages(it, s, from, it->supers < most ? it->supers : most);
+  if (from < it->supers) emxi_cert_superpages(it, j->items[it->first].valid, s, from, it->supers < most ? it->supers : most);
 }
 
 static void read_range(cert_item *it, int64_t from, int64_t to) {
@@ -585,7 +597,9 @@ emx_status emxi_cpu_certified(emx_ctx *ctx, const emxi_decode *d, emxi_arena *ar
       emxi_decode_entry(d, (int32_t)(i / j.blocks / d->kv->G), &length);
       const int64_t chunks = cert_chunks(length);
       if (j.n_slots + chunks > most_slots) break;
-      j.items[j.n_items].slots = j.slots + j.n_slots;
+      cert_item *it = &j.items[j.n_items];
+      it->slots = j.slots + j.n_slots;
+      it->first = j.n_items && (j.first + j.n_items) % ((int64_t)d->kv->G * j.blocks) ? it[-1].first : j.n_items;
       for (int64_t c = 0; c < chunks; c++, j.n_slots++) {
         j.slots[j.n_slots].item = (int32_t)j.n_items;
         j.slots[j.n_slots].chunk = (int32_t)c;
@@ -593,6 +607,7 @@ emx_status emxi_cpu_certified(emx_ctx *ctx, const emxi_decode *d, emxi_arena *ar
       j.n_items++;
     }
     EMX_TRY(emxi_parallel(ctx, j.n_items, open_item, &j));
+    EMX_TRY(emxi_parallel(ctx, j.n_slots, check_chunk, &j));
     EMX_TRY(emxi_parallel(ctx, j.n_slots, bound_chunk, &j));
     EMX_TRY(emxi_parallel(ctx, j.n_items, seed_item, &j));
     bool all = j.first == 0;
