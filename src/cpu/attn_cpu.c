@@ -121,6 +121,7 @@ static double alpha_slope(double alpha, double p) {
 
 #define REAL float
 #define TINY 1e-37f /* above what underflow hides in a score */
+#define ROOT_TINY 1e-21 /* above what underflow of squares hides in a norm */
 #define TABLE emxi_table
 #define FN(name) name
 #define KTABLE(cpu) ((cpu)->k)
@@ -136,9 +137,11 @@ static double alpha_slope(double alpha, double p) {
 #undef ULP
 #undef SUM_TOLERANCE
 #undef TINY
+#undef ROOT_TINY
 
 #define REAL double
 #define TINY 1e-300
+#define ROOT_TINY 1e-160
 #define TABLE emxi_table64
 #define FN(name) name##64
 #define KTABLE(cpu) ((cpu)->k64)

@@ -500,6 +500,32 @@ static void test_bad_alphas(void **state) {
   drop(&p);
 }
 
+/* Powers of two that cancel between queries and keys change no score, hence no bit, also where the squares of keys are below all floats and
+ * the bounds of tiles are made from them. */
+static void test_tiny_keys(void **state) {
+  (void)state;
+  for (int i = 0; i < 8; i++) {
+    const int32_t dtype = i % 2 ? EMX_F64 : EMX_F32;
+    const int power = (dtype == EMX_F64 ? 600 : 80) * (i & 2 ? -1 : 1);
+    float *o[2];
+    for (int way = 0; way < 2; way++) {
+      packed p = {.b = 1, .h = 2, .g = 1, .d = 16, .sq = {64}, .sk = {1024}, .left = -1, .right = -1, .alpha = i & 4 ? 2 : 1.5, .spread = 1,
+                  .dtype = dtype};
+      make(&p, 60 + (uint64_t)i);
+      for (int64_t x = 0; way && x < 64 * 2 * 16; x++) emxi_store(p.q, dtype, x, ldexp(emxi_load(p.q, dtype, x), power));
+      for (int64_t x = 0; way && x < 1024 * 16; x++) emxi_store(p.k, dtype, x, ldexp(emxi_load(p.k, dtype, x), -power));
+      views w = {.desc = {0}};
+      view(&p, &w);
+      run_ok(&w, EMX_PASS_FORWARD);
+      o[way] = p.o;
+      p.o = NULL;
+      drop(&p);
+    }
+    assert_memory_equal(o[0], o[1], 64 * 2 * 16 * emx_dtype_size(dtype));
+    free(o[0]), free(o[1]);
+  }
+}
+
 static int setup(void **state) {
   (void)state;
   return emx_ctx_create(NULL, &ctx);
@@ -512,6 +538,7 @@ static int teardown(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_forward),   cmocka_unit_test(test_backward),           cmocka_unit_test(test_lists),
-      cmocka_unit_test(test_flat_rows), cmocka_unit_test(test_d_alpha_of_softmax), cmocka_unit_test(test_bad_alphas)};
+      cmocka_unit_test(test_flat_rows), cmocka_unit_test(test_d_alpha_of_softmax), cmocka_unit_test(test_bad_alphas),
+      cmocka_unit_test(test_tiny_keys)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }
