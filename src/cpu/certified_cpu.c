@@ -25,7 +25,7 @@
 int64_t emxi_certified_short = (int64_t)1 << 21;
 #define MIN_SLOTS 32  /* chunks in flight: several items together when sequences are short */
 #define FLAT 128      /* scores above the limit after the seeds */
-#define MAX_SHARE 0.5 /* of keys that the planes leave: more, and ALL's path is faster */
+#define MAX_SHARE 0.75 /* of keys that the planes leave: more, and ALL's path is faster */
 
 /* ---- exact keys */
 
