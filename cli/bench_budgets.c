@@ -656,6 +656,7 @@ int bench_budgets(int argc, char **argv) {
   size_t size = 0;
   result *results = calloc(MAX_MODELS * MAX_LENGTHS, sizeof *results);
   int code = results ? CLI_OK : cli_nomem(MAX_MODELS * MAX_LENGTHS * sizeof *results, "results");
+  if (!code) code = cli_check_out(o.svg);
   if (code || (o.file && (code = cli_read_file(o.file, &text, &size)))) goto done;
   if ((code = cli_context(&o.common, &ctx))) goto done;
   for (int m = 0; m < o.n_models && !code; m++) code = measure_model(&o, ctx, o.models[m], text, size, results + m * MAX_LENGTHS);

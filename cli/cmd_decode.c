@@ -18,9 +18,9 @@ typedef struct options {
 } options;
 enum { KEY_OUT = 1, KEY_PAGE, KEY_SCALE, KEY_DTYPE };
 static const struct argp_option option_table[] = {
-    {"file", 'f', "FILE", 0, "safetensors with q [T,H,D], k and v [N,G,D] and optionally alibi_slopes [H]", 1},
+    {"file", 'f', "FILE", 0, "safetensors with q [T,H,D], k and v [N,G,D], optionally alibi_slopes [H] and alphas [H]", 1},
     {"out", KEY_OUT, "FILE", 0, "Write the attention output as tensor o [T,H,D] (f32)", 1},
-    {"alpha", 'a', "A", 0, "1 to 4 (default 1.5)", 1},
+    {"alpha", 'a', "A", 0, "1 to 4 (default: the file's alphas, else 1.5)", 1},
     {"scale", KEY_SCALE, "S", 0, "Of q.k (default 1/sqrt(D))", 1},
     {"page", KEY_PAGE, "P", 0, "Tokens a page: 16 (default), 32 or 64", 1},
     {"kv-dtype", KEY_DTYPE, "T", 0, "Of the cache: f32, f16 or bf16 (default: that of k)", 1},
@@ -50,7 +50,8 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
 }
 
 static emx_status find(const options *o, const emx_checkpoint *ck, const char *name, emx_tensor *t) {
-  EMX_TRY(emx_checkpoint_find(ck, name, t));
+  if (emx_checkpoint_find(ck, name, t))
+    return emxi_fail(EMX_ERR_FORMAT, "%s: no tensor named %s, expected q, k and v", o->file, name);
   if (t->ndim != 3) return emxi_fail(EMX_ERR_SHAPE, "%s: %s has %d dimensions, expected 3", o->file, name, t->ndim);
   if (t->dtype != EMX_F32 && t->dtype != EMX_F16 && t->dtype != EMX_BF16)
     return emxi_fail(EMX_ERR_DTYPE, "%s: %s is %s, expected f32, f16 or bf16", o->file, name, emx_dtype_name(t->dtype));
@@ -101,7 +102,7 @@ int cmd_decode(int argc, char **argv) {
                                        "delta_bound is a sound upper bound of the attention mass of the tokens that were not "
                                        "read; certified means it is zero. Bytes "
                                        "are counted in 64-byte lines."};
-  options o = {.alpha = 1.5, .page = 16};
+  options o = {.page = 16};
   cli_select_init(&o.select);
   cli_parse(&argp, argc, argv, &o);
 
@@ -110,11 +111,12 @@ int cmd_decode(int argc, char **argv) {
   emx_checkpoint *ck = NULL;
   emx_kv *kv = NULL;
   float *chunk = NULL, *q = NULL, *out = NULL, *slopes = NULL;
+  double *alphas = NULL;
   emx_report *reports = NULL;
   void *work = NULL;
-  int code = o.out ? cli_check_out(o.out) : CLI_OK;
+  int code = cli_check_out(o.out);
   if (code || (code = cli_context(&o.common, &ctx))) return code;
-  emx_tensor tq, tk, tv, ts;
+  emx_tensor tq, tk, tv, ts, ta;
   CLI_TRY(emx_checkpoint_open(o.file, &ck));
   CLI_TRY(find(&o, ck, "q", &tq));
   CLI_TRY(find(&o, ck, "k", &tk));
@@ -155,13 +157,14 @@ int cmd_decode(int argc, char **argv) {
   out = emxi_alloc((size_t)(T * H * D) * sizeof *out);
   reports = emxi_calloc((size_t)H * sizeof *reports);
   slopes = emxi_alloc((size_t)H * sizeof *slopes);
-  if (!chunk || !q || !out || !reports || !slopes) {
+  alphas = emxi_alloc((size_t)H * sizeof *alphas);
+  if (!chunk || !q || !out || !reports || !slopes || !alphas) {
     code = cli_nomem((2 * CHUNK * row + (size_t)(T * H * D)) * sizeof(float), "queries and outputs");
     goto done;
   }
   emx_decode_io io;
   emx_decode_io_init(&io);
-  io.alpha = o.alpha;
+  if (o.alpha > 0) io.alpha = o.alpha; /* else 1.5 */
   io.scale = (float)o.scale;
   io.reports = reports;
   if (!emx_checkpoint_find(ck, "alibi_slopes", &ts)) {
@@ -172,6 +175,15 @@ int cmd_decode(int argc, char **argv) {
     for (int64_t h = 0; h < H; h++) slopes[h] = (float)cli_element(&ts, h);
     ts = emx_tensor_view(slopes, EMX_F32, 1, &H);
     io.alibi_slopes = &ts;
+  }
+  if (!(o.alpha > 0) && !emx_checkpoint_find(ck, "alphas", &ta)) {
+    if (ta.ndim != 1 || ta.shape[0] != H) {
+      code = cli_fail("%s: alphas must be [%lld], one a query head", o.file, (long long)H);
+      goto done;
+    }
+    for (int64_t h = 0; h < H; h++) alphas[h] = cli_element(&ta, h);
+    ta = emx_tensor_view(alphas, EMX_F64, 1, &H);
+    io.alphas = &ta;
   }
   /* the keys before the first query's position, then one token a query */
   emx_tensor k_new, v_new, q_now = emx_tensor_view(q, EMX_F32, 4, (int64_t[4]){1, H, 1, D}), o_now;
@@ -213,7 +225,7 @@ int cmd_decode(int argc, char **argv) {
   }
   code = cli_flush();
 done:
-  emxi_free(chunk), emxi_free(q), emxi_free(out), emxi_free(reports), emxi_free(slopes), emxi_free(work);
+  emxi_free(chunk), emxi_free(q), emxi_free(out), emxi_free(reports), emxi_free(slopes), emxi_free(alphas), emxi_free(work);
   emx_kv_destroy(kv);
   emx_checkpoint_close(ck);
   emx_ctx_destroy(ctx);

@@ -256,8 +256,8 @@ int cmd_demo(int argc, char **argv) {
   points p[3] = {0}; /* entmax top-k, softmax top-k, entmax gaussian */
   char *text = NULL;
   size_t size;
-  int code = cli_read_file(o.file, &text, &size);
-  if (code) return code;
+  int code = cli_check_out(o.svg);
+  if (code || (code = cli_read_file(o.file, &text, &size))) return code;
   if (size < (size_t)o.session.ctx + (size_t)o.positions) {
     code = cli_fail("%s has %zu bytes, %lld are needed", o.file, size, (long long)(o.session.ctx + o.positions));
     goto done;

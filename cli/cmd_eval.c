@@ -29,8 +29,7 @@ static const struct argp_option option_table[] = {
     {"svg", KEY_SVG, "FILE", 0, "Draw the curve, the cells of --ruler or the ladder of --task", 1},
     {"dump", KEY_DUMP, "FILE.safetensors", 0,
      "Write what a layer attends with in the first window of -c bytes: q [N,H,D], k and v [N,G,D], alibi_slopes [H], f32, as "
-     "`emx decode "
-     "-f` and `emx bench --data` read them",
+     "`emx decode -f` and `emx bench decode --data` read them; of a model that learned alphas, alphas [H] for `emx decode`",
      1},
     {"layer", KEY_LAYER, "L", 0, "Layer of --dump, 0 is the first (default: the last)", 1},
     {"predict", 'n', "N", 0, "With --select: tokens decoded one by one (default 256)", 1},
@@ -73,6 +72,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
       }
       if (!o->file) argp_error(state, "-f FILE is required");
       if (o->cells.set) argp_error(state, "%s needs --ruler or --task", o->cells.set);
+      if (o->n && !o->select.n) argp_error(state, "-n needs --select");
       if (!o->n) o->n = 256;
       if (o->session.ctx == 1) argp_error(state, "-c is 1, expected at least 2: a window's first byte is not scored");
       if (o->dump && o->n_models > 1) argp_error(state, "--dump takes one model");
@@ -216,14 +216,16 @@ static int draw_curves(const options *o, const curve *curves) {
 
 /* ---- a selector against ALL */
 
+/* Bytes that selectors are compared on. */
+static int64_t context_of(const options *o, size_t size) {
+  return o->session.ctx && (size_t)o->session.ctx < size ? o->session.ctx : (int64_t)size;
+}
+
 /* Prefills all but the last n bytes of the context once; every selector decodes those bytes in a fork, and what it expects after each of
  * them is compared with what ALL does. */
 static int compare_selectors(emx_model *model, const options *o, const emx_model_config *config, const char *text, size_t size,
                              json_t **list) {
-  int64_t context = o->session.ctx && (size_t)o->session.ctx < size ? o->session.ctx : (int64_t)size;
-  if (context <= o->n)
-    return cli_fail("--select decodes the last %lld bytes of the context, which has only %lld", (long long)o->n,
-                    (long long)context);
+  const int64_t context = context_of(o, size);
   emx_session *base = NULL;
   int32_t *tokens = NULL;
   session_reference reference = {0};
@@ -342,7 +344,7 @@ int cmd_eval(int argc, char **argv) {
           "log-likelihood the context raises more than that of any distractor; both have a chance level; margin: that rise "
           "(nats) "
           "over the best of the distractors. docs/ruler.md\n\n"
-          "--task draws samples of the test split (default: 500 a length) and prints exact (share of samples whose whole answer "
+          "--task draws samples of the test split and prints exact (share of samples whose whole answer "
           "greedy decoding would give) and right (share of labels). docs/tasks.md"};
   options o = {.layer = -1};
   cli_select_init(&o.select);
@@ -354,10 +356,14 @@ int cmd_eval(int argc, char **argv) {
   char *text = NULL;
   size_t size = 0;
   curve curves[EVAL_MAX_MODELS] = {{0}};
-  int code = o.dump ? cli_check_out(o.dump) : CLI_OK;
+  int code = cli_check_out(o.dump);
+  if (!code) code = cli_check_out(o.svg);
   if (code || (o.file && (code = cli_read_file(o.file, &text, &size)))) return code;
   if (o.file && size < 2)
     code = cli_fail("%s has %zu bytes, at least 2 are needed", o.file, size);
+  else if (!o.ruler.n_tasks && !o.task.task.kind && o.select.n && context_of(&o, size) <= o.n)
+    code = cli_fail("--select decodes the last %lld bytes of the context, which has %lld: at least one must come before",
+                    (long long)o.n, (long long)context_of(&o, size));
   else
     code = cli_context(&o.common, &ctx);
   if (o.ruler.n_tasks || o.task.task.kind) {

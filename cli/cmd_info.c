@@ -34,8 +34,8 @@ static int show_library(const options *o, emx_ctx *ctx) {
                                    "device", info.device == EMX_DEVICE_CPU ? "cpu" : "cuda", "device_name", info.device_name,
                                    "isa", info.isa, "threads", (int)info.threads, "memory", (json_int_t)memory));
   printf("libentmax %s (ABI %d)\n", emx_version(), (int)emx_abi_version());
-  printf("device    cpu: %s\nkernels   %s (EMX_ISA)\nthreads   %d (EMX_THREADS)\nmemory    %lld bytes\n", info.device_name,
-         info.isa, (int)info.threads, memory);
+  printf("device    cpu: %s\nkernels   %s (EMX_ISA chooses)\nthreads   %d (EMX_THREADS or -t chooses)\nmemory    %lld bytes\n",
+         info.device_name, info.isa, (int)info.threads, memory);
   return cli_flush();
 }
 

@@ -109,7 +109,10 @@ int cli_page(const struct argp_state *state, const char *text) {
 int32_t cli_dtype(const struct argp_state *state, const char *option, const char *text, const char *allowed) {
   static const int32_t all[] = {EMX_F32, EMX_F16, EMX_BF16, EMX_F64};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-    if (!strcmp(text, emx_dtype_name(all[i])) && strstr(allowed, text)) return all[i];
+    if (!strcmp(text, emx_dtype_name(all[i]))) {
+      for (const char *at = allowed; (at = strstr(at, text)); at++) /* a whole word: f16 is a part of bf16 */
+        if (at == allowed || at[-1] == ' ') return all[i];
+    }
   argp_error(state, "%s is '%s', expected one of %s", option, text, allowed);
   return 0;
 }
@@ -183,12 +186,12 @@ void cli_select_init(cli_select *select) {
 }
 static const struct argp_option select_options[] = {
     {NULL, 0, NULL, 0, "Selection of keys and values:", 80},
-    {"select", KEY_SELECT, "NAME", 0,
-     "all (default), topk, gaussian or certified; a list where the command compares", 80},
+    {"select", KEY_SELECT, "NAME", 0, "all (default), topk, gaussian or certified; a list where the command compares", 80},
     {"budget", KEY_BUDGET, "TOKENS", 0, "topk: tokens a query head reads (default 1024); a list where the command compares", 80},
     {"tau-mode", KEY_TAU_MODE, "M", 0, "gaussian: exact (default), corrected or fixed", 80},
-    {"max-bytes", KEY_MAX_BYTES, "B", 0, "certified: stop a head after this many bytes", 80},
-    {"max-delta", KEY_MAX_DELTA, "X", 0, "certified: stop when the bound of the dropped mass is at most X", 80},
+    {"max-bytes", KEY_MAX_BYTES, "B", 0, "certified: stop a head after this many bytes (default 0: no limit)", 80},
+    {"max-delta", KEY_MAX_DELTA, "X", 0, "certified: stop when the bound of the dropped mass is at most X (default 0: exact)",
+     80},
     {0}};
 static bool selects(const cli_select *s, int32_t kind) {
   for (int i = 0; i < s->n; i++)
@@ -416,6 +419,7 @@ int cli_read_file(const char *path, char **data, size_t *size) {
 }
 
 int cli_check_out(const char *path) {
+  if (!path) return CLI_OK;
   struct stat st;
   const char *slash = strrchr(path, '/');
   char *folder = slash ? strndup(path, slash == path ? 1 : (size_t)(slash - path)) : strdup(".");

@@ -12,10 +12,10 @@ static const struct command {
     {"selftest", "does this machine compute the known answers, and how fast", cmd_selftest},
     {"map", "alpha-entmax of rows of numbers", cmd_map},
     {"decode", "attention of queries against keys and values from a file, with a report", cmd_decode},
-    {"train", "train a byte model on text files", cmd_train},
+    {"train", "train a model on text files or a synthetic task", cmd_train},
     {"generate", "continue a prompt", cmd_generate},
-    {"eval", "bits per byte of a text; what a selector changes", cmd_eval},
-    {"bench", "time decode or the row mapping", cmd_bench},
+    {"eval", "bits per byte of a text, what a selector changes, long contexts, synthetic tasks", cmd_eval},
+    {"bench", "time decode, attention and the row mapping; what a byte budget loses", cmd_bench},
     {"demo", "read a long text from one cache with every selector (make demo)", cmd_demo},
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };

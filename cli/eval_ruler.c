@@ -15,7 +15,7 @@ enum { KEY_LEN = 1301, KEY_SAMPLES, KEY_SEED, KEY_RULER = 1321, KEY_DEPTH, KEY_S
 static const struct argp_option cells_options[] = {
     {NULL, 0, NULL, 0, "Generated tests:", 60},
     {"len", KEY_LEN, "L,...", 0, "Lengths (--ruler: bytes of a prompt, 1024 and 4096 by default)", 60},
-    {"samples", KEY_SAMPLES, "N", 0, "Samples of every cell (--ruler: 20)", 60},
+    {"samples", KEY_SAMPLES, "N", 0, "Samples of every cell (default: --ruler 20, --task 500)", 60},
     {"seed", KEY_SEED, "S", 0, "Sample i depends on the seed, its cell and i alone (default 1)", 60},
     {0}};
 static error_t parse_cells(int key, char *arg, struct argp_state *state) {
@@ -419,6 +419,14 @@ int eval_ruler(const eval_common *e, const eval_ruler_options *o, const char *te
       }
     return code;
   }
+  for (int row = 0; row < g.n_rows; row++) /* a length too short for its task is said before the work */
+    for (int l = 0; l < g.n_len; l++) {
+      cell c = g.rows[row];
+      emxi_ruler_sample q;
+      c.length = len[l];
+      if ((code = make_sample(e, &c, text, size, 0, &q))) return code;
+      emxi_ruler_free(&q);
+    }
   const size_t cells = (size_t)e->n_models * (size_t)select.n * (size_t)g.n_rows * (size_t)g.n_len;
   g.gain = malloc(cells * sizeof *g.gain);
   if (!g.gain) return cli_nomem(cells * sizeof *g.gain, "the grid");

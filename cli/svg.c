@@ -1,9 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
 #include "svg.h"
 
 #include "cli.h"
 
-#include <errno.h>
+#include "model/model.h"
+
+#include <stdlib.h>
 #include <string.h>
 
 enum { PLOT = 576, HEIGHT = 480, LEFT = 74, RIGHT = 210, TOP = 46, BOTTOM = 56, LETTER = 7 /* about the width of one */ };
@@ -171,13 +174,27 @@ static void draw_heat(FILE *f, const svg_heat *h) {
   fputs("</svg>\n", f);
 }
 
-static int finish(FILE *f, const char *path) {
-  int bad = ferror(f);
-  return fclose(f) || bad ? cli_fail("cannot write %s: %s", path, strerror(errno)) : CLI_OK;
+/* A picture is drawn in memory, so that a full disk leaves the one of before. */
+typedef struct canvas {
+  char *data;
+  size_t size;
+} canvas;
+static int finish(FILE *f, canvas *c, const char *path) {
+  const int bad = ferror(f);
+  int code;
+  if (fclose(f) || bad) {
+    code = cli_nomem(c->size, "a picture");
+  } else {
+    const emxi_bytes all = {c->data, c->size};
+    code = cli_status(emxi_file_replace(path, &all, 1));
+  }
+  free(c->data);
+  return code;
 }
 int svg_write_charts(const char *path, const svg_chart *charts, int n) {
-  FILE *f = fopen(path, "w");
-  if (!f) return cli_fail("cannot write %s: %s", path, strerror(errno));
+  canvas c = {0};
+  FILE *f = open_memstream(&c.data, &c.size);
+  if (!f) return cli_nomem(BUFSIZ, "a picture");
   size_t longest = 0; /* name in a legend */
   for (int i = 0; i < n; i++)
     for (int j = 0; j < charts[i].n; j++)
@@ -190,12 +207,13 @@ int svg_write_charts(const char *path, const svg_chart *charts, int n) {
     fputs("</g>\n", f);
   }
   fputs("</svg>\n", f);
-  return finish(f, path);
+  return finish(f, &c, path);
 }
 int svg_write(const char *path, const svg_chart *chart) { return svg_write_charts(path, chart, 1); }
 int svg_write_heat(const char *path, const svg_heat *heat) {
-  FILE *f = fopen(path, "w");
-  if (!f) return cli_fail("cannot write %s: %s", path, strerror(errno));
+  canvas c = {0};
+  FILE *f = open_memstream(&c.data, &c.size);
+  if (!f) return cli_nomem(BUFSIZ, "a picture");
   draw_heat(f, heat);
-  return finish(f, path);
+  return finish(f, &c, path);
 }

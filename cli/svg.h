@@ -21,7 +21,7 @@ typedef struct svg_chart {
   int n;
 } svg_chart;
 
-/* CLI_OK, or CLI_ERROR with a message. */
+/* CLI_OK, or CLI_ERROR with a message: the file is replaced whole or not at all. */
 int svg_write(const char *path, const svg_chart *chart);
 /* Several below one another. */
 int svg_write_charts(const char *path, const svg_chart *charts, int n);

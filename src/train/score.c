@@ -16,7 +16,8 @@ emx_status emxi_task_fits(const emx_task_desc *t, const emx_model_config *c) {
   emx_task_info info = {.struct_size = sizeof info};
   EMX_TRY(emx_task_get_info(t, &info));
   if (c->task != t->kind)
-    return emxi_fail(EMX_ERR_INVALID, "the model is of task %s, not %s", emx_task_name(c->task), emx_task_name(t->kind));
+    return c->task ? emxi_fail(EMX_ERR_INVALID, "the model is of task %s, not %s", emx_task_name(c->task), emx_task_name(t->kind))
+                   : emxi_fail(EMX_ERR_INVALID, "the model is of text, not of task %s", emx_task_name(t->kind));
   if (c->vocab_size != info.vocab_size)
     return emxi_fail(EMX_ERR_INVALID, "the model has a vocabulary of %d, task %s one of %d", c->vocab_size, emx_task_name(t->kind),
                      info.vocab_size);

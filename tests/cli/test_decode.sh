@@ -42,7 +42,7 @@ fails 1 'cut' decode -f cut.safetensors
 fails 1 'empty' decode -f empty.safetensors
 printf '\377\377\377\377\377\377\377\177{}' >lying.safetensors
 fails 1 'lying' decode -f lying.safetensors
-fails 1 "q" decode -f "$MODEL/model.safetensors"
+fails 1 'model.safetensors: no tensor named q' decode -f "$MODEL/model.safetensors"
 LC_ALL=C sed 's/\("v":{"dtype":\)"BF16"/\1 "F16"/' f.safetensors >mixed.safetensors
 fails 1 'k is bf16 and v is f16' decode -f mixed.safetensors
 "$TOOL" make wide.safetensors f32 1 3 2 40 16 # 3 query heads over 2 KV heads

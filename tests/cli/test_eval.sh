@@ -37,6 +37,17 @@ fails 1 'bytes' eval -m "$MODEL" -f text -c 100 -n 100 --select topk --json
 fails 1 'at least 2' eval -m "$MODEL" -f nothing
 fails 1 'nowhere' eval -m "$MODEL" -f nowhere
 fails 2 'curve' eval -m "$MODEL" -f text --svg c.svg
+fails 2 'n needs --select' eval -m "$MODEL" -f text -n 40
+# what cannot be done is said before the work: nothing on standard output
+fails 1 'bytes' eval -m "$MODEL" -f text -c 100 -n 100 --select topk
+for command in 'eval --curve 10' 'eval --ruler niah' 'bench budgets' demo; do
+  fails 1 'cannot write nowhere' $command -m "$MODEL" -f text --svg nowhere/c.svg
+done
+# a picture is replaced whole or not at all
+cp c.svg kept.svg
+(ulimit -f 0 && trap '' XFSZ && exec "$EMX" eval -m "$MODEL" -f text -c 1000 --curve 100 --svg kept.svg 2>&1) | cat >err
+grep -q 'kept.svg' err || die "no message where a picture does not fit"
+cmp -s c.svg kept.svg || die "a picture that could not be written is gone"
 
 run 0 train -o soft --data "$SRC/LICENSE" $SHAPE --steps 5 --alpha 1
 run 0 eval -m "$MODEL" -m soft -f text -c 1000 --curve 100 --svg two.svg --json

@@ -51,8 +51,7 @@ fails 2 'needs --ruler' eval -m "$MODEL" -f text --show
 fails 2 'needs --ruler' eval -m "$MODEL" -f text --len 50
 fails 2 'not about --ruler' eval -m "$MODEL" --ruler niah --curve 50
 fails 2 '-m DIR' eval --ruler niah
-run 1 eval -m "$MODEL" --ruler niah --len 100
-grep -q 'at least' err || die "a length that is too short"
+fails 1 'at least' eval -m "$MODEL" --ruler niah --len 1000,100 # before any row
 run 0 train -o task --task parity $SHAPE --length 8..16 --steps 3
 run 1 eval -m task --ruler niah
 grep -q 'task parity' err || die "a model of a task"

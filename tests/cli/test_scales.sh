@@ -35,6 +35,21 @@ told '.entmax_alpha == 1.4 and .entmax_alpha_learned'
 run 0 eval -m m$n -f text --dump layer.safetensors
 run 0 info --json -f layer.safetensors
 all_hold 'map(select(.name == "alphas") | .dtype == "f64" and .shape == [4]) == [true]'
+# decode takes each head's alpha from the file: as with --alpha and that number
+run 0 decode -f layer.safetensors --json
+cp out learned
+head=0
+header=$(od -An -t u8 -N 8 layer.safetensors)
+at=$(tail -c +9 layer.safetensors | head -c "$header" | jq '.alphas.data_offsets[0]')
+for alpha in $(od -An -v -t f8 -j $((8 + header + at)) -N 32 layer.safetensors); do
+  run 0 decode -f layer.safetensors --json --alpha "$alpha"
+  jq -c "select(.head == $head)" out >one
+  jq -c "select(.head == $head)" learned | cmp -s - one || die "head $head is not decoded with alpha $alpha"
+  head=$((head + 1))
+done
+[ $head = 4 ] || die "not four alphas"
+jq -c "select(.head == 0)" out >one
+jq -c "select(.head == 0)" learned | cmp -s - one && die "head 0 is decoded with the alpha of head 3"
 
 # a resumed training has the scale and the positions of the first
 again() { # TEXT OPTIONS...

@@ -39,7 +39,7 @@ interrupt $pid
 
 fails 1 'flipflop, not copy' eval -m whole --task copy --len 8
 fails 1 'lengths 3' eval -m whole --task flipflop --len 3
-fails 1 'of task none' eval -m "$MODEL" --task copy --len 8
+fails 1 'of text, not of task copy' eval -m "$MODEL" --task copy --len 8
 fails 1 'nowhere' eval -m nowhere --task copy --len 8
 fails 1 'task flipflop, not bytes' generate -m whole -p x
 fails 1 'task flipflop, not bytes' eval -m whole -f "$SRC/LICENSE"

@@ -47,6 +47,7 @@ fails 2 'temp' generate -m x -p y --temp -1
 fails 2 'seed' generate -m x -p y --seed -1
 fails 2 'kv-dtype' generate -m x -p y --kv-dtype q8
 fails 2 'alpha' train -o x --data y --alpha 2.5
+fails 2 'expected one of bf16, f32' train -o x --data y --dtype f16 # a part of an allowed name is none
 EMX_THREADS=none fails 1 EMX_THREADS info
 EMX_ISA=mmx fails 1 EMX_ISA info
 run 0 info

@@ -582,7 +582,7 @@ static void test_mixed_up(void **state) {
   c.task = EMX_TASK_COPY;
   REFUSED("copy, not parity");
   c.task = EMX_TASK_NONE;
-  REFUSED("none, not parity");
+  REFUSED("of text, not of task parity");
 #undef REFUSED
   c.task = 77;
   assert_int_equal(emx_trainer_create(one, &c, &o, &data, &trainer), EMX_ERR_INVALID);
