@@ -387,7 +387,8 @@ EMX_API void emx_kv_batch_init_sized(emx_kv_batch *batch, size_t size);
 EMX_API emx_status emx_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_tensor *k_new,
                                  const emx_tensor *v_new, const emx_tensor *n_new);
 /* Builds the summaries of the given physical pages (i32 [n]), each holding tokens[i] tokens (i32 [n]; NULL: all full; 0: unknown from
- * now on), for pages that somebody else wrote into a caller's pool. */
+ * now on), for pages that somebody else wrote into a caller's pool. With SKETCH, list a sequence's pages in order: 64/P complete ones next
+ * to each other, from a multiple of 64/P in the list on, share a sketch of their 64 positions (only speed depends on it). */
 EMX_API emx_status emx_kv_summarize(emx_ctx *ctx, emx_kv *kv, const emx_tensor *pages, const emx_tensor *tokens);
 
 typedef struct emx_kv_summary {
