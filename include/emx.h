@@ -413,7 +413,7 @@ enum {
   EMX_SELECT_TOPK = 1,      /* the pages with the best box bound, fixed token budget (EntmaxKV's first selector; Quest's score) */
   EMX_SELECT_GAUSSIAN = 2,  /* threshold estimated from page means and spreads (EntmaxKV's second selector, eq. 19) */
   EMX_SELECT_CERTIFIED = 3, /* exact without reading every key: tokens whose sound score bound lies below the threshold are left out.
-                             * Needs EMX_SUMMARY_SKETCH; alpha = 1 needs max_delta > 0; emx_decode only */
+                             * Needs EMX_SUMMARY_SKETCH and alpha > 1; emx_decode only */
   EMX_SELECT_PAGES = 4      /* emx_decode only: the caller's page lists */
 };
 enum {
@@ -469,7 +469,7 @@ typedef struct emx_report {
 typedef struct emx_decode_io {
   uint32_t struct_size;
   int32_t layout;            /* of q, o, k_new, v_new: EMX_LAYOUT_BHND [B,H,S,D] or EMX_LAYOUT_BNHD [B,S,H,D] */
-  double alpha;              /* 1 or 1 < alpha <= 4 (GAUSSIAN: > 1) */
+  double alpha;              /* 1 or 1 < alpha <= 4 (GAUSSIAN, CERTIFIED: > 1) */
   float scale;               /* 0: 1/sqrt(D) */
   int32_t reserved;
   const emx_tensor *q;             /* f32, f16 or bf16 */
