@@ -368,6 +368,23 @@ static void test_far_bounds(void **state) {
   }
 }
 
+/* One unread key that takes all the mass, where its power leaves the doubles: 4.6 to the power 1000. */
+static void test_far_powers(void **state) {
+  (void)state;
+  static const double alphas[] = {1.001, 1 + 1e-6, 1.04, 1.6};
+  const emxi_table *table;
+  for (int t = 0; (table = emxi_table_available(t)); t++)
+    for (int i = 0; i < 4; i++)
+      for (int x = 1; x < 300; x++) {
+        const double a = alphas[i] - 1;
+        const float list[2] = {(float)(1 / a), 0}, up = (float)((1 + 0.05 * pow(1.1, x)) / a);
+        const emxi_dropped d = {.k = table, .alpha = alphas[i], .list = list, .n = 2, .top = list[0], .tau_low = 0,
+                                .far = {{.up = &up, .n = 1, .times = 1}}};
+        const double y = a * (double)up, least = y < 2 ? 0.5 : 1 - 1e-9; /* it is the larger one; two apart, and it is alone */
+        assert_true(emxi_cpu_dropped_mass(&d) >= least);
+      }
+}
+
 static void fails(emx_status got, emx_status want, const char *word) {
   if (got != want || !strstr(emx_last_error(), word)) fail_msg("%s (%s), expected %s", emx_status_name(got), emx_last_error(), word);
 }
@@ -397,6 +414,6 @@ static void test_refusals(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_kernels), cmocka_unit_test(test_rebuild), cmocka_unit_test(test_foreign_tables),
                                      cmocka_unit_test(test_limits),  cmocka_unit_test(test_same),    cmocka_unit_test(test_refusals),
-                                     cmocka_unit_test(test_far_bounds)};
+                                     cmocka_unit_test(test_far_bounds), cmocka_unit_test(test_far_powers)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }
