@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "check.h"
 #include "decode_case.h"
 
 static emx_ctx *one, *three;
@@ -176,10 +177,6 @@ static void test_query_tokens(void **state) {
   case_close(&c);
 }
 
-static void fails(emx_status got, emx_status want, const char *word) {
-  if (got != want || !strstr(emx_last_error(), word))
-    fail_msg("%s (%s), expected %s with '%s'", emx_status_name(got), emx_last_error(), emx_status_name(want), word);
-}
 static void test_refusals(void **state) {
   (void)state;
   decode_case c = {.G = 2, .H = H, .D = 16, .len = {200}};

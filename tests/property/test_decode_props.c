@@ -7,17 +7,7 @@
 
 #include "cpu/kv_kernels.h"
 #include "decode_case.h"
-
-static emx_ctx *ctx;
-static int setup(void **state) {
-  (void)state;
-  return emx_ctx_create(NULL, &ctx);
-}
-static int teardown(void **state) {
-  (void)state;
-  emx_ctx_destroy(ctx);
-  return 0;
-}
+#include "one_context.h"
 
 /* Summaries of one page over its first `tokens` tokens. */
 static void summarize(emx_kv *kv, int32_t page, int32_t tokens) {

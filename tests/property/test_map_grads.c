@@ -8,34 +8,27 @@
 #include <cmocka.h>
 
 #include "base/num.h"
+#include "check.h"
 #include "cpu/table.h"
 #include "entmax/entmax.h"
 #include "map_call.h"
+#include "table_contexts.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-static emx_ctx *contexts[4], *ctx;
-static int n_contexts;
+static emx_ctx *ctx;
 static int setup(void **state) {
   (void)state;
-  for (; emxi_table_available(n_contexts); n_contexts++) {
-    setenv("EMX_ISA", emxi_table_available(n_contexts)->name, 1);
-    if (emx_ctx_create(NULL, &contexts[n_contexts])) return 1;
-  }
-  unsetenv("EMX_ISA");
+  if (open_contexts()) return 1;
   ctx = contexts[0];
   return 0;
 }
 static int teardown(void **state) {
   (void)state;
-  for (int i = 0; i < n_contexts; i++) emx_ctx_destroy(contexts[i]);
+  close_contexts();
   return 0;
 }
-#define OK(call)                                \
-  do {                                          \
-    if (call) fail_msg("%s", emx_last_error()); \
-  } while (0)
 
 static const double alphas[] = {1, 1.001, 1.01, 1.25, 4. / 3, 1.5, 1.75, 2, 2.5, 3, 4};
 #define EACH_ALPHA(a)                                                     \
@@ -229,7 +222,7 @@ static void test_special_rows(void **state) {
     assert_true(dx[0] == 0 && dx[1] == 0 && dx[2] == 0);
     if (da) assert_true(d == 0);
   }
-  /* row 0 of the Jacobian of entmax-1.5 at (.7, -.1, .3, .2, -1) and its map, from the notes on the long-context paper */
+  /* row 0 of the Jacobian of entmax-1.5 at (.7, -.1, .3, .2, -1) and its map, known values */
   double x[5] = {.7, -.1, .3, .2, -1}, p[5], dp[5] = {1}, dx[5];
   static const double row[5] = {.4420073, -.10523236, -.17740963, -.15936531, 0},
                       map[5] = {.47830253, .08502718, .24166485, .19500544, 0};

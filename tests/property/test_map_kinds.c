@@ -10,6 +10,7 @@
 #include "cpu/table.h"
 #include "entmax/entmax.h"
 #include "map_call.h"
+#include "table_contexts.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -20,24 +21,18 @@ static const double alphas[] = {1.001, 1.01, 1.25, 4. / 3, 1.5, 1.75, 2, 2.5, 3,
     for (double a = alphas[i_##a]; a > 0; a = 0)
 enum { LONGEST = 1 << 20 };
 
-static emx_ctx *contexts[4];
-static int n_contexts;
 static float *x32, *p32;
 static double *x64, *p64, *want;
 static int setup(void **state) {
   (void)state;
-  for (; emxi_table_available(n_contexts); n_contexts++) {
-    setenv("EMX_ISA", emxi_table_available(n_contexts)->name, 1);
-    if (emx_ctx_create(NULL, &contexts[n_contexts])) return 1;
-  }
-  unsetenv("EMX_ISA");
+  if (open_contexts()) return 1;
   x32 = malloc(LONGEST * sizeof *x32), p32 = malloc(LONGEST * sizeof *p32);
   x64 = malloc(LONGEST * sizeof *x64), p64 = malloc(LONGEST * sizeof *p64), want = malloc(LONGEST * sizeof *want);
   return !(x32 && p32 && x64 && p64 && want);
 }
 static int teardown(void **state) {
   (void)state;
-  for (int i = 0; i < n_contexts; i++) emx_ctx_destroy(contexts[i]);
+  close_contexts();
   free(x32), free(p32), free(x64), free(p64), free(want);
   return 0;
 }

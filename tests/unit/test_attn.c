@@ -10,8 +10,7 @@
 #include "base/base.h"
 #include "base/num.h"
 #include "entmax/entmax.h"
-
-static emx_ctx *ctx;
+#include "one_context.h"
 
 typedef struct shape {
   int64_t B, H, G, S, N, D;
@@ -644,15 +643,6 @@ static void test_bad_input(void **state) {
   release(&p);
 }
 
-static int setup(void **state) {
-  (void)state;
-  return emx_ctx_create(NULL, &ctx);
-}
-static int teardown(void **state) {
-  (void)state;
-  emx_ctx_destroy(ctx);
-  return 0;
-}
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_forward_catalogue),  cmocka_unit_test(test_forward_long),

@@ -11,8 +11,7 @@
 
 #include "base/num.h"
 #include "entmax/entmax.h"
-
-static emx_ctx *ctx;
+#include "one_context.h"
 
 enum { MAX_SEQS = 6, MAX_HEADS = 8 };
 /* Sequence b has sq[b] queries and sk[b] keys. */
@@ -526,15 +525,6 @@ static void test_tiny_keys(void **state) {
   }
 }
 
-static int setup(void **state) {
-  (void)state;
-  return emx_ctx_create(NULL, &ctx);
-}
-static int teardown(void **state) {
-  (void)state;
-  emx_ctx_destroy(ctx);
-  return 0;
-}
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_forward),   cmocka_unit_test(test_backward),           cmocka_unit_test(test_lists),

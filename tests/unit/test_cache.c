@@ -8,6 +8,7 @@
 
 #include "base/num.h"
 #include "cache_help.h"
+#include "check.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -17,16 +18,6 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-#define OK(call)                                                                     \
-  do {                                                                               \
-    emx_status ok_ = (call);                                                         \
-    if (ok_) fail_msg("%s: %s (%s)", #call, emx_status_name(ok_), emx_last_error()); \
-  } while (0)
-static void fails(emx_status got, emx_status want, const char *word) {
-  if (got != want || !strstr(emx_last_error(), word))
-    fail_msg("%s (%s), expected %s with '%s'", emx_status_name(got), emx_last_error(), emx_status_name(want), word);
-}
 
 static char folder[32], path[64], other[64];
 static emx_ctx *ctx;

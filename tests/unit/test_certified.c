@@ -10,6 +10,7 @@
 
 #include <string.h>
 
+#include "check.h"
 #include "cpu/certified.h"
 #include "decode_case.h"
 
@@ -385,9 +386,6 @@ static void test_far_powers(void **state) {
       }
 }
 
-static void fails(emx_status got, emx_status want, const char *word) {
-  if (got != want || !strstr(emx_last_error(), word)) fail_msg("%s (%s), expected %s", emx_status_name(got), emx_last_error(), word);
-}
 static void test_refusals(void **state) {
   (void)state;
   decode_case c = {.D = 32, .len = {300}, .summaries = EMX_SUMMARY_SKETCH};

@@ -5,22 +5,9 @@
 #include <stdint.h>
 #include <cmocka.h>
 
+#include "check.h"
 #include "decode_case.h"
-
-static emx_ctx *ctx;
-static int setup(void **state) {
-  (void)state;
-  return emx_ctx_create(NULL, &ctx);
-}
-static int teardown(void **state) {
-  (void)state;
-  emx_ctx_destroy(ctx);
-  return 0;
-}
-static void fails(emx_status got, emx_status want, const char *word) {
-  if (got != want || !strstr(emx_last_error(), word))
-    fail_msg("%s (%s), expected %s with '%s'", emx_status_name(got), emx_last_error(), emx_status_name(want), word);
-}
+#include "one_context.h"
 
 /* Every row of an ALL decode against the dense oracle. Scores carry float rounding, about 1e-6 of their size, and so does tau; a
  * weight is 1/(alpha-1)-Lipschitz in them at worst where the support is large. */

@@ -10,8 +10,7 @@
 
 #include "base/num.h"
 #include "entmax/entmax.h"
-
-static emx_ctx *ctx;
+#include "one_context.h"
 
 typedef struct line {
   int32_t dtype, D, P, summaries;
@@ -184,15 +183,6 @@ static void test_alpha_range(void **state) {
   close_line(&l);
 }
 
-static int setup(void **state) {
-  (void)state;
-  return emx_ctx_create(NULL, &ctx);
-}
-static int teardown(void **state) {
-  (void)state;
-  emx_ctx_destroy(ctx);
-  return 0;
-}
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_far_unread_page), cmocka_unit_test(test_subnormal_query),
                                      cmocka_unit_test(test_overflow_on_the_way), cmocka_unit_test(test_alpha_range)};

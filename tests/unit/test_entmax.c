@@ -9,19 +9,9 @@
 #include "entmax/entmax.h"
 #include "entmax_call.h"
 #include "map_call.h"
+#include "one_context.h"
 
-static emx_ctx *ctx;
-static int setup(void **state) {
-  (void)state;
-  return emx_ctx_create(NULL, &ctx);
-}
-static int teardown(void **state) {
-  (void)state;
-  emx_ctx_destroy(ctx);
-  return 0;
-}
-
-/* asentmax.md section 5: entmax-1.5 of (-2, 0, .5) */
+/* Known values: entmax-1.5 of (-2, 0, .5) */
 static void test_known_values(void **state) {
   (void)state;
   double x[3] = {-2, 0, .5}, p[3], tau;
@@ -37,7 +27,7 @@ static void test_known_values(void **state) {
   assert_int_equal(support, 2);
 }
 
-/* More rows of the same notes, and Lemma 1: a key at or under the threshold, wherever it is put, changes no bit of the others. */
+/* More known rows, and Lemma 1: a key at or under the threshold, wherever it is put, changes no bit of the others. */
 static void test_notes(void **state) {
   (void)state;
   const map_args m = {EMX_MAP_ENTMAX, 1.5, 1};

@@ -9,26 +9,8 @@
 
 #include "base/base.h"
 #include "base/num.h"
-
-static emx_ctx *ctx;
-static int setup(void **state) {
-  (void)state;
-  return emx_ctx_create(NULL, &ctx);
-}
-static int teardown(void **state) {
-  (void)state;
-  emx_ctx_destroy(ctx);
-  return 0;
-}
-#define OK(call)                                                                     \
-  do {                                                                               \
-    emx_status ok_ = (call);                                                         \
-    if (ok_) fail_msg("%s: %s (%s)", #call, emx_status_name(ok_), emx_last_error()); \
-  } while (0)
-static void fails(emx_status got, emx_status want, const char *word) {
-  if (got != want || !strstr(emx_last_error(), word))
-    fail_msg("%s (%s), expected %s with '%s'", emx_status_name(got), emx_last_error(), emx_status_name(want), word);
-}
+#include "check.h"
+#include "one_context.h"
 
 static emx_kv_opts options(int32_t dtype, int32_t G, int32_t D, int32_t P, int32_t layout, int64_t pages) {
   emx_kv_opts o;

@@ -8,38 +8,31 @@
 #include <cmocka.h>
 
 #include "base/num.h"
+#include "check.h"
 #include "cpu/table.h"
 #include "entmax/entmax.h"
 #include "map_call.h"
+#include "table_contexts.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-static emx_ctx *contexts[4], *ctx;
-static int n_contexts;
+static emx_ctx *ctx;
 static int setup(void **state) {
   (void)state;
-  for (; emxi_table_available(n_contexts); n_contexts++) {
-    setenv("EMX_ISA", emxi_table_available(n_contexts)->name, 1);
-    if (emx_ctx_create(NULL, &contexts[n_contexts])) return 1;
-  }
-  unsetenv("EMX_ISA");
+  if (open_contexts()) return 1;
   ctx = contexts[0];
   return 0;
 }
 static int teardown(void **state) {
   (void)state;
-  for (int i = 0; i < n_contexts; i++) emx_ctx_destroy(contexts[i]);
+  close_contexts();
   return 0;
 }
-#define OK(call)                                \
-  do {                                          \
-    if (call) fail_msg("%s", emx_last_error()); \
-  } while (0)
 static const double alphas[] = {1, 1.001, 1.01, 1.25, 4. / 3, 1.5, 1.75, 2, 2.5, 3, 4};
 enum { N_ALPHAS = sizeof alphas / sizeof *alphas };
 
-/* asentmax.md section 5: loss of (-2, 0, .5) to class 2, and the Tsallis entropy that is in it */
+/* Known values: loss of (-2, 0, .5) to class 2, and the Tsallis entropy that is in it */
 static void test_known_values(void **state) {
   (void)state;
   double x[3] = {-2, 0, .5}, dx[3], loss;

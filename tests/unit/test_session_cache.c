@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include "cache_help.h"
+#include "check.h"
 #include "tiny_model.h"
 
 enum { V = 50, N = 90 };
@@ -14,16 +15,6 @@ static char folder[32], path[64];
 static emx_ctx *ctx;
 static emx_model *model;
 static int32_t tokens[N];
-
-#define OK(call)                                                                     \
-  do {                                                                               \
-    emx_status ok_ = (call);                                                         \
-    if (ok_) fail_msg("%s: %s (%s)", #call, emx_status_name(ok_), emx_last_error()); \
-  } while (0)
-static void fails(emx_status got, emx_status want, const char *word) {
-  if (got != want || !strstr(emx_last_error(), word))
-    fail_msg("%s (%s), expected %s with '%s'", emx_status_name(got), emx_last_error(), emx_status_name(want), word);
-}
 
 static int setup(void **state) {
   (void)state;
