@@ -31,7 +31,7 @@ typedef struct options {
   emx_task_desc task; /* kind 0: text */
   const char *length, *p_write, *answers;
   int64_t save_every;
-  bool resume;
+  bool resume, warmup; /* warmup: --warmup was given */
 } options;
 enum {
   KEY_DATA = 1,
@@ -82,10 +82,11 @@ static const struct argp_option option_table[] = {
     {"head-dim", KEY_HEAD_DIM, "N", 0, "Head dimension (default 32)", 2},
     {"ffn", KEY_FFN, "N", 0, "Width of the gated layer (default 512)", 2},
     {NULL, 0, NULL, 0, "Optimisation:", 3},
-    {"length", KEY_LENGTH, "N", 0, "Tokens a sequence (default 512); with --task a range A..B of lengths", 3},
+    {"length", KEY_LENGTH, "N", 0,
+     "Tokens a sequence (default 512); with --task a range A..B of lengths (default: docs/tasks.md)", 3},
     {"batch", KEY_BATCH, "N", 0, "Sequences a step (default 16)", 3},
     {"steps", KEY_STEPS, "N", 0, "Steps, warm-up included (default 10000)", 3},
-    {"warmup", KEY_WARMUP, "N", 0, "Steps of linear warm-up (default 200)", 3},
+    {"warmup", KEY_WARMUP, "N", 0, "Steps of linear warm-up (default 200, or all steps where they are fewer)", 3},
     {"lr", KEY_LR, "X", 0, "Largest learning rate (default 0.002)", 3},
     {"min-lr", KEY_MIN_LR, "X", 0, "Learning rate at the end of the cosine (default 0.0002)", 3},
     {"weight-decay", KEY_DECAY, "X", 0, "AdamW's, on matrices (default 0.1)", 3},
@@ -135,7 +136,10 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_ANSWERS: o->answers = arg; return 0;
     case KEY_BATCH: t->batch = cli_int(state, "--batch", arg, 1, INT32_MAX); return 0;
     case KEY_STEPS: t->steps = cli_int(state, "--steps", arg, 1, INT64_MAX); return 0;
-    case KEY_WARMUP: t->warmup = cli_int(state, "--warmup", arg, 0, INT64_MAX); return 0;
+    case KEY_WARMUP:
+      t->warmup = cli_int(state, "--warmup", arg, 0, INT64_MAX);
+      o->warmup = true;
+      return 0;
     case KEY_LR: t->lr = cli_real(state, "--lr", arg, 1e-12, 100); return 0;
     case KEY_MIN_LR: t->min_lr = cli_real(state, "--min-lr", arg, 0, 100); return 0;
     case KEY_DECAY: t->weight_decay = cli_real(state, "--weight-decay", arg, 0, 100); return 0;
@@ -162,6 +166,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
       } else if (o->length) {
         t->length = cli_int(state, "--length", o->length, 1, INT32_MAX);
       }
+      if (!o->warmup && t->warmup > t->steps) t->warmup = t->steps;
       if (c->num_heads % c->num_kv_heads)
         argp_error(state, "--heads %d is not a multiple of --kv-heads %d", c->num_heads, c->num_kv_heads);
       return 0;
@@ -525,7 +530,8 @@ int cmd_train(int argc, char **argv) {
     snprintf(what, sizeof what, "task %s of length %lld to %lld", emx_task_name(o.task.kind), (long long)o.task.min_length,
              (long long)o.task.max_length);
   else
-    snprintf(what, sizeof what, "%lld bytes of text in %lld files", (long long)total, (long long)o.train.n);
+    snprintf(what, sizeof what, "%lld bytes of text in %lld file%s", (long long)total, (long long)o.train.n,
+             o.train.n == 1 ? "" : "s");
   cli_warn("%lld parameters, alpha %g, %s, step %lld of %lld", (long long)emx_model_config_parameters(&o.config),
            o.config.entmax_alpha, what, (long long)step, (long long)o.opts.steps);
   code = loop(&o, trainer, step, journal);

@@ -42,6 +42,9 @@ grep -q 'ended with 1' err && grep -q 'cannot write' err || die "a full disk goe
 cmp -s kept half/log.jsonl && [ ! -e half/log.jsonl.tmp ] || die "a full disk leaves another log"
 
 # --json: the lines of the log
+run 0 train -o short "${DATA[@]}" ${SHAPE% --warmup*} --steps 3 # a training shorter than the usual warm-up is all warm-up
+jq -es '.[-1].step == 3 and .[0].lr < .[2].lr' short/log.jsonl >/dev/null || die "warm-up of a short training"
+fails 1 'warmup is 4' train -o other "${DATA[@]}" $SHAPE --warmup 4 --steps 3
 run 0 train -o told "${DATA[@]}" $SHAPE --steps 4 --save-every 2 --valid "$SRC/LICENSE" --json
 cmp -s out told/log.jsonl || die "--json differs from the log"
 
