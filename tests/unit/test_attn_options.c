@@ -525,10 +525,50 @@ static void test_tiny_keys(void **state) {
   }
 }
 
+/* Calls go to the workers in turn, each to one alone. */
+static void in_turn(void *user, int64_t n, emx_task_fn task, void *arg) {
+  int32_t *calls = user;
+  const int32_t worker = (*calls)++ % 2;
+  for (int64_t i = 0; i < n; i++) task(arg, i, worker);
+}
+/* A listed row that fills its block's lists: the worker that does the keys has not learned yet that blocks must be small. */
+static void test_long_lists(void **state) {
+  (void)state;
+  enum { KEYS = 36864, QUERIES = 400 };
+  packed p = {.b = 1, .h = 3, .g = 3, .d = 16, .sq = {QUERIES}, .sk = {KEYS}, .left = -1, .right = -1, .alpha = 2, .spread = 3,
+              .dtype = EMX_F32};
+  make(&p, 80);
+  memset(p.q, 0, 16 * sizeof(float)); /* all keys have the same weight */
+  views w = {.desc = {0}};
+  view(&p, &w);
+  const int64_t shape[3] = {QUERIES, 3, KEYS};
+  int32_t *index = zalloc((size_t)(QUERIES * 3) * KEYS * 4);
+  emx_tensor ti = emx_tensor_view(index, EMX_I32, 3, shape);
+  w.io.support_index = &ti;
+  run_ok(&w, EMX_PASS_FORWARD);
+  assert_int_equal(p.support[0], KEYS);
+  gradients g[2];
+  for (int lists = 0; lists < 2; lists++) {
+    emx_ctx_opts opts;
+    emx_ctx_opts_init(&opts);
+    int32_t turn = 0;
+    opts.threads = 2, opts.parallel_for = in_turn, opts.parallel_user = &turn;
+    emx_ctx *mine;
+    assert_int_equal(emx_ctx_create(&opts, &mine), EMX_OK);
+    w.io.support_index = lists ? &ti : NULL;
+    g[lists] = run_backward(&p, &w, mine);
+    emx_ctx_destroy(mine);
+  }
+  same(&g[0], &g[1], "with lists");
+  forget(&g[0]), forget(&g[1]);
+  free(index);
+  drop(&p);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_forward),   cmocka_unit_test(test_backward),           cmocka_unit_test(test_lists),
       cmocka_unit_test(test_flat_rows), cmocka_unit_test(test_d_alpha_of_softmax), cmocka_unit_test(test_bad_alphas),
-      cmocka_unit_test(test_tiny_keys)};
+      cmocka_unit_test(test_tiny_keys), cmocka_unit_test(test_long_lists)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }
