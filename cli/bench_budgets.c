@@ -568,7 +568,10 @@ static int print_matched(const options *o, const result *results) {
            "p90", "support", "99 %", "error", "p50", "p90", "kl", "top1  exact");
   for (int l = 0; l < o->n_len && !code; l++) {
     for (size_t t = 0; t < sizeof targets / sizeof *targets && !code; t++) {
-      if (!o->common.json) printf("\n%lld of context, topk within %g %% of K and V:\n", (long long)o->len[l], 100 * targets[t]);
+      bool any = false;
+      for (int m = 0; m < o->n_models; m++) any |= within(&results[m * MAX_LENGTHS + l], targets[t]) != NULL;
+      if (any && !o->common.json)
+        printf("\n%lld of context, topk within %g %% of K and V:\n", (long long)o->len[l], 100 * targets[t]);
       for (int m = 0; m < o->n_models && !code; m++) {
         const result *r = &results[m * MAX_LENGTHS + l];
         const row *x = within(r, targets[t]);
@@ -579,7 +582,7 @@ static int print_matched(const options *o, const result *results) {
       const result *of = &results[g * MAX_LENGTHS + l];
       const row *x = gaussian_of(of);
       if (!x) continue;
-      if (!o->common.json) printf("%lld of context, gaussian, and topk within its bytes:\n", (long long)o->len[l]);
+      if (!o->common.json) printf("\n%lld of context, gaussian, and topk within its bytes:\n", (long long)o->len[l]);
       code = print_row(o, of, x, json_string("gaussian"));
       for (int m = 0; m < o->n_models && !code; m++) {
         const result *r = &results[m * MAX_LENGTHS + l];

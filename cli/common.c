@@ -116,10 +116,18 @@ int32_t cli_dtype(const struct argp_state *state, const char *option, const char
   argp_error(state, "%s is '%s', expected one of %s", option, text, allowed);
   return 0;
 }
+/* argp prints --help and ends the program by itself: what it could not write is said here. */
+static bool parsing;
+static void help_lost(void) {
+  if (parsing && cli_flush()) _exit(CLI_ERROR);
+}
 void cli_parse(const struct argp *argp, int argc, char **argv, void *input) {
   argv[0] = (char *)cli_command;
   argp_err_exit_status = CLI_USAGE;
+  atexit(help_lost);
+  parsing = true;
   error_t err = argp_parse(argp, argc, argv, ARGP_IN_ORDER, NULL, input);
+  parsing = false;
   if (err) { /* ENOMEM or a parser that returned an error without a word */
     cli_warn("%s", strerror(err));
     exit(CLI_USAGE);

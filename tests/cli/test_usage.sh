@@ -62,6 +62,8 @@ holds '(.name | length) > 0 and .dtype == "bf16" and (.shape | length) > 0'
 fails 1 'nowhere' info -m nowhere
 fails 1 'nowhere' info -f nowhere
 # a full disk is an error, not silence
+"$EMX" map --help >/dev/full 2>err && die "help to a full device ended with 0"
+grep -q 'standard output' err || die "no message for help on a full device"
 "$EMX" info >/dev/full 2>err && die "info to a full device ended with 0"
 grep -q 'standard output' err || die "no message for a full device"
 exit 0
