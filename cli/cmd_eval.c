@@ -321,9 +321,12 @@ done:
 }
 
 int cmd_eval(int argc, char **argv) {
-  static const struct argp_child children[] = {{&cli_session_argp, 0, NULL, 0}, {&cli_select_argp, 0, NULL, 0},
-                                               {&eval_cells_argp, 0, NULL, 0},  {&eval_ruler_argp, 0, NULL, 0},
-                                               {&cli_common_argp, 0, NULL, 0},  {&eval_task_argp, 0, NULL, 0},
+  static const struct argp_child children[] = {{&cli_session_argp, 0, NULL, 0},
+                                               {&cli_select_argp, 0, NULL, 0},
+                                               {&eval_cells_argp, 0, NULL, 0},
+                                               {&eval_ruler_argp, 0, NULL, 0},
+                                               {&cli_common_argp, 0, NULL, 0},
+                                               {&eval_task_argp, 0, NULL, 0},
                                                {0}};
   static const struct argp argp = {
       .options = option_table,

@@ -478,7 +478,8 @@ int cmd_train(int argc, char **argv) {
       .children = children,
       .args_doc = "-o DIR --data FILE...\n-o DIR --task TASK",
       .doc =
-          "Trains a decoder-only model on the bytes of text files, or on the samples of a synthetic task. DIR receives config.json, "
+          "Trains a decoder-only model on the bytes of text files, or on the samples of a synthetic task. DIR receives "
+          "config.json, "
           "model.safetensors, trainer.safetensors, "
           "log.jsonl (one object a step) and loss.svg.\v"
           "Ctrl-C ends after the step and saves; a second one stops at once and leaves the last "

@@ -26,7 +26,8 @@ static void usage(FILE *to) {
   for (int i = 0; i < COMMANDS; i++) fprintf(to, "  %-10s %s\n", commands[i].name, commands[i].summary);
   fprintf(to,
           "\n`emx COMMAND --help` lists a command's options. Data goes to standard output, progress to standard error.\n"
-          "Environment: EMX_THREADS, workers where -t is not given; EMX_ISA, the kernels: scalar, avx2 or avx512 (default: the best).\n"
+          "Environment: EMX_THREADS, workers where -t is not given; EMX_ISA, the kernels: scalar, avx2 or avx512 (default: the "
+          "best).\n"
           "Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.\n");
 }
 

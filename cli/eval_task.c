@@ -71,8 +71,7 @@ int eval_task(const eval_common *e, const eval_task_options *o) {
   for (int m = 0; m < e->n_models; m++) {
     int code = ladder(e, &o->task, e->models[m], exact[m]);
     if (code) return code;
-    series[m] =
-        (svg_series){.name = eval_model_name(e->models[m]), .x = x, .y = exact[m], .n = e->cells->n_len, .dots = true};
+    series[m] = (svg_series){.name = eval_model_name(e->models[m]), .x = x, .y = exact[m], .n = e->cells->n_len, .dots = true};
   }
   if (!e->svg) return CLI_OK;
   char title[96];

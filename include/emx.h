@@ -117,10 +117,10 @@ typedef void (*emx_parallel_for_fn)(void *user, int64_t n, emx_task_fn task, voi
 
 typedef struct emx_ctx_opts {
   uint32_t struct_size;
-  int32_t device;       /* EMX_DEVICE_*; default CPU */
-  int32_t device_index; /* which GPU; 0 */
-  int32_t threads;      /* workers; 0: EMX_THREADS from the environment, else the CPUs this process may run on */
-  void *stream;         /* cudaStream_t; NULL: the default stream. Ignored on the CPU */
+  int32_t device;                   /* EMX_DEVICE_*; default CPU */
+  int32_t device_index;             /* which GPU; 0 */
+  int32_t threads;                  /* workers; 0: EMX_THREADS from the environment, else the CPUs this process may run on */
+  void *stream;                     /* cudaStream_t; NULL: the default stream. Ignored on the CPU */
   emx_parallel_for_fn parallel_for; /* NULL: own threads. Otherwise the caller's, and `threads` says how many workers it has */
   void *parallel_user;
 } emx_ctx_opts;
@@ -276,9 +276,9 @@ typedef struct emx_attn_io {
   const emx_tensor *block_table;
   const emx_tensor *seqlens_q, *seqlens_k;
   const emx_tensor *cu_seqlens_q, *cu_seqlens_k;
-  const emx_tensor *d_o;                 /* backward: gradient of o, shape of q */
-  const emx_tensor *d_q, *d_k, *d_v;     /* backward: outputs; d_k, d_v are compact, with G heads */
-  const emx_tensor *lse;                 /* alpha = 1, instead of tau: natural log-sum-exp of the row's scores */
+  const emx_tensor *d_o;             /* backward: gradient of o, shape of q */
+  const emx_tensor *d_q, *d_k, *d_v; /* backward: outputs; d_k, d_v are compact, with G heads */
+  const emx_tensor *lse;             /* alpha = 1, instead of tau: natural log-sum-exp of the row's scores */
   /* [H] f64, optional: each query head's alpha, instead of desc->alpha. The call has tau then, never lse; rows of a head whose alpha is
    * exactly 1 hold their log-sum-exp in it. */
   const emx_tensor *alphas;
@@ -312,7 +312,7 @@ typedef struct emx_kv emx_kv; /* one layer's keys and values: a pool of pages, a
 
 /* Page summaries, side arrays indexed by physical page and KV head. */
 enum {
-  EMX_SUMMARY_MINMAX = 1, /* minimum and maximum of each coordinate, in the cache's dtype (2 D elements) */
+  EMX_SUMMARY_MINMAX = 1,  /* minimum and maximum of each coordinate, in the cache's dtype (2 D elements) */
   EMX_SUMMARY_MOMENTS = 2, /* mean and spread of each coordinate (2 D f32) and the radius of the page about its mean (f32) */
   EMX_SUMMARY_SKETCH = 4,  /* what CERTIFIED reads: centres and radii of 16 and 64 positions, 2+2-bit codes of every key */
   EMX_SUMMARY_RESIDUAL = 8 /* with SKETCH: 4 more bits a coordinate, which spare most reads of exact keys */
@@ -376,7 +376,7 @@ typedef struct emx_kv_batch {
   const int32_t *seqs;           /* [B] distinct ids, host memory; or NULL */
   const emx_tensor *block_table; /* i32 [B,M] physical pages, -1 absent */
   const emx_tensor *seq_lens;    /* i32 [B] */
-  int64_t max_len;               /* with tables: bound of the lengths after the call, where a GPU's host cannot read them; 0: look */
+  int64_t max_len; /* with tables: bound of the lengths after the call, where a GPU's host cannot read them; 0: look */
 } emx_kv_batch;
 EMX_API void emx_kv_batch_init_sized(emx_kv_batch *batch, size_t size);
 #define emx_kv_batch_init(batch) emx_kv_batch_init_sized((batch), sizeof *(batch))
@@ -393,13 +393,13 @@ EMX_API emx_status emx_kv_summarize(emx_ctx *ctx, emx_kv *kv, const emx_tensor *
 
 typedef struct emx_kv_summary {
   uint32_t struct_size;
-  int32_t valid;          /* 1: the summaries describe `tokens` tokens of this page */
+  int32_t valid; /* 1: the summaries describe `tokens` tokens of this page */
   int32_t tokens;
-  int32_t nonfinite;      /* 1: the page holds a NaN or an infinity in K and is always read */
-  const void *min, *max;  /* [D], cache dtype; NULL without EMX_SUMMARY_MINMAX */
-  const float *mean;      /* [D]; NULL without EMX_SUMMARY_MOMENTS */
-  const float *m2;        /* [D], sum of squared deviations from the mean: spread^2 = m2 / tokens */
-  float radius;           /* >= the largest distance of a key to `mean`; set when the page is complete, else +inf */
+  int32_t nonfinite;     /* 1: the page holds a NaN or an infinity in K and is always read */
+  const void *min, *max; /* [D], cache dtype; NULL without EMX_SUMMARY_MINMAX */
+  const float *mean;     /* [D]; NULL without EMX_SUMMARY_MOMENTS */
+  const float *m2;       /* [D], sum of squared deviations from the mean: spread^2 = m2 / tokens */
+  float radius;          /* >= the largest distance of a key to `mean`; set when the page is complete, else +inf */
   int32_t reserved;
 } emx_kv_summary;
 /* A look at one page's summaries for one KV head (tests, inspection), CPU only. Set out->struct_size first. Pointers are valid until
@@ -409,12 +409,13 @@ EMX_API emx_status emx_kv_get_summary(const emx_kv *kv, int32_t page, int32_t kv
 /* ------------------------------------------------------------------------------------------------ selection and decode */
 
 enum {
-  EMX_SELECT_ALL = 0,       /* every token; K streamed once; exact */
-  EMX_SELECT_TOPK = 1,      /* the pages with the best box bound, fixed token budget (EntmaxKV's first selector; Quest's score) */
-  EMX_SELECT_GAUSSIAN = 2,  /* threshold estimated from page means and spreads (EntmaxKV's second selector, eq. 19) */
-  EMX_SELECT_CERTIFIED = 3, /* exact without reading every key: tokens whose sound score bound lies below the threshold are left out.
+  EMX_SELECT_ALL = 0,      /* every token; K streamed once; exact */
+  EMX_SELECT_TOPK = 1,     /* the pages with the best box bound, fixed token budget (EntmaxKV's first selector; Quest's score) */
+  EMX_SELECT_GAUSSIAN = 2, /* threshold estimated from page means and spreads (EntmaxKV's second selector, eq. 19) */
+  EMX_SELECT_CERTIFIED =
+      3,               /* exact without reading every key: tokens whose sound score bound lies below the threshold are left out.
                              * Needs EMX_SUMMARY_SKETCH and alpha > 1; emx_decode only */
-  EMX_SELECT_PAGES = 4      /* emx_decode only: the caller's page lists */
+  EMX_SELECT_PAGES = 4 /* emx_decode only: the caller's page lists */
 };
 enum {
   EMX_TAU_EXACT = 0,     /* solve tau on what was selected */
@@ -424,15 +425,15 @@ enum {
 
 typedef struct emx_select_desc {
   uint32_t struct_size;
-  int32_t kind;     /* EMX_SELECT_* */
-  int32_t tau_mode; /* EMX_TAU_* */
-  int32_t tau_steps;       /* CORRECTED: steps; 0: 3 */
-  int64_t budget;          /* TOPK: tokens per query row, in whole pages, the newest page included; at least one page */
-  int64_t max_bytes;       /* CERTIFIED: stop a row once bytes_k + bytes_v + bytes_meta reach this; 0: none */
-  double max_delta;        /* CERTIFIED: stop when delta_bound is at most this; 0: exact */
-  float max_quantile;      /* GAUSSIAN: quantile of a page's maximum that is compared with the threshold; 0.995 */
-  float safety_margin;     /* GAUSSIAN: margin below the threshold, in units of the overall score spread; 0 */
-  float excess_margin;     /* GAUSSIAN: margin as a fraction of the threshold's excess over typical pages; 0.1 */
+  int32_t kind;        /* EMX_SELECT_* */
+  int32_t tau_mode;    /* EMX_TAU_* */
+  int32_t tau_steps;   /* CORRECTED: steps; 0: 3 */
+  int64_t budget;      /* TOPK: tokens per query row, in whole pages, the newest page included; at least one page */
+  int64_t max_bytes;   /* CERTIFIED: stop a row once bytes_k + bytes_v + bytes_meta reach this; 0: none */
+  double max_delta;    /* CERTIFIED: stop when delta_bound is at most this; 0: exact */
+  float max_quantile;  /* GAUSSIAN: quantile of a page's maximum that is compared with the threshold; 0.995 */
+  float safety_margin; /* GAUSSIAN: margin below the threshold, in units of the overall score spread; 0 */
+  float excess_margin; /* GAUSSIAN: margin as a fraction of the threshold's excess over typical pages; 0.1 */
   int32_t reserved;
 } emx_select_desc;
 EMX_API void emx_select_desc_init_sized(emx_select_desc *desc, size_t size); /* ALL, max_quantile 0.995, excess_margin 0.1 */
@@ -441,16 +442,19 @@ EMX_API void emx_select_desc_init_sized(emx_select_desc *desc, size_t size); /* 
 enum { EMX_STOP_DONE = 0, EMX_STOP_BUDGET = 1, EMX_STOP_BYTES = 2, EMX_STOP_DELTA = 3 };
 enum { EMX_PATH_ALL = 0, EMX_PATH_PAGES = 1, EMX_PATH_LADDER = 2 };
 enum {
-  EMX_REPORT_CERTIFIED = 1, /* tau was solved exactly, nothing unread can have weight, no score was NaN or +inf. V is not looked at */
-  EMX_REPORT_NONFINITE = 2  /* a score was NaN or +inf: the output is NaN */
+  EMX_REPORT_CERTIFIED =
+      1, /* tau was solved exactly, nothing unread can have weight, no score was NaN or +inf. V is not looked at */
+  EMX_REPORT_NONFINITE = 2 /* a score was NaN or +inf: the output is NaN */
 };
 
 /* What one query row did: 64 bytes, written where the work runs. Bytes are counted in 64-byte lines. */
 typedef struct emx_report {
-  float tau;          /* threshold used, (alpha-1) * score units; alpha = 1: NaN */
-  float delta_bound;  /* (rounded up) sound upper bound of the entmax (alpha = 1: softmax) mass of all tokens that were not read; 0 if certified */
-  float mass;         /* sum of the weights used: 1 up to rounding, except in EMX_TAU_FIXED and _CORRECTED */
-  float max_unread;   /* (rounded up) upper bound of (alpha-1) * score (alpha = 1: of the score) over all unread tokens; -inf if all were read */
+  float tau; /* threshold used, (alpha-1) * score units; alpha = 1: NaN */
+  float
+      delta_bound; /* (rounded up) sound upper bound of the entmax (alpha = 1: softmax) mass of all tokens that were not read; 0 if certified */
+  float mass; /* sum of the weights used: 1 up to rounding, except in EMX_TAU_FIXED and _CORRECTED */
+  float
+      max_unread; /* (rounded up) upper bound of (alpha-1) * score (alpha = 1: of the score) over all unread tokens; -inf if all were read */
   int32_t support;    /* tokens with a nonzero weight */
   int32_t tokens;     /* tokens whose key was read */
   int32_t pages;      /* pages read */
@@ -468,21 +472,21 @@ typedef struct emx_report {
  * 0 .. length-S+s (length counts the appended tokens). In this version S = 1 unless the selector is ALL. */
 typedef struct emx_decode_io {
   uint32_t struct_size;
-  int32_t layout;            /* of q, o, k_new, v_new: EMX_LAYOUT_BHND [B,H,S,D] or EMX_LAYOUT_BNHD [B,S,H,D] */
-  double alpha;              /* 1 or 1 < alpha <= 4 (GAUSSIAN, CERTIFIED: > 1) */
-  float scale;               /* 0: 1/sqrt(D) */
+  int32_t layout; /* of q, o, k_new, v_new: EMX_LAYOUT_BHND [B,H,S,D] or EMX_LAYOUT_BNHD [B,S,H,D] */
+  double alpha;   /* 1 or 1 < alpha <= 4 (GAUSSIAN, CERTIFIED: > 1) */
+  float scale;    /* 0: 1/sqrt(D) */
   int32_t reserved;
   const emx_tensor *q;             /* f32, f16 or bf16 */
   const emx_tensor *k_new, *v_new; /* emx_decode: S new tokens to append first, or NULL */
   const emx_tensor *o;             /* emx_decode: output, dtype of q or f32 */
   const emx_tensor *alibi_slopes;  /* [H] f32: score gets slope * (j - i) */
   /* Page lists, per row in BHND order: logical pages, ascending, unique. Outputs of emx_select; inputs of emx_decode with PAGES. */
-  const emx_tensor *pages;         /* [B,H,S,M] i32, -1 past the end */
-  const emx_tensor *n_pages;       /* [B,H,S] i32 */
-  const emx_tensor *bound;         /* [B,H,S] f32, emx_select: see emx_report.max_unread */
-  emx_report *reports;             /* row (b,h,s) at index (b*H + h)*S + s; NULL: none */
-  int64_t report_stride;           /* bytes between reports; 0: 64 */
-  const emx_tensor *alphas;        /* [H] f64, optional: each query head's alpha, instead of `alpha`; ranges as there */
+  const emx_tensor *pages;   /* [B,H,S,M] i32, -1 past the end */
+  const emx_tensor *n_pages; /* [B,H,S] i32 */
+  const emx_tensor *bound;   /* [B,H,S] f32, emx_select: see emx_report.max_unread */
+  emx_report *reports;       /* row (b,h,s) at index (b*H + h)*S + s; NULL: none */
+  int64_t report_stride;     /* bytes between reports; 0: 64 */
+  const emx_tensor *alphas;  /* [H] f64, optional: each query head's alpha, instead of `alpha`; ranges as there */
 } emx_decode_io;
 EMX_API void emx_decode_io_init_sized(emx_decode_io *io, size_t size); /* alpha 1.5 */
 #define emx_decode_io_init(io) emx_decode_io_init_sized((io), sizeof *(io))

@@ -40,8 +40,8 @@ typedef struct emx_named_tensor {
 /* Writes to a temporary name in the same folder, fsyncs, renames: an existing file is replaced whole or not at all. The data starts
  * at a multiple of 64 bytes and wide dtypes come first, so every tensor is aligned to its dtype (the format has no holes).
  * metadata: 2*n_metadata strings, key then value. */
-EMX_API emx_status emx_checkpoint_write(const char *path, const emx_named_tensor *tensors, int64_t n,
-                                        const char *const *metadata, int64_t n_metadata);
+EMX_API emx_status emx_checkpoint_write(const char *path, const emx_named_tensor *tensors, int64_t n, const char *const *metadata,
+                                        int64_t n_metadata);
 
 /* --------------------------------------------------------------------------------------------------------------- model */
 
@@ -51,9 +51,10 @@ enum { EMX_SLOPE_LINEAR = 0 /* 1/(h+1) */, EMX_SLOPE_EXP = 1 /* 2^-h */, EMX_SLO
  * NAPE: only the heads without ALiBi have it; otherwise all heads. */
 enum {
   EMX_ATTN_SCALE_NONE = 0,
-  EMX_ATTN_SCALE_SSMAX = 1,    /* s_h ln(i+2), s_h learned per layer and head (Nakanishi 2025) */
-  EMX_ATTN_SCALE_ASENTMAX = 2, /* 1 + softplus(w_h.x + b_h) ln(i+2)^(2 tanh(v_h.x + c_h)), x the normed state (Vasylenko et al. 2025) */
-  EMX_ATTN_SCALE_FOCAL = 3     /* 1 / focal_temperature, constant or learned per layer and head (Ram 2025) */
+  EMX_ATTN_SCALE_SSMAX = 1, /* s_h ln(i+2), s_h learned per layer and head (Nakanishi 2025) */
+  EMX_ATTN_SCALE_ASENTMAX =
+      2, /* 1 + softplus(w_h.x + b_h) ln(i+2)^(2 tanh(v_h.x + c_h)), x the normed state (Vasylenko et al. 2025) */
+  EMX_ATTN_SCALE_FOCAL = 3 /* 1 / focal_temperature, constant or learned per layer and head (Ram 2025) */
 };
 #define EMX_MAX_ALIBI_SLOPES 128
 
@@ -61,27 +62,27 @@ enum {
  * NAPE positions (Vasylenko et al. 2025): the first alibi_num_heads heads are ALiBi, the others have no position. */
 typedef struct emx_model_config {
   uint32_t struct_size;
-  int32_t vocab_size;        /* 256: bytes */
+  int32_t vocab_size; /* 256: bytes */
   int32_t hidden_size;
   int32_t intermediate_size;
   int32_t num_layers;
   int32_t num_heads;
   int32_t num_kv_heads;
   int32_t head_dim;
-  int32_t position_type;     /* EMX_POSITION_* */
+  int32_t position_type; /* EMX_POSITION_* */
   int32_t alibi_num_heads;
-  int32_t alibi_slope_type;  /* EMX_SLOPE_* */
-  int32_t attn_scale_type;   /* EMX_ATTN_SCALE_* */
+  int32_t alibi_slope_type; /* EMX_SLOPE_* */
+  int32_t attn_scale_type;  /* EMX_ATTN_SCALE_* */
   int32_t tie_word_embeddings;
-  int32_t max_position;      /* length of training, a record; longer contexts are allowed */
+  int32_t max_position; /* length of training, a record; longer contexts are allowed */
   double rms_norm_eps;
-  double entmax_alpha;       /* 1: softmax; with alpha_learned between 1.01 and 2, both excluded */
-  double rope_theta;         /* ROPE: base of the wavelengths; 10000 */
-  double focal_temperature;  /* FOCAL: what scores are divided by; 0.4 */
-  int32_t focal_learned;     /* FOCAL, 1: a temperature per layer and head, which starts at focal_temperature */
-  int32_t alpha_learned;     /* 1: an alpha per layer and head, 1 + sigmoid(a) (Correia et al. 2019), which starts at entmax_alpha */
+  double entmax_alpha;      /* 1: softmax; with alpha_learned between 1.01 and 2, both excluded */
+  double rope_theta;        /* ROPE: base of the wavelengths; 10000 */
+  double focal_temperature; /* FOCAL: what scores are divided by; 0.4 */
+  int32_t focal_learned;    /* FOCAL, 1: a temperature per layer and head, which starts at focal_temperature */
+  int32_t alpha_learned; /* 1: an alpha per layer and head, 1 + sigmoid(a) (Correia et al. 2019), which starts at entmax_alpha */
   double alibi_slopes[EMX_MAX_ALIBI_SLOPES]; /* GIVEN: one per ALiBi head, from 0 */
-  int32_t task;              /* EMX_TASK_* whose tokens these are; EMX_TASK_NONE: bytes */
+  int32_t task;                              /* EMX_TASK_* whose tokens these are; EMX_TASK_NONE: bytes */
   int32_t reserved;
 } emx_model_config;
 /* 4 layers of width 192, 6 heads of 32 over 3 KV heads, 3 of them ALiBi, gated width 512, bytes, tied head, alpha 1.5. */
@@ -104,12 +105,12 @@ EMX_API emx_status emx_model_get_config(const emx_model *model, emx_model_config
 typedef struct emx_session emx_session;
 typedef struct emx_session_opts {
   uint32_t struct_size;
-  int32_t kv_dtype;      /* EMX_BF16 (default), EMX_F16, EMX_F32 */
-  int32_t page_size;     /* 16 */
-  int32_t summaries;     /* EMX_SUMMARY_*; default both */
-  int32_t chunk;         /* tokens per prefill chunk; 512 */
-  int32_t max_sessions;  /* forks that may exist at the same time; 16 */
-  int64_t max_tokens;    /* 4096; of the whole pool: shared pages count once. Beyond the machine's memory: NOMEM with the bytes */
+  int32_t kv_dtype;     /* EMX_BF16 (default), EMX_F16, EMX_F32 */
+  int32_t page_size;    /* 16 */
+  int32_t summaries;    /* EMX_SUMMARY_*; default both */
+  int32_t chunk;        /* tokens per prefill chunk; 512 */
+  int32_t max_sessions; /* forks that may exist at the same time; 16 */
+  int64_t max_tokens;   /* 4096; of the whole pool: shared pages count once. Beyond the machine's memory: NOMEM with the bytes */
 } emx_session_opts;
 EMX_API void emx_session_opts_init_sized(emx_session_opts *opts, size_t size); /* the numbers in the comments above */
 #define emx_session_opts_init(opts) emx_session_opts_init_sized((opts), sizeof *(opts))
@@ -136,17 +137,17 @@ EMX_API emx_status emx_session_decode(emx_session *s, int32_t token, float *logi
 /* Sums over all decode calls of this session since the last reset, over layers, query heads and steps. */
 typedef struct emx_session_stats {
   uint32_t struct_size;
-  int32_t nonfinite;        /* 1: some report had EMX_REPORT_NONFINITE */
-  int64_t tokens;           /* decode calls */
-  int64_t rows;             /* reports: tokens * layers * heads */
-  int64_t certified;        /* rows with EMX_REPORT_CERTIFIED */
+  int32_t nonfinite; /* 1: some report had EMX_REPORT_NONFINITE */
+  int64_t tokens;    /* decode calls */
+  int64_t rows;      /* reports: tokens * layers * heads */
+  int64_t certified; /* rows with EMX_REPORT_CERTIFIED */
   double support_sum;
   double delta_bound_sum, delta_bound_max;
   double mass_min, mass_max;
   int64_t bytes_k, bytes_v, bytes_meta;
-  int64_t bytes_full;       /* K and V of every visible token, once per row: what a dense softmax decode would read */
-  double attn_seconds;      /* inside emx_decode */
-  double seconds;           /* inside emx_session_decode */
+  int64_t bytes_full;  /* K and V of every visible token, once per row: what a dense softmax decode would read */
+  double attn_seconds; /* inside emx_decode */
+  double seconds;      /* inside emx_session_decode */
 } emx_session_stats;
 EMX_API emx_status emx_session_get_stats(const emx_session *s, emx_session_stats *stats); /* set struct_size first */
 EMX_API void emx_session_reset_stats(emx_session *s);
@@ -166,7 +167,8 @@ EMX_API emx_status emx_session_logits(emx_session *s, float *logits);
 enum { EMX_CACHE_KV = 1, EMX_CACHE_SESSION = 2 };
 
 /* Saves n sequences of a cache; pages that they share are stored once and shared again when they are loaded. */
-EMX_API emx_status emx_kv_save(const emx_kv *kv, const int32_t *seqs, int32_t n, const char *path, emx_progress_fn progress, void *user);
+EMX_API emx_status emx_kv_save(const emx_kv *kv, const int32_t *seqs, int32_t n, const char *path, emx_progress_fn progress,
+                               void *user);
 /* Adds the sequences of a file to a cache of the same dtype, page size, heads and head dim; layout, summaries and pool may differ. Summaries
  * are rebuilt from the keys, with the bits that they had if the CPU is of the same kind. seqs [room] takes the new ids, in the order of
  * the save, *n their number. */
@@ -195,9 +197,9 @@ EMX_API emx_status emx_cache_get_info(const char *path, emx_cache_info *info); /
 
 typedef struct emx_sample_opts {
   uint32_t struct_size;
-  int32_t top_k;        /* 0: all */
-  float temperature;    /* 0: greedy, the lowest token id among equals */
-  float top_p;          /* 1: all */
+  int32_t top_k;     /* 0: all */
+  float temperature; /* 0: greedy, the lowest token id among equals */
+  float top_p;       /* 1: all */
   uint64_t seed;
 } emx_sample_opts;
 EMX_API void emx_sample_opts_init_sized(emx_sample_opts *opts, size_t size); /* greedy, top_p 1 */
@@ -227,13 +229,14 @@ EMX_API const char *emx_task_name(int32_t kind);
 
 typedef struct emx_task_desc {
   uint32_t struct_size;
-  int32_t kind;       /* EMX_TASK_* */
-  int32_t split;      /* EMX_SPLIT_*; default train */
-  int32_t answers;    /* retrieval: tokens of the answer, steps along the cycle; 2. More of them in training are more labels a sample */
+  int32_t kind;  /* EMX_TASK_* */
+  int32_t split; /* EMX_SPLIT_*; default train */
+  int32_t
+      answers; /* retrieval: tokens of the answer, steps along the cycle; 2. More of them in training are more labels a sample */
   uint64_t seed;      /* 1 */
   int64_t min_length; /* nominal length of a sample, uniform from min to max; the defaults are those of the task's recipe */
   int64_t max_length;
-  double p_write;     /* flip-flop: share of writes among the commands in the middle; 0.8 */
+  double p_write; /* flip-flop: share of writes among the commands in the middle; 0.8 */
 } emx_task_desc;
 EMX_API void emx_task_desc_init_sized(emx_task_desc *task, size_t size, int32_t kind);
 #define emx_task_desc_init(task, kind) emx_task_desc_init_sized((task), sizeof *(task), (kind))
@@ -273,18 +276,18 @@ EMX_API emx_status emx_task_evaluate(emx_model *model, const emx_task_desc *task
 typedef struct emx_trainer emx_trainer;
 typedef struct emx_train_opts {
   uint32_t struct_size;
-  int32_t save_dtype;       /* of model.safetensors: EMX_BF16 (default) or EMX_F32; the trainer's own state is always f32 */
-  int64_t steps;            /* total, warm-up included */
-  int64_t warmup;           /* steps of linear warm-up, then cosine to min_lr */
-  int64_t length;           /* tokens per sequence of text; tasks have their own */
-  int64_t batch;            /* sequences per step */
-  int64_t long_length;      /* every long_every-th step uses sequences of this length, at the same number of tokens; 0: never */
+  int32_t save_dtype;  /* of model.safetensors: EMX_BF16 (default) or EMX_F32; the trainer's own state is always f32 */
+  int64_t steps;       /* total, warm-up included */
+  int64_t warmup;      /* steps of linear warm-up, then cosine to min_lr */
+  int64_t length;      /* tokens per sequence of text; tasks have their own */
+  int64_t batch;       /* sequences per step */
+  int64_t long_length; /* every long_every-th step uses sequences of this length, at the same number of tokens; 0: never */
   int64_t long_every;
   double lr, min_lr;
   double beta1, beta2, eps, weight_decay; /* AdamW; decay on matrices only */
-  double clip;              /* global norm of the gradient */
-  double embed_std;         /* of the initial embedding; 0.02. Large: tokens start, and nearly stay, random codes */
-  uint64_t seed;            /* initial weights and the order of the data: sample i of step t depends on (seed, t, i) alone */
+  double clip;                            /* global norm of the gradient */
+  double embed_std;                       /* of the initial embedding; 0.02. Large: tokens start, and nearly stay, random codes */
+  uint64_t seed; /* initial weights and the order of the data: sample i of step t depends on (seed, t, i) alone */
 } emx_train_opts;
 /* 10000 steps (200 of warm-up) of 16 sequences of 512; lr 2e-3 to 2e-4, beta 0.9 and 0.95, eps 1e-8, weight_decay 0.1, clip 1, seed 1. */
 EMX_API void emx_train_opts_init_sized(emx_train_opts *opts, size_t size);
@@ -299,7 +302,8 @@ typedef struct emx_train_data {
   int64_t n_files;
   const uint8_t *const *files;
   const int64_t *sizes;
-  const emx_task_desc *task; /* copied; NULL: text. With a task there are no files, and config.task and vocab_size are the task's */
+  const emx_task_desc
+      *task; /* copied; NULL: text. With a task there are no files, and config.task and vocab_size are the task's */
 } emx_train_data;
 EMX_API void emx_train_data_init_sized(emx_train_data *data, size_t size);
 #define emx_train_data_init(data) emx_train_data_init_sized((data), sizeof *(data))
@@ -310,17 +314,17 @@ EMX_API emx_status emx_trainer_create(emx_ctx *ctx, const emx_model_config *conf
 /* Continues from a folder that emx_trainer_save wrote; opts and data must be those of the first run (checked). The continued run is
  * bit-identical to an uninterrupted one, for any number of threads, with the same build on the same kind of CPU (the BLAS picks its
  * kernels by CPU). Errors: IO, FORMAT (files that are damaged or contradict each other), INVALID (what differs), NOMEM. */
-EMX_API emx_status emx_trainer_resume(emx_ctx *ctx, const char *folder, const emx_train_opts *opts,
-                                      const emx_train_data *data, emx_trainer **out);
+EMX_API emx_status emx_trainer_resume(emx_ctx *ctx, const char *folder, const emx_train_opts *opts, const emx_train_data *data,
+                                      emx_trainer **out);
 EMX_API void emx_trainer_destroy(emx_trainer *t);
 
 typedef struct emx_train_stats {
   uint32_t struct_size;
   int32_t reserved;
-  int64_t step;       /* steps done */
-  int64_t tokens;     /* in this step */
-  double loss;        /* mean nats a token (a label, for a task), of this step's batch before the update */
-  double grad_norm;   /* before clipping */
+  int64_t step;     /* steps done */
+  int64_t tokens;   /* in this step */
+  double loss;      /* mean nats a token (a label, for a task), of this step's batch before the update */
+  double grad_norm; /* before clipping */
   double lr;
 } emx_train_stats;
 /* One optimiser step; STATE when all are done. EMX_ERR_NONFINITE when the loss or a gradient is NaN or infinite: the weights are those before the step, and

@@ -21,11 +21,12 @@
 #if defined(__GNUC__)
 __attribute__((format(printf, 2, 3)))
 #endif
-EMXI_SHARED emx_status emxi_fail(emx_status status, const char *format, ...);
+EMXI_SHARED emx_status
+emxi_fail(emx_status status, const char *format, ...);
 
-#define EMX_TRY(call)                       \
-  do {                                      \
-    emx_status emx_try_status_ = (call);    \
+#define EMX_TRY(call)                            \
+  do {                                           \
+    emx_status emx_try_status_ = (call);         \
     if (emx_try_status_) return emx_try_status_; \
   } while (0)
 
@@ -65,13 +66,16 @@ EMXI_SHARED emx_status emxi_arena_check(const emxi_arena *a, const char *who);
 /* -- tensors */
 bool emxi_is_float(int32_t dtype);
 /* ndim, known dtype, non-negative shape, positive strides, contiguous last dimension, device of ctx. For size queries. */
-EMXI_SHARED emx_status emxi_tensor_layout(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const char *who, const char *name);
-EMXI_SHARED emx_status emxi_tensor_shape(const emx_tensor *t, int32_t ndim, const int64_t *shape, const char *who, const char *name);
+EMXI_SHARED emx_status emxi_tensor_layout(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const char *who,
+                                          const char *name);
+EMXI_SHARED emx_status emxi_tensor_shape(const emx_tensor *t, int32_t ndim, const int64_t *shape, const char *who,
+                                         const char *name);
 /* The layout, and data unless empty. */
-EMXI_SHARED emx_status emxi_tensor_check(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const char *who, const char *name);
+EMXI_SHARED emx_status emxi_tensor_check(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const char *who,
+                                         const char *name);
 /* Additionally the shape. */
-EMXI_SHARED emx_status emxi_tensor_expect(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const int64_t *shape, const char *who,
-                              const char *name);
+EMXI_SHARED emx_status emxi_tensor_expect(const emx_ctx *ctx, const emx_tensor *t, int32_t ndim, const int64_t *shape,
+                                          const char *who, const char *name);
 
 /* 1, or 1 + 1e-6 to 4: closer to 1 the exponent 1/(alpha-1) leaves double's reach, and softmax is within every float of it. */
 EMXI_SHARED emx_status emxi_alpha_check(double alpha, const char *who);
@@ -103,12 +107,12 @@ EMXI_SHARED emx_status emxi_parallel(emx_ctx *ctx, int64_t n, emx_task_fn fn, vo
 EMXI_SHARED void emxi_ctx_lock(emx_ctx *ctx);
 EMXI_SHARED void emxi_ctx_unlock(emx_ctx *ctx);
 static inline bool emxi_cancelled(emx_ctx *ctx) { return atomic_load_explicit(&ctx->cancelled, memory_order_relaxed) != 0; }
-#define EMXI_LOCKED(ctx, call)            \
-  do {                                    \
-    emxi_ctx_lock(ctx);                   \
+#define EMXI_LOCKED(ctx, call)              \
+  do {                                      \
+    emxi_ctx_lock(ctx);                     \
     emx_status emx_locked_status_ = (call); \
-    emxi_ctx_unlock(ctx);                 \
-    return emx_locked_status_;            \
+    emxi_ctx_unlock(ctx);                   \
+    return emx_locked_status_;              \
   } while (0)
 
 #endif

@@ -12,11 +12,11 @@
 struct emxi_pool {
   pthread_mutex_t lock;
   pthread_cond_t wake, done;
-  pid_t pid;        /* of the process whose threads these are */
-  int32_t threads;  /* workers, the caller included */
-  int32_t started;  /* threads that run */
-  uint64_t round;   /* a new value wakes the workers */
-  int32_t busy;     /* workers still in this round */
+  pid_t pid;       /* of the process whose threads these are */
+  int32_t threads; /* workers, the caller included */
+  int32_t started; /* threads that run */
+  uint64_t round;  /* a new value wakes the workers */
+  int32_t busy;    /* workers still in this round */
   bool stop;
   emx_task_fn task;
   void *arg;

@@ -11,9 +11,7 @@
 
 #define STR_(x) #x
 #define STR(x) STR_(x)
-const char *emx_version(void) {
-  return STR(EMX_VERSION_MAJOR) "." STR(EMX_VERSION_MINOR) "." STR(EMX_VERSION_PATCH);
-}
+const char *emx_version(void) { return STR(EMX_VERSION_MAJOR) "." STR(EMX_VERSION_MINOR) "." STR(EMX_VERSION_PATCH); }
 int32_t emx_abi_version(void) { return EMX_ABI_VERSION; }
 
 static _Thread_local char detail[512];
@@ -30,10 +28,10 @@ emx_status emxi_fail(emx_status status, const char *format, ...) {
 const char *emx_last_error(void) { return detail; }
 
 const char *emx_status_name(emx_status status) {
-  static const char *const names[] = {"EMX_OK",           "EMX_ERR_INVALID",   "EMX_ERR_SHAPE",     "EMX_ERR_DTYPE",
-                                      "EMX_ERR_UNSUPPORTED", "EMX_ERR_NOMEM",  "EMX_ERR_WORKSPACE", "EMX_ERR_IO",
-                                      "EMX_ERR_FORMAT",   "EMX_ERR_DEVICE",    "EMX_ERR_STATE",     "EMX_ERR_CANCELLED",
-                                      "EMX_ERR_NONFINITE", "EMX_ERR_INTERNAL"};
+  static const char *const names[] = {
+      "EMX_OK",        "EMX_ERR_INVALID",   "EMX_ERR_SHAPE",     "EMX_ERR_DTYPE",   "EMX_ERR_UNSUPPORTED",
+      "EMX_ERR_NOMEM", "EMX_ERR_WORKSPACE", "EMX_ERR_IO",        "EMX_ERR_FORMAT",  "EMX_ERR_DEVICE",
+      "EMX_ERR_STATE", "EMX_ERR_CANCELLED", "EMX_ERR_NONFINITE", "EMX_ERR_INTERNAL"};
   if (status > 0 || status <= -(int)(sizeof names / sizeof *names)) return "unknown status";
   return names[-status];
 }
@@ -43,7 +41,8 @@ emx_status emxi_struct_check(const void *p, size_t size, const char *who, const 
   if (!p) return emxi_fail(EMX_ERR_INVALID, "%s: the %s is NULL", who, type);
   memcpy(&have, p, sizeof have);
   if (have < size)
-    return emxi_fail(EMX_ERR_INVALID, "%s: %s.struct_size is %u, expected %zu: fill the struct with %s_init", who, type, have, size, type);
+    return emxi_fail(EMX_ERR_INVALID, "%s: %s.struct_size is %u, expected %zu: fill the struct with %s_init", who, type, have,
+                     size, type);
   for (size_t i = size; i < have; i++)
     if (((const unsigned char *)p)[i])
       return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: this %s uses fields of a later version than %s", who, type, emx_version());
@@ -145,9 +144,7 @@ const char *emx_dtype_name(int32_t dtype) {
   }
   return "unknown";
 }
-bool emxi_is_float(int32_t dtype) {
-  return dtype == EMX_F32 || dtype == EMX_F16 || dtype == EMX_BF16 || dtype == EMX_F64;
-}
+bool emxi_is_float(int32_t dtype) { return dtype == EMX_F32 || dtype == EMX_F16 || dtype == EMX_BF16 || dtype == EMX_F64; }
 
 emx_tensor emx_tensor_view(void *data, int32_t dtype, int32_t ndim, const int64_t *shape) {
   emx_tensor t = {.data = data, .dtype = dtype, .device = EMX_DEVICE_CPU, .ndim = ndim};
@@ -168,7 +165,8 @@ emx_status emxi_tensor_layout(const emx_ctx *ctx, const emx_tensor *t, int32_t n
   if (t->device != ctx->device)
     return emxi_fail(EMX_ERR_INVALID, "%s: %s is on device kind %d, the context on %d", who, name, t->device, ctx->device);
   if (t->device_index != ctx->device_index)
-    return emxi_fail(EMX_ERR_INVALID, "%s: %s is on device %d, the context on device %d", who, name, t->device_index, ctx->device_index);
+    return emxi_fail(EMX_ERR_INVALID, "%s: %s is on device %d, the context on device %d", who, name, t->device_index,
+                     ctx->device_index);
   size_t span = emx_dtype_size(t->dtype);
   for (int d = 0; d < ndim; d++) {
     if (t->shape[d] < 0)

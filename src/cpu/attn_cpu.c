@@ -120,7 +120,7 @@ static double alpha_slope(double alpha, double p) {
 }
 
 #define REAL float
-#define TINY 1e-37f /* above what underflow hides in a score */
+#define TINY 1e-37f     /* above what underflow hides in a score */
 #define ROOT_TINY 1e-21 /* above what underflow of squares hides in a norm */
 #define TABLE emxi_table
 #define FN(name) name

@@ -69,7 +69,8 @@ static emx_status cpu_memory_alloc(emx_ctx *ctx, size_t bytes, void **out) {
     return emxi_fail(EMX_ERR_NOMEM, "%zu bytes of memory are needed, the machine has %zu in all", bytes, emxi_physical_memory());
 #if defined(MADV_HUGEPAGE)
   /* Pages of a cache lie all over its pool: with small pages of memory each one costs a walk of the page table. Advice only. */
-  const uintptr_t huge = (uintptr_t)1 << 21, from = ((uintptr_t)p + huge - 1) & ~(huge - 1), to = ((uintptr_t)p + bytes) & ~(huge - 1);
+  const uintptr_t huge = (uintptr_t)1 << 21, from = ((uintptr_t)p + huge - 1) & ~(huge - 1),
+                  to = ((uintptr_t)p + bytes) & ~(huge - 1);
   if (from < to) (void)madvise((void *)from, to - from, MADV_HUGEPAGE);
 #endif
   *out = p;

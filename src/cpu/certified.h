@@ -8,13 +8,13 @@
 #include "cpu/sketch_kernels.h"
 
 #define CERT_ROWS 8
-#define CERT_CHUNK 65536               /* positions */
-#define CERT_SUPERS (CERT_CHUNK / 64)  /* of a chunk */
+#define CERT_CHUNK 65536                 /* positions */
+#define CERT_SUPERS (CERT_CHUNK / 64)    /* of a chunk */
 #define CERT_CANDIDATES (CERT_CHUNK / 4) /* of a row and chunk that the planes leave; more: the item takes ALL's path */
-#define CERT_FOUND 2048                /* scores above the limit of a row and chunk; more: the same */
-#define CERT_SEEDS 2                   /* superpages with the best centres, and as many with the best bounds */
-#define CERT_BLOCK EMXI_SKETCH_BLOCK   /* groups judged at a time */
-#define CERT_PROBE 256                 /* groups of a probe */
+#define CERT_FOUND 2048                  /* scores above the limit of a row and chunk; more: the same */
+#define CERT_SEEDS 2                     /* superpages with the best centres, and as many with the best bounds */
+#define CERT_BLOCK EMXI_SKETCH_BLOCK     /* groups judged at a time */
+#define CERT_PROBE 256                   /* groups of a probe */
 #define CERT_READ 0x80
 
 typedef struct cert_query {
@@ -43,14 +43,14 @@ typedef struct cert_count {
 /* Candidates and exact scores of one chunk, or of the item itself. */
 typedef struct cert_slot {
   int32_t item, chunk;
-  bool full;                  /* a list was too short */
-  int64_t next;               /* chunk: the first superpage that was not judged, for a limit in bytes */
-  cert_list found[CERT_ROWS]; /* a chunk's starts with the item's */
+  bool full;                        /* a list was too short */
+  int64_t next;                     /* chunk: the first superpage that was not judged, for a limit in bytes */
+  cert_list found[CERT_ROWS];       /* a chunk's starts with the item's */
   emxi_sketch_sink left[CERT_ROWS]; /* [cap] candidates: upper bounds of scores, positions */
   int64_t cap;
   cert_count count[CERT_ROWS];
-  uint8_t *pages[CERT_ROWS];  /* chunk: bit set: a key of this page was read; [CHUNK/16/8] */
-  struct {                    /* chunk: best superpages, by centre and by bound */
+  uint8_t *pages[CERT_ROWS]; /* chunk: bit set: a key of this page was read; [CHUNK/16/8] */
+  struct {                   /* chunk: best superpages, by centre and by bound */
     double value;
     int32_t super;
   } best[CERT_ROWS][2][CERT_SEEDS];
@@ -73,10 +73,10 @@ typedef struct cert_item {
   int8_t *q8;             /* [2 rows, LD]: a of every row, then b of every row */
   cert_query query[CERT_ROWS];
   bool bad[CERT_ROWS];
-  cert_slot own;          /* the newest keys, the best superpages, the probe */
-  cert_slot *slots;       /* its chunks */
-  float *upper;           /* [rows, supers_ld] of superpages' scores */
-  uint8_t *taken;         /* [supers_ld] CERT_READ: superpage was read; bit g: group g was judged by the probe */
+  cert_slot own;    /* the newest keys, the best superpages, the probe */
+  cert_slot *slots; /* its chunks */
+  float *upper;     /* [rows, supers_ld] of superpages' scores */
+  uint8_t *taken;   /* [supers_ld] CERT_READ: superpage was read; bit g: group g was judged by the probe */
   int64_t supers_ld;
   int64_t first;  /* item of the wave with the same sequence whose `valid` holds for all of them */
   uint8_t *valid; /* [supers_ld] the superpage's record describes its pages */

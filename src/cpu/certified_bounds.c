@@ -172,7 +172,8 @@ static void list_group(const cert_item *it, block *b, int64_t position, unsigned
   b->from[b->n] = position;
   b->rows[b->n++] = (uint8_t)rows;
   __builtin_prefetch(heads_of(it) + at, 0, 3);
-  emxi_prefetch((const char *)(kv->sketch.centre + ((int64_t)it->g * kv->sketch.groups + at) * kv->sketch.dp), (size_t)kv->sketch.dp);
+  emxi_prefetch((const char *)(kv->sketch.centre + ((int64_t)it->g * kv->sketch.groups + at) * kv->sketch.dp),
+                (size_t)kv->sketch.dp);
 }
 
 /* Centres and balls: the groups that may matter stay, their planes are on their way. */
@@ -292,7 +293,8 @@ static inline double loose4(const emxi_sketch_query *c, const emxi_sketch_group 
   return c->norm * (double)g->error4 + c->e1 * ((double)g->radius + (double)g->error4);
 }
 /* Keys of group x whose estimates are above the limit. */
-static void keep_hot(scan *s, int r, const emxi_sketch_row *row, int x, int32_t from, double norm, const int32_t *dot, unsigned mask) {
+static void keep_hot(scan *s, int r, const emxi_sketch_row *row, int x, int32_t from, double norm, const int32_t *dot,
+                     unsigned mask) {
   for (; mask; mask &= mask - 1) {
     const int t = __builtin_ctz(mask);
     const float up = row->base[x] + (float)(2 * dot[t] - row->zero) * row->scale[x];
@@ -326,7 +328,8 @@ static void read_planes(scan *s, block *b) {
     const double norm = (double)from16(head[b->at[i]].norm_k);
     for (int r = 0; r < it->rows; r++)
       if (mask[r]) keep_hot(s, r, &b->want[r], x, (int32_t)b->from[i], norm, dot + r * EMXI_GROUP, mask[r]);
-    for (int r = 0; r < it->rows; r++) make_room(s->slot, r, (b->n - i) * EMXI_GROUP); /* some went from the hot ones to the others */
+    for (int r = 0; r < it->rows; r++)
+      make_room(s->slot, r, (b->n - i) * EMXI_GROUP); /* some went from the hot ones to the others */
   }
   for (int r = 0; r < it->rows; r++) s->slot->count[r].bytes_meta += (high_only + low) * k->dp * 4;
   for (int i = 0; i < b->n_exact && !s->slot->full; i++) {
@@ -356,7 +359,8 @@ void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch) {
       if (slot->count[r].bytes_k + slot->count[r].bytes_meta >= it->chunk_bytes) to = p;
     for (; p < to && listed->n + listed->n_exact <= CERT_BLOCK - 4; p++) {
       unsigned rows = 0;
-      for (int r = 0; r < it->rows; r++) rows |= (unsigned)!((double)it->upper[r * it->supers_ld + p] <= slot->found[r].limit) << r;
+      for (int r = 0; r < it->rows; r++)
+        rows |= (unsigned)!((double)it->upper[r * it->supers_ld + p] <= slot->found[r].limit) << r;
       for (int64_t x = 0; rows && x < EMXI_SUPER; x += EMXI_GROUP)
         if (!cert_own(it, p * EMXI_SUPER + x)) list_group(it, listed, p * EMXI_SUPER + x, rows);
     }

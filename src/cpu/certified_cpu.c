@@ -23,8 +23,8 @@
 
 /* Tokens times head dimension below which ALL's path is as fast on keys that give nothing away. A variable for the tests alone. */
 int64_t emxi_certified_short = (int64_t)1 << 21;
-#define MIN_SLOTS 32  /* chunks in flight: several items together when sequences are short */
-#define FLAT 128      /* scores above the limit after the seeds */
+#define MIN_SLOTS 32   /* chunks in flight: several items together when sequences are short */
+#define FLAT 128       /* scores above the limit after the seeds */
 #define MAX_SHARE 0.75 /* of keys that the planes leave: more, and ALL's path is faster */
 
 /* ---- exact keys */
@@ -74,7 +74,8 @@ void emxi_cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t
   const int64_t key = (int64_t)kv->D * (int64_t)emx_dtype_size(kv->dtype), page = from % CERT_CHUNK / kv->P;
   float s[CERT_ROWS * EMXI_SUPER];
   it->k->dot[emxi_slot(kv->dtype)](it->q + first * EMXI_QLD, EMXI_QLD, rows,
-                                   emxi_kv_k(kv, it->table[from / kv->P], it->g, from % kv->P), kv->k_token, n, kv->D, s, EMXI_SUPER);
+                                   emxi_kv_k(kv, it->table[from / kv->P], it->g, from % kv->P), kv->k_token, n, kv->D, s,
+                                   EMXI_SUPER);
   for (int h = first; h < first + rows; h++) {
     const cert_query *c = &it->query[h];
     float *score = s + (h - first) * EMXI_SUPER;
@@ -127,8 +128,8 @@ typedef struct job {
   emxi_decode all; /* the same with ALL */
   cert_item *items;
   cert_slot *slots;
-  emxi_work *work;    /* [threads] */
-  cert_list *scratch; /* [threads] */
+  emxi_work *work;        /* [threads] */
+  cert_list *scratch;     /* [threads] */
   emxi_sketch_sink *heap; /* [threads] with a limit: candidates of one row */
   bool limited;           /* max_bytes or max_delta */
   int64_t n_items, n_slots;
@@ -254,7 +255,8 @@ static void check_chunk(void *arg, int64_t i, int32_t worker) {
   const int64_t from = (int64_t)s->chunk * CERT_SUPERS, per = EMXI_SUPER / it->d->kv->P;
   (void)worker;
   if (it->first != s->item) return;
-  for (int64_t p = from; p < from + CERT_SUPERS && p < it->supers; p++) it->valid[p] = emxi_sketch_super_valid(it->d->kv, it->table + p * per);
+  for (int64_t p = from; p < from + CERT_SUPERS && p < it->supers; p++)
+    it->valid[p] = emxi_sketch_super_valid(it->d->kv, it->table + p * per);
 }
 
 static void bound_chunk(void *arg, int64_t i, int32_t worker) {
@@ -287,15 +289,15 @@ static void read_range(cert_item *it, int64_t from, int64_t to) {
 /* Bound of the mass of what is neither in the list nor known to lie below its limit: candidates, and superpages in upper[]. */
 static double bound_dropped(const cert_item *it, int r, const cert_list *list, const float *up, int64_t n) {
   float top = it->k->max(list->s, list->n);
-  const emxi_dropped x = {.k = it->k,
-                          .alpha = it->query[r].alpha,
-                          .list = list->s,
-                          .n = list->n,
-                          .top = top,
-                          .tau_low = list->limit * it->query[r].a,
-                          .slack = list->slack,
-                          .far = {{.up = up, .n = n, .times = 1},
-                                  {.up = it->upper + r * it->supers_ld, .n = it->supers, .times = EMXI_SUPER}}};
+  const emxi_dropped x = {
+      .k = it->k,
+      .alpha = it->query[r].alpha,
+      .list = list->s,
+      .n = list->n,
+      .top = top,
+      .tau_low = list->limit * it->query[r].a,
+      .slack = list->slack,
+      .far = {{.up = up, .n = n, .times = 1}, {.up = it->upper + r * it->supers_ld, .n = it->supers, .times = EMXI_SUPER}}};
   return emxi_cpu_dropped_mass(&x);
 }
 
@@ -439,10 +441,12 @@ static bool settle(cert_item *it, cert_slot *all, cert_slot *from, int r, cert_l
 }
 
 /* The same with a limit: best bound first, until nothing is left that can have weight, or enough has been read. False: as above. */
-static bool settle_limited(const job *j, cert_item *it, cert_slot *all, int r, emxi_row *row, cert_list *scratch, emxi_sketch_sink *heap) {
+static bool settle_limited(const job *j, cert_item *it, cert_slot *all, int r, emxi_row *row, cert_list *scratch,
+                           emxi_sketch_sink *heap) {
   const emx_select_desc *select = &j->d->select;
   const emxi_sketch *k = &it->d->kv->sketch;
-  const int64_t chunks = cert_chunks(it->length), line = emxi_lines((int64_t)it->d->kv->D * (int64_t)emx_dtype_size(it->d->kv->dtype));
+  const int64_t chunks = cert_chunks(it->length),
+                line = emxi_lines((int64_t)it->d->kv->D * (int64_t)emx_dtype_size(it->d->kv->dtype));
   cert_list *list = &all->found[r];
   cert_count *count = &all->count[r];
   heap->n = 0;
@@ -496,7 +500,8 @@ static void add_count(cert_count *to, const cert_count *from) {
 }
 
 /* Joins what the chunks have found with the item's own scores, in the row's list. False: a list was too short. */
-static bool collect(const job *j, cert_item *it, cert_slot *all, int r, emxi_row *row, cert_list *scratch, emxi_sketch_sink *heap) {
+static bool collect(const job *j, cert_item *it, cert_slot *all, int r, emxi_row *row, cert_list *scratch,
+                    emxi_sketch_sink *heap) {
   const int64_t chunks = cert_chunks(it->length);
   const cert_list *own = &it->own.found[r];
   cert_list *list = &all->found[r];

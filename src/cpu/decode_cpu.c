@@ -390,7 +390,9 @@ void emxi_cpu_finish_row(emxi_item *it, int r) {
   rep.path = row->ladder ? EMX_PATH_LADDER : row->tokens == row->visible ? EMX_PATH_ALL : EMX_PATH_PAGES;
   const bool certified = !row->bad && exact && (!unread || (alpha > 1.0 && delta == 0));
   rep.flags = (uint8_t)((certified ? EMX_REPORT_CERTIFIED : 0) | (row->bad ? EMX_REPORT_NONFINITE : 0));
-  rep.stopped_by = row->ladder ? row->stopped_by : unread && !certified && d->select.kind == EMX_SELECT_TOPK ? EMX_STOP_BUDGET : EMX_STOP_DONE;
+  rep.stopped_by = row->ladder                                                 ? row->stopped_by
+                   : unread && !certified && d->select.kind == EMX_SELECT_TOPK ? EMX_STOP_BUDGET
+                                                                               : EMX_STOP_DONE;
   memcpy(d->reports + (((int64_t)it->b * d->H + row->h) * d->S + row->s) * d->report_stride, &rep, sizeof rep);
 }
 

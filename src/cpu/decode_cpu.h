@@ -59,7 +59,7 @@ typedef struct emxi_row {
   int64_t n;             /* candidates; alpha = 1: scores above -inf */
   double z;              /* alpha = 1: sum of exp(s - m) */
   emxi_partial chunk;
-  double norm; /* ||q|| rounded up */
+  double norm;      /* ||q|| rounded up */
   double underflow; /* error of a score from elements of scale * q below the smallest normal float */
   /* selection */
   bool has_estimate;
@@ -121,7 +121,7 @@ typedef struct emxi_dropped {
   double alpha;
   const float *list; /* [n] scores above tau_low, a lower bound of the threshold in units of (alpha-1) score */
   int64_t n;
-  float top; /* the largest of them */
+  float top;             /* the largest of them */
   double tau_low, slack; /* largest error of a listed score */
   struct {
     const float *up; /* bounds, each of `times` tokens; +inf: nothing is known */

@@ -155,7 +155,8 @@ static void write_tokens(void *arg, int64_t i, int32_t worker) {
 static void sketch_tokens(void *arg, int64_t i, int32_t worker) {
   const job *j = arg;
   const emx_kv *kv = j->kv;
-  const int32_t b = (int32_t)(i / kv->G), head = (int32_t)(i % kv->G), n = j->w->n ? j->w->n[b] : j->w->t, per = EMXI_SUPER / kv->P;
+  const int32_t b = (int32_t)(i / kv->G), head = (int32_t)(i % kv->G), n = j->w->n ? j->w->n[b] : j->w->t,
+                per = EMXI_SUPER / kv->P;
   int64_t length;
   const int32_t *table = emxi_kv_entry(kv, j->w->batch, b, &length);
   (void)worker;

@@ -354,7 +354,13 @@ double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n
   const emxi_work *w = it->w;
   const double a = row->alpha - 1.0;
   if (!n || !(row->max_unread < INFINITY) || !(tau_low > -INFINITY)) return 1;
-  emxi_dropped x = {.k = it->k, .alpha = row->alpha, .list = list, .n = n, .top = row->m, .tau_low = tau_low, .slack = row->slack,
+  emxi_dropped x = {.k = it->k,
+                    .alpha = row->alpha,
+                    .list = list,
+                    .n = n,
+                    .top = row->m,
+                    .tau_low = tau_low,
+                    .slack = row->slack,
                     .far = {{.up = w->pick, .times = it->d->kv->P}}};
   for (int64_t p = 0; p < it->pages; p++) { /* every unread page is counted with P tokens, which is enough or more */
     const float u = w->upper[r * w->page_ld + p];

@@ -43,9 +43,9 @@ typedef struct emxi_sketch_groups {
 
 /* What a query row wants of the planes of the groups of a block. */
 typedef struct emxi_sketch_row {
-  int32_t limit[EMXI_SKETCH_BLOCK], hot[EMXI_SKETCH_BLOCK];              /* bounds, estimates above the limit exceed these integers */
+  int32_t limit[EMXI_SKETCH_BLOCK], hot[EMXI_SKETCH_BLOCK]; /* bounds, estimates above the limit exceed these integers */
   float base[EMXI_SKETCH_BLOCK], scale[EMXI_SKETCH_BLOCK], width[EMXI_SKETCH_BLOCK]; /* width: bound minus estimate */
-  int32_t zero; /* 15 sum of a */
+  int32_t zero;                                                                      /* 15 sum of a */
 } emxi_sketch_row;
 /* Bounds and positions of keys. */
 typedef struct emxi_sketch_sink {
@@ -70,14 +70,14 @@ typedef struct emxi_sketch_kernels {
   /* The same with the codes 4 high + low (0..15). Keys above row[h].limit[x] but not above row[h].hot[x] are appended to the sink with
    * their bounds base[x] + (2 dot - zero) scale[x], whole vectors being stored. dot [nq,16]; hot[h]: the keys above hot. Returns whether
    * there are any of those. */
-  bool (*both)(const int8_t *q, int nq, const uint32_t *high, const uint32_t *low, int dp, const emxi_sketch_row *row, int x, int32_t from,
-               emxi_sketch_sink *sink, int32_t *dot, uint16_t *hot);
+  bool (*both)(const int8_t *q, int nq, const uint32_t *high, const uint32_t *low, int dp, const emxi_sketch_row *row, int x,
+               int32_t from, emxi_sketch_sink *sink, int32_t *dot, uint16_t *hot);
   /* Upper bounds and estimates of n superpages, from the nibbles' dots. */
   void (*judge_supers)(const emxi_sketch_query *c, const emxi_sketch_supers *g, int n, const int32_t *dot, float *up, float *mid);
   /* n groups from the bytes' dots with a and b. high: the integers that the high plane's sums must exceed for a key to be above the
    * limit, INT32_MAX where the ball is not. */
-  void (*judge_groups)(const emxi_sketch_query *c, const emxi_sketch_groups *g, int n, const int32_t *da, const int32_t *db, int32_t *high,
-                       emxi_sketch_row *out);
+  void (*judge_groups)(const emxi_sketch_query *c, const emxi_sketch_groups *g, int n, const int32_t *da, const int32_t *db,
+                       int32_t *high, emxi_sketch_row *out);
 } emxi_sketch_kernels;
 
 extern const emxi_sketch_kernels emxi_sketch_scalar;

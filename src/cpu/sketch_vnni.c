@@ -42,8 +42,9 @@ static void nibbles(const int8_t *q, int nq, const uint8_t *const *codes, int64_
   for (; i + 4 <= n; i += 4)
     for (int h = 0; h < nq; h++) {
       const int8_t *r = q + h * LD;
-      _mm_storeu_si128((__m128i *)(out + h * ldo + i), sum4(nibble_dot(r, codes[i], half), nibble_dot(r, codes[i + 1], half),
-                                                            nibble_dot(r, codes[i + 2], half), nibble_dot(r, codes[i + 3], half)));
+      _mm_storeu_si128((__m128i *)(out + h * ldo + i),
+                       sum4(nibble_dot(r, codes[i], half), nibble_dot(r, codes[i + 1], half), nibble_dot(r, codes[i + 2], half),
+                            nibble_dot(r, codes[i + 3], half)));
     }
   for (; i < n; i++)
     for (int h = 0; h < nq; h++) out[h * ldo + i] = _mm512_reduce_add_epi32(nibble_dot(q + h * LD, codes[i], half));
@@ -90,8 +91,8 @@ INL unsigned high_rows(const int8_t *q, const int nq, const uint32_t *words, int
     any |= _mm512_cmpgt_epi32_mask(_mm512_add_epi32(a[h], b[h]), _mm512_set1_epi32(limit[h * EMXI_SKETCH_BLOCK]));
   return any;
 }
-INL unsigned both_rows(const int8_t *q, const int nq, const uint32_t *upper, const uint32_t *lower, int dp, const emxi_sketch_row *row,
-                       int x_, int32_t from, emxi_sketch_sink *sink, int32_t *dot, uint16_t *hot) {
+INL unsigned both_rows(const int8_t *q, const int nq, const uint32_t *upper, const uint32_t *lower, int dp,
+                       const emxi_sketch_row *row, int x_, int32_t from, emxi_sketch_sink *sink, int32_t *dot, uint16_t *hot) {
   const __m512i two = _mm512_set1_epi8(3), top = _mm512_set1_epi8(12);
   __m512i a[MAXQ], b[MAXQ];
   for (int h = 0; h < nq; h++) a[h] = b[h] = _mm512_setzero_si512();
@@ -100,8 +101,10 @@ INL unsigned both_rows(const int8_t *q, const int nq, const uint32_t *upper, con
     /* (y & 3) | (x & 12), both shifted into place */
     const __m512i c0 = _mm512_ternarylogic_epi32(_mm512_and_si512(_mm512_slli_epi32(x, 2), top), y, two, 0xF8),
                   c1 = _mm512_ternarylogic_epi32(_mm512_and_si512(x, top), _mm512_srli_epi32(y, 2), two, 0xF8),
-                  c2 = _mm512_ternarylogic_epi32(_mm512_and_si512(_mm512_srli_epi32(x, 2), top), _mm512_srli_epi32(y, 4), two, 0xF8),
-                  c3 = _mm512_ternarylogic_epi32(_mm512_and_si512(_mm512_srli_epi32(x, 4), top), _mm512_srli_epi32(y, 6), two, 0xF8);
+                  c2 = _mm512_ternarylogic_epi32(_mm512_and_si512(_mm512_srli_epi32(x, 2), top), _mm512_srli_epi32(y, 4), two,
+                                                 0xF8),
+                  c3 = _mm512_ternarylogic_epi32(_mm512_and_si512(_mm512_srli_epi32(x, 4), top), _mm512_srli_epi32(y, 6), two,
+                                                 0xF8);
     for (int h = 0; h < nq; h++) {
       const int8_t *r = q + h * LD + 16 * w;
       a[h] = _mm512_dpbusd_epi32(a[h], c0, _mm512_set1_epi32(four(r)));
@@ -111,7 +114,8 @@ INL unsigned both_rows(const int8_t *q, const int nq, const uint32_t *upper, con
     }
   }
   unsigned any = 0;
-  const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(from), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  const __m512i at =
+      _mm512_add_epi32(_mm512_set1_epi32(from), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   for (int h = 0; h < nq; h++) { /* no branch: in hostile data every other group has a candidate */
     const __m512i x = _mm512_add_epi32(a[h], b[h]);
     const __mmask16 over = _mm512_cmpgt_epi32_mask(x, _mm512_set1_epi32(row[h].hot[x_]));
@@ -128,12 +132,12 @@ INL unsigned both_rows(const int8_t *q, const int nq, const uint32_t *upper, con
 }
 
 /* Rows in blocks whose size the compiler knows. */
-#define BLOCKS(call, next)                       \
-  unsigned any = 0;                              \
+#define BLOCKS(call, next)                          \
+  unsigned any = 0;                                 \
   for (; nq >= 8; nq -= 8, next(8)) any |= call(8); \
   for (; nq >= 4; nq -= 4, next(4)) any |= call(4); \
   for (; nq >= 2; nq -= 2, next(2)) any |= call(2); \
-  if (nq) any |= call(1);                        \
+  if (nq) any |= call(1);                           \
   return any != 0
 static bool high(const int8_t *q, int nq, const uint32_t *words, int dp, const int32_t *limit) {
 #define CALL(n) high_rows(q, n, words, dp, limit)

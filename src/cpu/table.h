@@ -80,7 +80,7 @@ typedef struct emxi_cpu {
   struct {
     void *p;
     size_t size;
-  } *scratch; /* [threads], rows of the mapping */
+  } * scratch; /* [threads], rows of the mapping */
 } emxi_cpu;
 static inline emxi_cpu *emxi_cpu_of(emx_ctx *ctx) { return ctx->backend_state; }
 /* At least `size` bytes for this worker, contents lost on growth; NULL when out of memory. */

@@ -27,10 +27,10 @@ enum { EMXI_GROUP = 16, EMXI_SUPER = 64 };
  * (c - 7.5) step5. Half a cache line. */
 typedef struct emxi_sketch_group {
   float step_c;
-  float radius;         /* >= |y - centre| of every key */
+  float radius; /* >= |y - centre| of every key */
   float step;
-  float error2, error4; /* >= |y - centre - planes| with the high plane alone (l = 1.5), with both */
-  float step5, error5;  /* residual rows: >= |y - centre - planes - row|; without them error5 is error4 */
+  float error2, error4;    /* >= |y - centre - planes| with the high plane alone (l = 1.5), with both */
+  float step5, error5;     /* residual rows: >= |y - centre - planes - row|; without them error5 is error4 */
   uint16_t norm_c, norm_k; /* >= |centre|, >= |k| of every key; bf16 */
 } emxi_sketch_group;
 typedef struct emxi_sketch_super { /* behind the Dp/2 bytes of codes */

@@ -29,7 +29,12 @@ typedef struct emxi_weights {
   bool owns_data;
 } emxi_weights;
 
-enum { EMXI_START_NORMAL, EMXI_START_RESIDUAL /* onto the residual stream */, EMXI_START_NORM, EMXI_START_SCALAR /* alpha's and theta's */ };
+enum {
+  EMXI_START_NORMAL,
+  EMXI_START_RESIDUAL /* onto the residual stream */,
+  EMXI_START_NORM,
+  EMXI_START_SCALAR /* alpha's and theta's */
+};
 typedef struct emxi_param {
   char name[96]; /* Llama's */
   int32_t ndim;

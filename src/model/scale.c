@@ -133,8 +133,8 @@ static void scale_task(void *arg, int64_t index, int32_t worker) {
     }
   }
 }
-emx_status emxi_scale_queries(emx_ctx *ctx, const emx_model_config *c, const emxi_layer *w, float *q, int64_t q_row, const float *z,
-                              int64_t z_row, emxi_places places) {
+emx_status emxi_scale_queries(emx_ctx *ctx, const emx_model_config *c, const emxi_layer *w, float *q, int64_t q_row,
+                              const float *z, int64_t z_row, emxi_places places) {
   struct scale p = {.c = c, .w = w, .q = q, .q_row = q_row, .z = z, .z_row = z_row, .places = places};
   return emxi_parallel(ctx, tiles_of(places.m), scale_task, &p);
 }
@@ -170,18 +170,10 @@ static void backward_task(void *arg, int64_t index, int32_t worker) {
     }
   }
 }
-emx_status emxi_scale_backward(emx_ctx *ctx, const emx_model_config *c, const emxi_layer *w, const float *q, const float *z, float *dq,
-                               float *dz, int64_t row, double *sums, const emxi_layer *g, emxi_places places) {
-  struct scale p = {.c = c,
-                    .w = w,
-                    .q = (float *)q,
-                    .dq = dq,
-                    .dz = dz,
-                    .z = z,
-                    .q_row = row,
-                    .z_row = row,
-                    .sums = sums,
-                    .places = places};
+emx_status emxi_scale_backward(emx_ctx *ctx, const emx_model_config *c, const emxi_layer *w, const float *q, const float *z,
+                               float *dq, float *dz, int64_t row, double *sums, const emxi_layer *g, emxi_places places) {
+  struct scale p = {
+      .c = c, .w = w, .q = (float *)q, .dq = dq, .dz = dz, .z = z, .q_row = row, .z_row = row, .sums = sums, .places = places};
   const int64_t tiles = tiles_of(places.m), heads = emxi_scaled_heads(c);
   EMX_TRY(emxi_parallel(ctx, tiles, backward_task, &p));
   for (int64_t e = 0; e < heads; e++) {

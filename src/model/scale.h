@@ -25,12 +25,12 @@ double emxi_theta(int32_t scale_type, double b, double c, int64_t i, double deri
 
 /* q times theta, in place, in the heads that have one: q [m,H*D]. z: ASEntmax: [m,2 E] products of theta_w and theta_v with the normed
  * states; otherwise unused. */
-emx_status emxi_scale_queries(emx_ctx *ctx, const emx_model_config *c, const emxi_layer *w, float *q, int64_t q_row, const float *z,
-                              int64_t z_row, emxi_places places);
+emx_status emxi_scale_queries(emx_ctx *ctx, const emx_model_config *c, const emxi_layer *w, float *q, int64_t q_row,
+                              const float *z, int64_t z_row, emxi_places places);
 /* From q times theta, as the forward pass left it, and its gradient dq: dq becomes the gradient of q (in place), dz (ASEntmax) that of
  * z, and g->theta_b and g->theta_c are set. sums: working memory, emxi_scale_sums doubles. */
-emx_status emxi_scale_backward(emx_ctx *ctx, const emx_model_config *c, const emxi_layer *w, const float *q, const float *z, float *dq,
-                               float *dz, int64_t row, double *sums, const emxi_layer *g, emxi_places places);
+emx_status emxi_scale_backward(emx_ctx *ctx, const emx_model_config *c, const emxi_layer *w, const float *q, const float *z,
+                               float *dq, float *dz, int64_t row, double *sums, const emxi_layer *g, emxi_places places);
 int64_t emxi_scale_sums(const emx_model_config *c, int64_t m);
 
 #endif

@@ -219,7 +219,8 @@ static emx_status head_backward(emxi_net *net, const sizes *z, int64_t n) {
   float *dx = net->n_scored ? net->dh : net->dx;
   EMX_TRY(emxi_linear_dw(ctx, net->h_last, net->logits, net->g.head, net->partials, m, z->width, z->vocab, false));
   EMX_TRY(emxi_linear_dx(ctx, net->logits, net->w.head, net->dh, m, z->width, z->vocab, false));
-  EMX_TRY(emxi_rmsnorm_backward(ctx, x, net->w.norm, net->rstd_last, net->dh, dx, net->g.norm, net->partials, m, z->width, false));
+  EMX_TRY(
+      emxi_rmsnorm_backward(ctx, x, net->w.norm, net->rstd_last, net->dh, dx, net->g.norm, net->partials, m, z->width, false));
   if (!net->n_scored) return EMX_OK;
   memset(net->dx, 0, (size_t)(n * z->width) * sizeof(float));
   for (int64_t i = 0; i < m; i++)

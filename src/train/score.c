@@ -19,8 +19,8 @@ emx_status emxi_task_fits(const emx_task_desc *t, const emx_model_config *c) {
     return c->task ? emxi_fail(EMX_ERR_INVALID, "the model is of task %s, not %s", emx_task_name(c->task), emx_task_name(t->kind))
                    : emxi_fail(EMX_ERR_INVALID, "the model is of text, not of task %s", emx_task_name(t->kind));
   if (c->vocab_size != info.vocab_size)
-    return emxi_fail(EMX_ERR_INVALID, "the model has a vocabulary of %d, task %s one of %d", c->vocab_size, emx_task_name(t->kind),
-                     info.vocab_size);
+    return emxi_fail(EMX_ERR_INVALID, "the model has a vocabulary of %d, task %s one of %d", c->vocab_size,
+                     emx_task_name(t->kind), info.vocab_size);
   return EMX_OK;
 }
 
@@ -97,8 +97,8 @@ static void count_right(const emxi_net *net, int64_t n, int64_t length, emx_task
   }
 }
 
-static emx_status evaluate(emxi_net *net, const emx_task_desc *t, int64_t first, int64_t n, int64_t batch, emx_progress_fn progress,
-                           void *user, emx_task_score *score) {
+static emx_status evaluate(emxi_net *net, const emx_task_desc *t, int64_t first, int64_t n, int64_t batch,
+                           emx_progress_fn progress, void *user, emx_task_score *score) {
   double nats = 0;
   for (int64_t at = 0; at < n; at += batch) {
     const int64_t here = n - at < batch ? n - at : batch;
@@ -117,8 +117,8 @@ static emx_status evaluate(emxi_net *net, const emx_task_desc *t, int64_t first,
   return EMX_OK;
 }
 
-emx_status emxi_task_evaluate(emx_ctx *ctx, const emx_model_config *c, const emxi_weights *w, const emx_task_desc *t, int64_t first,
-                              int64_t n, emx_progress_fn progress, void *user, emx_task_score *score) {
+emx_status emxi_task_evaluate(emx_ctx *ctx, const emx_model_config *c, const emxi_weights *w, const emx_task_desc *t,
+                              int64_t first, int64_t n, emx_progress_fn progress, void *user, emx_task_score *score) {
   EMXI_CHECK_STRUCT(score, emx_task_score);
   EMX_TRY(emxi_task_check(t));
   if (first < 0 || n < 1 || first > INT64_MAX - n)
@@ -133,8 +133,8 @@ emx_status emxi_task_evaluate(emx_ctx *ctx, const emx_model_config *c, const emx
   void *memory = NULL;
   emx_task_score result = {.struct_size = score->struct_size};
   net.layers = emxi_calloc((size_t)c->num_layers * sizeof *net.layers);
-  emx_status status =
-      net.layers ? take_memory(&net, batch, info.max_tokens, &memory) : emxi_fail(EMX_ERR_NOMEM, "task: no memory for the layers");
+  emx_status status = net.layers ? take_memory(&net, batch, info.max_tokens, &memory)
+                                 : emxi_fail(EMX_ERR_NOMEM, "task: no memory for the layers");
   if (!status) status = evaluate(&net, t, first, n, batch, progress, user, &result);
   emxi_free(memory);
   emxi_free(net.layers);
@@ -142,8 +142,8 @@ emx_status emxi_task_evaluate(emx_ctx *ctx, const emx_model_config *c, const emx
   return status;
 }
 
-emx_status emx_task_evaluate(emx_model *model, const emx_task_desc *task, int64_t first, int64_t n, emx_progress_fn progress, void *user,
-                             emx_task_score *score) {
+emx_status emx_task_evaluate(emx_model *model, const emx_task_desc *task, int64_t first, int64_t n, emx_progress_fn progress,
+                             void *user, emx_task_score *score) {
   if (!model) return emxi_fail(EMX_ERR_INVALID, "emx_task_evaluate: model is NULL");
   EMXI_LOCKED(model->ctx, emxi_task_evaluate(model->ctx, &model->config, &model->w, task, first, n, progress, user, score));
 }

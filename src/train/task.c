@@ -8,14 +8,14 @@
 #include <string.h>
 
 enum {
-  ALPHABET = 32,       /* copy, reverse, sort */
-  SMALL = 16,          /* count, nback */
-  RUN_MIN = 2,         /* count: lengths of a run */
+  ALPHABET = 32, /* copy, reverse, sort */
+  SMALL = 16,    /* count, nback */
+  RUN_MIN = 2,   /* count: lengths of a run */
   RUN_MAX = 48,
-  INVENTORY = 10000,   /* mqmtar: keys, and values, of a split */
+  INVENTORY = 10000, /* mqmtar: keys, and values, of a split */
   QUERIES = 4,
-  CORE = 6,            /* mqmtar: k1 k2 1 v1 v2 0 */
-  IDENTIFIERS = 5500,  /* retrieval: a sequence of 16,384 tokens has 5,460 */
+  CORE = 6,           /* mqmtar: k1 k2 1 v1 v2 0 */
+  IDENTIFIERS = 5500, /* retrieval: a sequence of 16,384 tokens has 5,460 */
   PAIR_END = IDENTIFIERS
 };
 
@@ -63,7 +63,8 @@ emx_status emxi_task_check(const emx_task_desc *t) {
                      (long long)t->min_length, (long long)t->max_length, (long long)table[t->kind].shortest,
                      (long long)table[t->kind].longest);
   if (t->answers < 1 || (t->kind == EMX_TASK_RETRIEVAL && retrieval_pairs(t, t->min_length) < t->answers))
-    return emxi_fail(EMX_ERR_INVALID, "task: %d answers, expected from 1 to as many as the shortest sample has pairs", t->answers);
+    return emxi_fail(EMX_ERR_INVALID, "task: %d answers, expected from 1 to as many as the shortest sample has pairs",
+                     t->answers);
   if (!(t->p_write >= 0 && t->p_write <= 1)) return emxi_fail(EMX_ERR_INVALID, "task: p_write is %g, expected 0..1", t->p_write);
   return EMX_OK;
 }
@@ -205,8 +206,8 @@ static void mqmtar(const emx_task_desc *t, source *r, int64_t s, const emx_task_
       if (below(r, (uint32_t)all) < marked) lefts++, marked--;
     const uint32_t key = inventory(t, 0, keys[i]), value = inventory(t, 1, values[i]);
     for (int64_t d = 0; d < lefts; d++) put(w, 0, EMX_UNSCORED);
-    const int32_t core[CORE] = {(int32_t)(key >> 8) + 3,  (int32_t)(key & 255) + 3, 1, (int32_t)(value >> 8) + 3,
-                                (int32_t)(value & 255) + 3, 0};
+    const int32_t core[CORE] = {(int32_t)(key >> 8) + 3,   (int32_t)(key & 255) + 3,   1,
+                                (int32_t)(value >> 8) + 3, (int32_t)(value & 255) + 3, 0};
     for (int d = 0; d < CORE; d++) put(w, core[d], EMX_UNSCORED);
     for (int64_t d = lefts; d < slots - CORE; d++) put(w, 0, EMX_UNSCORED);
   }
@@ -301,8 +302,7 @@ emx_status emx_task_sample(const emx_task_desc *t, int64_t index, int32_t *token
   emx_task_info id = {.struct_size = sizeof id};
   EMX_TRY(emx_task_get_info(t, &id));
   if (!tokens || !labels || !n || index < 0)
-    return emxi_fail(EMX_ERR_INVALID, "emx_task_sample: %s",
-                     index < 0 ? "the index is negative" : "tokens, labels or n is NULL");
+    return emxi_fail(EMX_ERR_INVALID, "emx_task_sample: %s", index < 0 ? "the index is negative" : "tokens, labels or n is NULL");
   if (room < id.max_tokens)
     return emxi_fail(EMX_ERR_INVALID, "emx_task_sample: room for %lld tokens, a sample may have %lld", (long long)room,
                      (long long)id.max_tokens);

@@ -26,12 +26,12 @@ const uint8_t *emxi_data_draw(const emxi_data *d, int64_t length, uint64_t seed,
 /* Positions a row that forward saves for backward; a longer row is found again. */
 #define EMXI_SAVED_SUPPORT 32
 
-typedef struct emxi_saved {        /* what the backward pass needs of one layer */
-  float *x, *rstd, *h;             /* [N,W] input of the layer, [N], [N,W] normalised */
-  float *qkv;                      /* [N,(H+2G)D + 2E]: one product with wq, wk, wv, theta_w, theta_v, neighbours in the flat array;
+typedef struct emxi_saved { /* what the backward pass needs of one layer */
+  float *x, *rstd, *h;      /* [N,W] input of the layer, [N], [N,W] normalised */
+  float *qkv;               /* [N,(H+2G)D + 2E]: one product with wq, wk, wv, theta_w, theta_v, neighbours in the flat array;
                                       then q and k are turned (RoPE) and q is multiplied by theta, in place. 2E: ASEntmax */
-  float *tau, *o;                  /* [B,H,T], [N,H D] */
-  int32_t *support, *index;        /* [B,H,T], [B,H,T,EMXI_SAVED_SUPPORT]: positions that have a weight; alpha > 1 */
+  float *tau, *o;           /* [B,H,T], [N,H D] */
+  int32_t *support, *index; /* [B,H,T], [B,H,T,EMXI_SAVED_SUPPORT]: positions that have a weight; alpha > 1 */
   float *x_mid, *rstd_mid, *h_mid; /* after the attention */
   float *gate, *up;                /* [N,F] */
 } emxi_saved;
@@ -39,10 +39,10 @@ typedef struct emxi_saved {        /* what the backward pass needs of one layer 
 typedef struct emxi_net {
   emx_ctx *ctx;
   emx_model_config config;
-  emxi_weights w, g; /* views: weights and their gradient */
-  float *slopes;     /* [H] */
-  float *rope;       /* [T,D], RoPE */
-  double *sums;      /* of theta's gradient */
+  emxi_weights w, g;                       /* views: weights and their gradient */
+  float *slopes;                           /* [H] */
+  float *rope;                             /* [T,D], RoPE */
+  double *sums;                            /* of theta's gradient */
   double *alphas, *d_alpha, *alpha_slopes; /* [H] each, learned alpha: of the layer at work */
   emxi_saved *layers;
   float *x_last, *rstd_last, *h_last; /* of the last norm */
@@ -55,7 +55,7 @@ typedef struct emxi_net {
   int64_t max_scored, n_scored;
   int32_t *scored; /* [max_scored] rows, ascending */
   float *x_scored; /* [max_scored,W] their x_last */
-  void *workspace;           /* of the attention */
+  void *workspace; /* of the attention */
   size_t workspace_bytes;
 } emxi_net;
 /* Carves everything that depends on the number of tokens, for at most `tokens` in a batch of any of the n shapes (B,T).
@@ -73,8 +73,8 @@ emx_status emxi_task_fits(const emx_task_desc *t, const emx_model_config *c);
 /* Tokens, targets and scored rows of samples first .. first+n-1, padded to the longest, *length; tokens: optional, without padding.
  * The network has room for [n, max_tokens]. */
 emx_status emxi_task_batch(const emx_task_desc *t, int64_t first, int64_t n, emxi_net *net, int64_t *length, int64_t *tokens);
-emx_status emxi_task_evaluate(emx_ctx *ctx, const emx_model_config *c, const emxi_weights *w, const emx_task_desc *t, int64_t first,
-                              int64_t n, emx_progress_fn progress, void *user, emx_task_score *score);
+emx_status emxi_task_evaluate(emx_ctx *ctx, const emx_model_config *c, const emxi_weights *w, const emx_task_desc *t,
+                              int64_t first, int64_t n, emx_progress_fn progress, void *user, emx_task_score *score);
 
 /* ---- optimiser (adamw.c) */
 typedef struct emxi_adamw_span {

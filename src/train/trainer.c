@@ -86,8 +86,8 @@ static emx_status take_data(emx_trainer *t, const emx_train_data *data) {
   const int64_t lengths[2] = {o->length, o->long_length};
   for (int i = 0; i < 2; i++)
     if (lengths[i] && emxi_data_windows(&t->data, lengths[i]) < 1)
-      return emxi_fail(EMX_ERR_INVALID, "trainer: no file has the %lld bytes of a window of %lld tokens", (long long)lengths[i] + 1,
-                       (long long)lengths[i]);
+      return emxi_fail(EMX_ERR_INVALID, "trainer: no file has the %lld bytes of a window of %lld tokens",
+                       (long long)lengths[i] + 1, (long long)lengths[i]);
   return EMX_OK;
 }
 
@@ -296,7 +296,8 @@ emx_status emx_trainer_save(emx_trainer *t, const char *folder) {
 
 /* Batches have the shape of an ordinary step; the last one is filled up with its first window, which is not counted. */
 static emx_status evaluate(emx_trainer *t, const uint8_t *data, int64_t size, double *nats) {
-  if (t->task.kind) return emxi_fail(EMX_ERR_INVALID, "emx_trainer_evaluate: the model is of task %s", emx_task_name(t->task.kind));
+  if (t->task.kind)
+    return emxi_fail(EMX_ERR_INVALID, "emx_trainer_evaluate: the model is of task %s", emx_task_name(t->task.kind));
   const int64_t length = t->opts.length, windows = size > 0 ? (size - 1) / length : 0;
   if (windows < 1)
     return emxi_fail(EMX_ERR_INVALID, "emx_trainer_evaluate: %lld bytes, a window takes %lld", (long long)size,

@@ -19,11 +19,29 @@ static int64_t want = 3000, shortest = 1, longest = 20000;
 static uint64_t seed = 1;
 
 enum {
-  IID, AR, TOPIC, FLAT, EQUAL, NEEDLE, OUTLIER, HUGE_SCORES, DENORMAL, DUPLICATE, AT_TAU, CONSTANT_PAGES, MASKED, LATE, OFFSET, TAILS, SINK,
-  BAD, KINDS
+  IID,
+  AR,
+  TOPIC,
+  FLAT,
+  EQUAL,
+  NEEDLE,
+  OUTLIER,
+  HUGE_SCORES,
+  DENORMAL,
+  DUPLICATE,
+  AT_TAU,
+  CONSTANT_PAGES,
+  MASKED,
+  LATE,
+  OFFSET,
+  TAILS,
+  SINK,
+  BAD,
+  KINDS
 };
-static const char *const names[KINDS] = {"iid", "ar", "topic", "flat", "equal", "needle", "outlier", "huge", "denormal", "duplicate", "at-tau",
-                                         "constant-pages", "masked", "late", "offset", "tails", "sink", "nonfinite"};
+static const char *const names[KINDS] = {"iid",     "ar",   "topic",    "flat",      "equal",  "needle",
+                                         "outlier", "huge", "denormal", "duplicate", "at-tau", "constant-pages",
+                                         "masked",  "late", "offset",   "tails",     "sink",   "nonfinite"};
 static const double alphas[] = {1.25, 4. / 3, 1.5, 1.75, 2};
 static const int32_t dims[] = {64, 16, 128, 32, 80, 20, 96, 64, 256, 128};
 
@@ -66,7 +84,8 @@ static void fill(problem *c) {
   for (int g = 0; g < c->G; g++) {
     float *k = c->k + g * n * D, *v = c->v + g * n * D;
     emxi_normals(seed, stream_now << 8 | (uint64_t)g, k, n * D);
-    for (int64_t i = 0; i < n * D; i++) v[i] = (float)((i * 2654435761u >> 7 & 1023) * 0x1p-9 - 1); /* only their bits are compared */
+    for (int64_t i = 0; i < n * D; i++)
+      v[i] = (float)((i * 2654435761u >> 7 & 1023) * 0x1p-9 - 1); /* only their bits are compared */
     float topic[256], dir[256];
     emxi_normals(seed, stream_now << 8 | 200, dir, D);
     const double gain = pow(10, uniform() * 2);
@@ -269,9 +288,11 @@ static void run_problem(emx_ctx *ctx, problem *c) {
         sum.decodes++;
         sum.by_kind[c->kind]++;
         if (memcmp(o + h * D, o + (H + h) * D, sizeof(float) * (size_t)D) && !(isnan(o[h * D]) && isnan(o[(H + h) * D])))
-          fail_msg("not ALL's bits: seed %llu case %llu %s n %lld D %d P %d alpha %g head %d turn %d: %.9g, ALL %.9g; support %d, ALL %d",
-                   (unsigned long long)seed, (unsigned long long)stream_now, names[c->kind], (long long)c->n, D, c->P, alphas[x], h, turn,
-                   (double)o[(H + h) * D], (double)o[h * D], r->support, all->support);
+          fail_msg(
+              "not ALL's bits: seed %llu case %llu %s n %lld D %d P %d alpha %g head %d turn %d: %.9g, ALL %.9g; support %d, ALL "
+              "%d",
+              (unsigned long long)seed, (unsigned long long)stream_now, names[c->kind], (long long)c->n, D, c->P, alphas[x], h,
+              turn, (double)o[(H + h) * D], (double)o[h * D], r->support, all->support);
         assert_int_equal(r->select, EMX_SELECT_CERTIFIED);
         assert_int_equal(r->support, all->support);
         if (isnan(o[h * D])) {
@@ -304,9 +325,11 @@ static void run_problem(emx_ctx *ctx, problem *c) {
         for (int64_t j = 0; j < c->n && stretch != 1; j++) z[j] /= stretch;
         sum.near += near_tau;
         if (!(fabs((double)r->tau - tau) <= a * band + 1e-6 * fabs(tau)) || r->support < least || r->support > most)
-          fail_msg("seed %llu case %llu %s n %lld D %d P %d alpha %g head %d turn %d: tau %.9g, true %.9g; support %d, true %lld..%lld",
-                   (unsigned long long)seed, (unsigned long long)stream_now, names[c->kind], (long long)c->n, D, c->P, alphas[x], h, turn,
-                   (double)r->tau, tau, r->support, (long long)least, (long long)most);
+          fail_msg(
+              "seed %llu case %llu %s n %lld D %d P %d alpha %g head %d turn %d: tau %.9g, true %.9g; support %d, true "
+              "%lld..%lld",
+              (unsigned long long)seed, (unsigned long long)stream_now, names[c->kind], (long long)c->n, D, c->P, alphas[x], h,
+              turn, (double)r->tau, tau, r->support, (long long)least, (long long)most);
         assert_true((double)r->max_unread <= (double)r->tau + 1e-6 * (1 + fabs((double)r->tau)));
       }
     }
@@ -317,10 +340,13 @@ static void run_problem(emx_ctx *ctx, problem *c) {
 
 static char isa[32];
 static void report(const char *when) {
-  printf("%s %lld decodes (%s, seed %llu, %lld..%lld keys): %lld certified, 0 wrong; ladder %lld, fewer than half of the keys read in %lld, mean "
-         "share %.3f, a score within 1e-4 of tau in %lld, 256K keys or more in %lld\n",
-         when, (long long)sum.decodes, isa, (unsigned long long)seed, (long long)shortest, (long long)longest, (long long)sum.certified,
-         (long long)sum.ladder, (long long)sum.half, sum.share / (double)sum.certified, (long long)sum.near, (long long)sum.long_runs);
+  printf(
+      "%s %lld decodes (%s, seed %llu, %lld..%lld keys): %lld certified, 0 wrong; ladder %lld, fewer than half of the keys read "
+      "in %lld, mean "
+      "share %.3f, a score within 1e-4 of tau in %lld, 256K keys or more in %lld\n",
+      when, (long long)sum.decodes, isa, (unsigned long long)seed, (long long)shortest, (long long)longest,
+      (long long)sum.certified, (long long)sum.ladder, (long long)sum.half, sum.share / (double)sum.certified,
+      (long long)sum.near, (long long)sum.long_runs);
   fflush(stdout);
 }
 
@@ -337,9 +363,12 @@ static void test_campaign(void **state) {
   for (stream_now = 1; sum.decodes < want; stream_now++) {
     counter = 0;
     int kind = (int)(stream_now % KINDS);
-    if (stream_now / KINDS % 2 && (kind == FLAT || kind == EQUAL || kind == MASKED || kind == BAD || kind == AT_TAU)) kind = (int)below(KINDS);
+    if (stream_now / KINDS % 2 && (kind == FLAT || kind == EQUAL || kind == MASKED || kind == BAD || kind == AT_TAU))
+      kind = (int)below(KINDS);
     problem c = {.kind = kind, /* half as many of those where nothing can be left out */
-                  .D = dims[below(10)], .P = 16 << below(3), .G = 1 + (int32_t)below(2)};
+                 .D = dims[below(10)],
+                 .P = 16 << below(3),
+                 .G = 1 + (int32_t)below(2)};
     c.H = c.G * (1 + (int32_t)below(word() % 8 ? 3 : 8));
     c.dtype = (int32_t[]){EMX_F32, EMX_F16, EMX_BF16}[below(3)];
     c.layout = (int32_t)below(2);

@@ -121,8 +121,8 @@ static void check_claims(decode_case *c, const emx_select_desc *select, truth *t
       }
       /* T4 */
       if (tokens)
-        assert_true(sqrt(error) <=
-                    (double)r->delta_bound * diameter_of_values(c, b, h / (c->H / c->G)) + 5 * case_tolerance(c, size) * sqrt(c->D));
+        assert_true(sqrt(error) <= (double)r->delta_bound * diameter_of_values(c, b, h / (c->H / c->G)) +
+                                       5 * case_tolerance(c, size) * sqrt(c->D));
     }
 }
 static void dense_first(decode_case *c, truth *t) {

@@ -508,7 +508,16 @@ static void test_tiny_keys(void **state) {
     const int power = (dtype == EMX_F64 ? 600 : 80) * (i & 2 ? -1 : 1);
     float *o[2];
     for (int way = 0; way < 2; way++) {
-      packed p = {.b = 1, .h = 2, .g = 1, .d = 16, .sq = {64}, .sk = {1024}, .left = -1, .right = -1, .alpha = i & 4 ? 2 : 1.5, .spread = 1,
+      packed p = {.b = 1,
+                  .h = 2,
+                  .g = 1,
+                  .d = 16,
+                  .sq = {64},
+                  .sk = {1024},
+                  .left = -1,
+                  .right = -1,
+                  .alpha = i & 4 ? 2 : 1.5,
+                  .spread = 1,
                   .dtype = dtype};
       make(&p, 60 + (uint64_t)i);
       for (int64_t x = 0; way && x < 64 * 2 * 16; x++) emxi_store(p.q, dtype, x, ldexp(emxi_load(p.q, dtype, x), power));
@@ -535,7 +544,16 @@ static void in_turn(void *user, int64_t n, emx_task_fn task, void *arg) {
 static void test_long_lists(void **state) {
   (void)state;
   enum { KEYS = 36864, QUERIES = 400 };
-  packed p = {.b = 1, .h = 3, .g = 3, .d = 16, .sq = {QUERIES}, .sk = {KEYS}, .left = -1, .right = -1, .alpha = 2, .spread = 3,
+  packed p = {.b = 1,
+              .h = 3,
+              .g = 3,
+              .d = 16,
+              .sq = {QUERIES},
+              .sk = {KEYS},
+              .left = -1,
+              .right = -1,
+              .alpha = 2,
+              .spread = 3,
               .dtype = EMX_F32};
   make(&p, 80);
   memset(p.q, 0, 16 * sizeof(float)); /* all keys have the same weight */

@@ -67,7 +67,8 @@ static void check_sketch(const sketch *s, const float *keys, int d, int dp, cons
     float fk, fc;
     memcpy(&fk, &norm_k, 4);
     memcpy(&fc, &norm_c, 4);
-    assert_true((double)s->group.radius >= sqrt(r0) && (double)s->group.error2 >= sqrt(r2) && (double)s->group.error4 >= sqrt(r4));
+    assert_true((double)s->group.radius >= sqrt(r0) && (double)s->group.error2 >= sqrt(r2) &&
+                (double)s->group.error4 >= sqrt(r4));
     assert_true((double)s->group.error5 >= sqrt(r5) && (double)fk >= sqrt(k2) && (double)fc >= sqrt(c2));
   }
   if (!(s->record.radius < INFINITY)) return;
@@ -101,8 +102,10 @@ static void test_kernels(void **state) {
         if (kind == 5 && t == 3 && x == 7) *k = NAN;
       }
     }
-    for (int x = 0; x < dp; x++) map[x] = x < d ? 0.1f * (float)(x % 3) : 0, map[dp + x] = ldexpf(1, x % 5 - 2), map[2 * dp + x] = 1 / map[dp + x];
-    for (int x = 0; x < 16 * 256; x++) q[x] = (int8_t)(x % 256 < d ? x * 2654435761u >> 24 == 128 ? 0 : (int)(x * 2654435761u >> 24) - 128 : 0);
+    for (int x = 0; x < dp; x++)
+      map[x] = x < d ? 0.1f * (float)(x % 3) : 0, map[dp + x] = ldexpf(1, x % 5 - 2), map[2 * dp + x] = 1 / map[dp + x];
+    for (int x = 0; x < 16 * 256; x++)
+      q[x] = (int8_t)(x % 256 < d ? x * 2654435761u >> 24 == 128 ? 0 : (int)(x * 2654435761u >> 24) - 128 : 0);
     for (int x = 0; x < 16 * 256; x++) q[x] = q[x] == -128 ? -127 : q[x];
     static sketch want;
     encode(&emxi_sketch_scalar, keys, d, dp, map, &want);
@@ -164,8 +167,16 @@ static void rebuild(emx_kv *kv, const int32_t *pages, int64_t n) {
 static void test_rebuild(void **state) {
   (void)state;
   for (int i = 0; i < 9; i++) {
-    decode_case c = {.G = 2, .H = 4, .D = i % 2 ? 80 : 64, .P = 16 << i % 3, .dtype = i / 3 == 0 ? EMX_F32 : i / 3 == 1 ? EMX_F16 : EMX_BF16,
-                     .len = {1500}, .summaries = EMX_SUMMARY_SKETCH | EMX_SUMMARY_RESIDUAL, .data = i % 2 ? DATA_OUTLIER : DATA_AR,
+    decode_case c = {.G = 2,
+                     .H = 4,
+                     .D = i % 2 ? 80 : 64,
+                     .P = 16 << i % 3,
+                     .dtype = i / 3 == 0   ? EMX_F32
+                              : i / 3 == 1 ? EMX_F16
+                                           : EMX_BF16,
+                     .len = {1500},
+                     .summaries = EMX_SUMMARY_SKETCH | EMX_SUMMARY_RESIDUAL,
+                     .data = i % 2 ? DATA_OUTLIER : DATA_AR,
                      .seed = (uint64_t)i};
     case_open(&c, ctx);
     const int32_t *pages;
@@ -205,8 +216,15 @@ static void all_and_certified(decode_case *c, float *all, float *got) {
 static void test_foreign_tables(void **state) {
   (void)state;
   for (int i = 0; i < 6; i++) {
-    decode_case c = {.H = 3, .D = 64, .P = 16 << i % 3, .dtype = EMX_BF16, .len = {2048}, .summaries = EMX_SUMMARY_SKETCH,
-                     .data = i % 2 ? DATA_TOPIC : DATA_IID, .seed = (uint64_t)i, .scale = .4f};
+    decode_case c = {.H = 3,
+                     .D = 64,
+                     .P = 16 << i % 3,
+                     .dtype = EMX_BF16,
+                     .len = {2048},
+                     .summaries = EMX_SUMMARY_SKETCH,
+                     .data = i % 2 ? DATA_TOPIC : DATA_IID,
+                     .seed = (uint64_t)i,
+                     .scale = .4f};
     float all[3 * 64], got[3 * 64];
     case_open(&c, ctx);
     const int32_t *pages;
@@ -233,8 +251,16 @@ static void test_limits(void **state) {
   int stopped[4] = {0};
   for (int i = 0; i < 40; i++) {
     static const double alphas[] = {1.5, 2, 1.25, 4. / 3, 1.75, 3};
-    decode_case c = {.G = 1, .H = 2, .D = 32, .P = 16 << i % 3, .dtype = EMX_BF16, .len = {1200 + 300 * (i % 5)}, .alpha = alphas[i % 6],
-                     .summaries = EMX_SUMMARY_SKETCH | (i % 2 ? EMX_SUMMARY_RESIDUAL : 0), .alibi = i % 4 == 3, .seed = (uint64_t)i,
+    decode_case c = {.G = 1,
+                     .H = 2,
+                     .D = 32,
+                     .P = 16 << i % 3,
+                     .dtype = EMX_BF16,
+                     .len = {1200 + 300 * (i % 5)},
+                     .alpha = alphas[i % 6],
+                     .summaries = EMX_SUMMARY_SKETCH | (i % 2 ? EMX_SUMMARY_RESIDUAL : 0),
+                     .alibi = i % 4 == 3,
+                     .seed = (uint64_t)i,
                      .data = (int[]){DATA_IID, DATA_AR, DATA_TOPIC, DATA_OUTLIER}[i / 6 % 4]};
     case_open(&c, ctx);
     emx_tensor k, v;
@@ -264,7 +290,8 @@ static void test_limits(void **state) {
         if (r->stopped_by == EMX_STOP_DONE) assert_true(r->flags & EMX_REPORT_CERTIFIED && tv == 0);
         if (r->stopped_by == EMX_STOP_DELTA) assert_true((double)r->delta_bound <= s.max_delta * (1 + 1e-6));
         if (r->stopped_by == EMX_STOP_DELTA) assert_true(s.max_delta > 0);
-        if (r->stopped_by == EMX_STOP_BYTES) assert_true(s.max_bytes > 0 && r->bytes_k + r->bytes_v + r->bytes_meta >= s.max_bytes);
+        if (r->stopped_by == EMX_STOP_BYTES)
+          assert_true(s.max_bytes > 0 && r->bytes_k + r->bytes_v + r->bytes_meta >= s.max_bytes);
         if (s.max_delta > 0) assert_true((double)r->delta_bound <= s.max_delta * (1 + 1e-6));
       }
     }
@@ -290,7 +317,15 @@ static void test_same(void **state) {
       const emx_status status = emx_ctx_create(&o, &other);
       if (isas[w]) unsetenv("EMX_ISA");
       if (status) continue; /* not on this CPU */
-      decode_case c = {.B = 2, .G = 2, .H = 6, .D = 64, .P = 32, .dtype = EMX_F16, .len = {4000, 1111}, .data = DATA_AR, .seed = 4,
+      decode_case c = {.B = 2,
+                       .G = 2,
+                       .H = 6,
+                       .D = 64,
+                       .P = 32,
+                       .dtype = EMX_F16,
+                       .len = {4000, 1111},
+                       .data = DATA_AR,
+                       .seed = 4,
                        .summaries = EMX_SUMMARY_SKETCH | EMX_SUMMARY_RESIDUAL};
       case_open(&c, other);
       emx_select_desc s = case_desc(EMX_SELECT_CERTIFIED, 0);
@@ -379,7 +414,12 @@ static void test_far_powers(void **state) {
       for (int x = 1; x < 300; x++) {
         const double a = alphas[i] - 1;
         const float list[2] = {(float)(1 / a), 0}, up = (float)((1 + 0.05 * pow(1.1, x)) / a);
-        const emxi_dropped d = {.k = table, .alpha = alphas[i], .list = list, .n = 2, .top = list[0], .tau_low = 0,
+        const emxi_dropped d = {.k = table,
+                                .alpha = alphas[i],
+                                .list = list,
+                                .n = 2,
+                                .top = list[0],
+                                .tau_low = 0,
                                 .far = {{.up = &up, .n = 1, .times = 1}}};
         const double y = a * (double)up, least = y < 2 ? 0.5 : 1 - 1e-9; /* it is the larger one; two apart, and it is alone */
         assert_true(emxi_cpu_dropped_mass(&d) >= least);
@@ -410,8 +450,9 @@ static void test_refusals(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_kernels), cmocka_unit_test(test_rebuild), cmocka_unit_test(test_foreign_tables),
-                                     cmocka_unit_test(test_limits),  cmocka_unit_test(test_same),    cmocka_unit_test(test_refusals),
-                                     cmocka_unit_test(test_far_bounds), cmocka_unit_test(test_far_powers)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_kernels),        cmocka_unit_test(test_rebuild),
+                                     cmocka_unit_test(test_foreign_tables), cmocka_unit_test(test_limits),
+                                     cmocka_unit_test(test_same),           cmocka_unit_test(test_refusals),
+                                     cmocka_unit_test(test_far_bounds),     cmocka_unit_test(test_far_powers)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }

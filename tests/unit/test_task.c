@@ -106,7 +106,8 @@ static void test_mqmtar(void **state) {
       for (int64_t j = 1; j < queries; j++) {
         assert_true(tokens[j] != 2);
         if (tokens[j] != 1) continue;
-        const int32_t key = (tokens[j - 2] - 3) << 8 | (tokens[j - 1] - 3), value = (tokens[j + 1] - 3) << 8 | (tokens[j + 2] - 3);
+        const int32_t key = (tokens[j - 2] - 3) << 8 | (tokens[j - 1] - 3),
+                      value = (tokens[j + 1] - 3) << 8 | (tokens[j + 2] - 3);
         assert_true(tokens[j - 2] > 2 && tokens[j - 1] > 2 && tokens[j + 1] > 2 && tokens[j + 2] > 2);
         assert_int_equal(tokens[j + 3], 0);
         assert_false(seen[key]++);
@@ -545,10 +546,10 @@ static void test_mixed_up(void **state) {
   emx_train_data data;
   emx_trainer *trainer;
   emx_train_data_init(&data);
-#define REFUSED(text)                                                                \
-  do {                                                                               \
+#define REFUSED(text)                                                                    \
+  do {                                                                                   \
     assert_int_equal(emx_trainer_create(one, &c, &o, &data, &trainer), EMX_ERR_INVALID); \
-    if (!strstr(emx_last_error(), text)) fail_msg("%s", emx_last_error());           \
+    if (!strstr(emx_last_error(), text)) fail_msg("%s", emx_last_error());               \
   } while (0)
   data.files = files;
   data.sizes = sizes;
@@ -642,9 +643,9 @@ static void test_greedy(void **state) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_sequences),    cmocka_unit_test(test_mqmtar),  cmocka_unit_test(test_tokens),
-      cmocka_unit_test(test_retrieval),    cmocka_unit_test(test_refused), cmocka_unit_test(test_reproducible),
-      cmocka_unit_test(test_batch),        cmocka_unit_test(test_resume),  cmocka_unit_test(test_mixed_up),
+      cmocka_unit_test(test_sequences), cmocka_unit_test(test_mqmtar),  cmocka_unit_test(test_tokens),
+      cmocka_unit_test(test_retrieval), cmocka_unit_test(test_refused), cmocka_unit_test(test_reproducible),
+      cmocka_unit_test(test_batch),     cmocka_unit_test(test_resume),  cmocka_unit_test(test_mixed_up),
       cmocka_unit_test(test_greedy),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
