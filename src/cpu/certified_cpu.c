@@ -242,6 +242,7 @@ static void open_item(void *arg, int64_t i, int32_t worker) {
                                 .x = {.slope = (double)e.row[r].slope, .slack_0 = e.row[r].underflow}};
     list_reset(&it->own.found[r]);
     it->all |= it->bad[r];
+    it->all |= fabs((double)e.row[r].slope) * (double)e.length >= 1e37; /* a bias near the end of the floats */
     if (!it->all) emxi_cert_open_query(it, r, d->kv->sketch.map + (int64_t)it->g * 3 * d->kv->sketch.dp);
     it->all |= it->bad[r];
   }
