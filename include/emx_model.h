@@ -286,10 +286,12 @@ typedef struct emx_train_opts {
   double lr, min_lr;
   double beta1, beta2, eps, weight_decay; /* AdamW; decay on matrices only */
   double clip;                            /* global norm of the gradient */
-  double embed_std;                       /* of the initial embedding; 0.02. Large: tokens start, and nearly stay, random codes */
+  double embed_dropout; /* share of the embedding's outputs that a step sets to zero, the rest scaled to the same mean (Srivastava
+                         * et al. 2014); 0 to below 1. Evaluation and inference drop nothing. */
   uint64_t seed; /* initial weights and the order of the data: sample i of step t depends on (seed, t, i) alone */
 } emx_train_opts;
-/* 10000 steps (200 of warm-up) of 16 sequences of 512; lr 2e-3 to 2e-4, beta 0.9 and 0.95, eps 1e-8, weight_decay 0.1, clip 1, seed 1. */
+/* 10000 steps (200 of warm-up) of 16 sequences of 512; lr 2e-3 to 2e-4, beta 0.9 and 0.95, eps 1e-8, weight_decay 0.1, clip 1, no dropout,
+ * seed 1. */
 EMX_API void emx_train_opts_init_sized(emx_train_opts *opts, size_t size);
 #define emx_train_opts_init(opts) emx_train_opts_init_sized((opts), sizeof *(opts))
 

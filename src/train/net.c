@@ -167,6 +167,19 @@ emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shap
 
 /* ---- passes */
 
+/* Zeroes x [n] where the mask says so and scales the rest: its own backward pass. 16 bits decide on an element. */
+static void drop(const emxi_dropout *p, float *x, int64_t n) {
+  if (!(p->share > 0)) return;
+  const uint32_t below = (uint32_t)(p->share * 65536);
+  const float rest = 1 / (1 - (float)below / 65536);
+  /* ~seed: neither the weights nor the data of this seed are drawn with that key. */
+  for (int64_t i = 0; i < n; i += 8) {
+    uint32_t word[4];
+    emxi_philox(~p->seed, (uint64_t)p->step, (uint64_t)(i / 8), word);
+    for (int64_t j = 0; j < 8 && i + j < n; j++) x[i + j] *= (word[j / 2] >> 16 * (j % 2) & 0xffff) < below ? 0 : rest;
+  }
+}
+
 emx_status emxi_net_forward(emxi_net *net, int64_t batch, int64_t length, bool want_gradient, double *loss) {
   const emx_model_config *c = &net->config;
   const sizes z = sizes_of(c);
@@ -174,6 +187,7 @@ emx_status emxi_net_forward(emxi_net *net, int64_t batch, int64_t length, bool w
   const emxi_places places = {.m = n, .length = length};
   emx_ctx *ctx = net->ctx;
   emxi_embed(net->w.embed, net->tokens, net->layers[0].x, n, z.width);
+  if (want_gradient) drop(&net->dropout, net->layers[0].x, n * z.width);
   for (int32_t l = 0; l < c->num_layers; l++) {
     const emxi_layer *w = &net->w.layers[l];
     const emxi_saved *s = &net->layers[l];
@@ -266,5 +280,6 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
     EMX_TRY(emxi_rmsnorm_backward(ctx, s->x, w->input_norm, s->rstd, net->dh, net->dx, g->input_norm, net->partials, n, z.width,
                                   true));
   }
+  drop(&net->dropout, net->dx, n * z.width);
   return emxi_embed_backward(ctx, net->tokens, net->dx, net->g.embed, n, z.width);
 }

@@ -36,6 +36,13 @@ typedef struct emxi_saved { /* what the backward pass needs of one layer */
   float *gate, *up;                /* [N,F] */
 } emxi_saved;
 
+/* Which outputs of the embedding a pass drops: a function of (seed, step) and the place. */
+typedef struct emxi_dropout {
+  double share;
+  uint64_t seed;
+  int64_t step;
+} emxi_dropout;
+
 typedef struct emxi_net {
   emx_ctx *ctx;
   emx_model_config config;
@@ -53,9 +60,10 @@ typedef struct emxi_net {
   /* Text: every row is scored, max_scored = n_scored = 0 and M = N. Tasks: max_scored is set before carving, n_scored >= 1 before a
    * pass, and M = n_scored. */
   int64_t max_scored, n_scored;
-  int32_t *scored; /* [max_scored] rows, ascending */
-  float *x_scored; /* [max_scored,W] their x_last */
-  void *workspace; /* of the attention */
+  int32_t *scored;      /* [max_scored] rows, ascending */
+  float *x_scored;      /* [max_scored,W] their x_last */
+  emxi_dropout dropout; /* of passes that want a gradient */
+  void *workspace;      /* of the attention */
   size_t workspace_bytes;
 } emxi_net;
 /* Carves everything that depends on the number of tokens, for at most `tokens` in a batch of any of the n shapes (B,T).

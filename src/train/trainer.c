@@ -24,7 +24,6 @@ void emx_train_opts_init_sized(emx_train_opts *opts, size_t size) {
                                    .eps = 1e-8,
                                    .weight_decay = 0.1,
                                    .clip = 1,
-                                   .embed_std = 0.02,
                                    .seed = 1};
   emxi_struct_init(opts, size, &defaults, sizeof defaults);
 }
@@ -50,7 +49,8 @@ static emx_status check_opts(const emx_train_opts *o) {
   REQUIRE(o->beta2 >= 0 && o->beta2 < 1, "beta2 is %g, expected 0 <= beta2 < 1", o->beta2);
   REQUIRE(o->eps > 0 && isfinite(o->eps), "eps is %g, expected a positive number", o->eps);
   REQUIRE(o->weight_decay >= 0 && isfinite(o->weight_decay), "weight_decay is %g, expected a number from 0", o->weight_decay);
-  REQUIRE(o->embed_std > 0 && o->embed_std <= 10, "embed_std is %g, expected a positive number up to 10", o->embed_std);
+  REQUIRE(o->embed_dropout >= 0 && o->embed_dropout < 1, "embed_dropout is %g, expected 0 <= embed_dropout < 1",
+          o->embed_dropout);
   REQUIRE(o->clip > 0, "clip is %g, expected a positive number (infinity: no clipping)", o->clip);
 #undef REQUIRE
   return EMX_OK;
@@ -176,7 +176,7 @@ static emx_status take_memory(emx_trainer *t) {
   return status;
 }
 
-/* N(0, 0.02), the embedding N(0, embed_std), the projections onto the residual stream smaller by sqrt(2 L), which keeps its variance independent of the depth
+/* N(0, 0.02), the projections onto the residual stream smaller by sqrt(2 L), which keeps its variance independent of the depth
  * (Radford et al. 2019); norms 1, the parameters of alpha and theta constant. The i-th tensor beside those is stream i of the seed:
  * models that differ in them alone start from the same weights. */
 static void initial_weights(emx_trainer *t) {
@@ -189,8 +189,7 @@ static void initial_weights(emx_trainer *t) {
     if (p.start == EMXI_START_NORM || p.start == EMXI_START_SCALAR) {
       for (int64_t j = 0; j < p.count; j++) w[j] = p.value;
     } else {
-      const bool embedding = i == 0;
-      const float scale = (float)(embedding ? t->opts.embed_std : 0.02 * (p.start == EMXI_START_RESIDUAL ? residual : 1));
+      const float scale = (float)(0.02 * (p.start == EMXI_START_RESIDUAL ? residual : 1));
       emxi_normals(t->opts.seed, stream, w, p.count);
       for (int64_t j = 0; j < p.count; j++) w[j] *= scale;
     }
@@ -267,6 +266,7 @@ static emx_status step(emx_trainer *t, emx_train_stats *stats) {
     EMX_TRY(emxi_task_batch(&t->task, t->step * batch, batch, &t->net, &length, &tokens));
   else
     for (int64_t i = 0; i < batch; i++) put_window(&t->net, i, length, emxi_data_draw(&t->data, length, o->seed, t->step, i));
+  t->net.dropout = (emxi_dropout){o->embed_dropout, o->seed, t->step};
   double loss, norm;
   EMX_TRY(emxi_net_forward(&t->net, batch, length, true, &loss));
   if (!isfinite(loss)) return stop(t, "loss", loss);

@@ -505,9 +505,9 @@ static void test_resume(void **state) {
   assert_int_equal(emx_trainer_resume(two, folder, &o, &wrong, &again), EMX_ERR_INVALID);
   assert_non_null(strstr(emx_last_error(), "retrieval"));
   emx_train_opts large = o;
-  large.embed_std = 0.5;
+  large.embed_dropout = 0.5;
   assert_int_equal(emx_trainer_resume(two, folder, &large, &data, &again), EMX_ERR_INVALID);
-  assert_non_null(strstr(emx_last_error(), "embed_std"));
+  assert_non_null(strstr(emx_last_error(), "embed_dropout"));
   assert_int_equal(emx_trainer_resume(two, folder, &o, &data, &again), EMX_OK);
   for (int i = 3; i < 6; i++) {
     assert_int_equal(emx_trainer_step(whole, &a), EMX_OK);

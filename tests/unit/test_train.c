@@ -167,15 +167,15 @@ static void rope64(const emx_model_config *c, double *x, int64_t heads, int64_t 
     }
 }
 
-/* Sum of the losses of one sequence; nll: optional [n]. */
+/* Sum of the losses of one sequence; nll: optional [n]; factors: optional [n,W], on the outputs of the embedding. */
 static double forward64(const emx_model_config *c, const double *w, const int32_t *tokens, const int32_t *targets, int64_t n,
-                        double *nll) {
+                        const double *factors, double *nll) {
   static double x[MAX_T][MAX_W], h[MAX_W], q[MAX_T][MAX_W], k[MAX_T][MAX_W], v[MAX_T][MAX_W], gate[MAX_W], up[MAX_W];
   const int64_t W = c->hidden_size, F = c->intermediate_size, D = c->head_dim, H = c->num_heads, G = c->num_kv_heads;
   const double *embed = named(c, w, -1, "model.embed_tokens");
   const double *head = c->tie_word_embeddings ? embed : named(c, w, -1, "lm_head");
   for (int64_t t = 0; t < n; t++)
-    for (int64_t i = 0; i < W; i++) x[t][i] = embed[tokens[t] * W + i];
+    for (int64_t i = 0; i < W; i++) x[t][i] = embed[tokens[t] * W + i] * (factors ? factors[t * W + i] : 1);
   for (int l = 0; l < c->num_layers; l++) {
     for (int64_t t = 0; t < n; t++) {
       norm64(x[t], named(c, w, l, "input_layernorm"), W, c->rms_norm_eps, h);
@@ -229,11 +229,12 @@ static double forward64(const emx_model_config *c, const double *w, const int32_
 
 /* Losses and gradients of the f32 passes against float64: relative to the largest gradient of the tensor, a few hundred roundings
  * of 6e-8 through two layers stay below 2e-4; a wrong term shows at 1e-1. Central differences with h = 1e-5 are good to ~1e-9. */
-static void check_gradient(const emx_model_config *config, const char *what) {
+static void check_gradient(const emx_model_config *config, double dropout, const char *what) {
   const emx_model_config c = *config;
   emx_train_opts o = short_run();
   o.long_length = o.long_every = 0;
   o.batch = 2;
+  o.embed_dropout = dropout;
   emx_trainer *t = create(two, &c, &o);
   const int64_t n = o.batch * o.length, count = t->net.w.count;
   double *w = emxi_alloc((size_t)count * sizeof *w), nll[32], loss, sum = 0;
@@ -243,9 +244,21 @@ static void check_gradient(const emx_model_config *config, const char *what) {
     t->net.tokens[i] = (int32_t)((i * 7 + i * i) % 23);
     t->net.targets[i] = (int32_t)((i * 5 + 3) % 23);
   }
+  t->net.dropout = (emxi_dropout){dropout, 3, 4};
   assert_int_equal(emxi_net_forward(&t->net, o.batch, o.length, true, &loss), EMX_OK);
+  /* What was dropped, as the first layer saw it: zero, or the rest scaled up. 5 standard deviations of 576 draws. */
+  static double factors[32 * MAX_W];
+  const int64_t width = c.hidden_size;
+  int64_t zeros = 0;
+  for (int64_t i = 0; i < n * width; i++) {
+    factors[i] = t->net.layers[0].x[i] / w[t->net.tokens[i / width] * width + i % width];
+    zeros += factors[i] == 0;
+    assert_true(factors[i] == 0 || fabs(factors[i] * (1 - dropout) - 1) < 1e-4);
+  }
+  assert_true(fabs((double)zeros - dropout * (double)(n * width)) <= 5 * sqrt(dropout * (double)(n * width)));
   for (int b = 0; b < 2; b++)
-    sum += forward64(&c, w, t->net.tokens + b * o.length, t->net.targets + b * o.length, o.length, nll + b * o.length);
+    sum += forward64(&c, w, t->net.tokens + b * o.length, t->net.targets + b * o.length, o.length, factors + b * o.length * width,
+                     nll + b * o.length);
   for (int64_t i = 0; i < n; i++)
     if (!(fabs(nll[i] - t->net.nll[i]) < 1e-4))
       fail_msg("%s, alpha %g: nll[%d] %g, float64 %g", what, c.entmax_alpha, (int)i, t->net.nll[i], nll[i]);
@@ -267,7 +280,8 @@ static void check_gradient(const emx_model_config *config, const char *what) {
       for (int side = -1; side <= 1; side += 2) {
         *at = keep + side * h;
         for (int b = 0; b < 2; b++)
-          difference += side * forward64(&c, w, t->net.tokens + b * o.length, t->net.targets + b * o.length, o.length, NULL);
+          difference += side * forward64(&c, w, t->net.tokens + b * o.length, t->net.targets + b * o.length, o.length,
+                                         factors + b * o.length * width, NULL);
       }
       *at = keep;
       difference /= 2 * h * (double)n;
@@ -287,7 +301,8 @@ static void test_gradient(void **state) {
     for (int tied = 0; tied < 2; tied++) {
       emx_model_config c = tiny(alphas[a]);
       c.tie_word_embeddings = tied;
-      check_gradient(&c, "plain");
+      check_gradient(&c, 0, "plain");
+      check_gradient(&c, 0.25, "dropout");
     }
 }
 /* The same for every scale and position type. */
@@ -319,7 +334,7 @@ static void test_gradient_scales(void **state) {
     c.alpha_learned = cases[i].alpha_learned;
     c.alibi_slopes[0] = 0.7, c.alibi_slopes[1] = 0.05;
     c.rope_theta = 50;
-    check_gradient(&c, cases[i].name);
+    check_gradient(&c, 0, cases[i].name);
   }
 }
 
@@ -337,7 +352,7 @@ static void test_evaluate(void **state) {
       tokens[j] = bytes[0][i * 12 + j];
       targets[j] = bytes[0][i * 12 + j + 1];
     }
-    want += forward64(&c, w, tokens, targets, 12, NULL);
+    want += forward64(&c, w, tokens, targets, 12, NULL, NULL);
   }
   assert_int_equal(emx_trainer_evaluate(t, bytes[0], windows * 12 + 6, &got), EMX_OK);
   assert_true(fabs(got - want / (double)(windows * 12)) < 1e-5);
