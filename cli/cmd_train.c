@@ -55,6 +55,7 @@ enum {
   KEY_DECAY,
   KEY_BETA2,
   KEY_EMBED_DROPOUT,
+  KEY_HEAD_DROPOUT,
   KEY_CLIP,
   KEY_SEED,
   KEY_SAVE_EVERY,
@@ -93,6 +94,7 @@ static const struct argp_option option_table[] = {
     {"beta2", KEY_BETA2, "X", 0, "AdamW's memory of squared gradients (default 0.95; rare tokens need more)", 3},
     {"clip", KEY_CLIP, "X", 0, "Largest norm of the gradient (default 1)", 3},
     {"embed-dropout", KEY_EMBED_DROPOUT, "P", 0, "Share of the embedding's outputs set to zero in a step (default 0)", 3},
+    {"head-dropout", KEY_HEAD_DROPOUT, "P", 0, "Share of the heads without ALiBi left out, sequence by sequence (default 0)", 3},
     {"seed", KEY_SEED, "S", 0, "Of the weights and the order of the data (default 1)", 3},
     {"long-length", KEY_LONG_LENGTH, "N", 0, "Length of every long-every-th step, with as many tokens (default 0: never)", 3},
     {"long-every", KEY_LONG_EVERY, "N", 0, "See --long-length", 3},
@@ -144,6 +146,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_MIN_LR: t->min_lr = cli_real(state, "--min-lr", arg, 0, 100); return 0;
     case KEY_DECAY: t->weight_decay = cli_real(state, "--weight-decay", arg, 0, 100); return 0;
     case KEY_BETA2: t->beta2 = cli_real(state, "--beta2", arg, 0, 0.999999); return 0;
+    case KEY_HEAD_DROPOUT: t->head_dropout = cli_real(state, "--head-dropout", arg, 0, 0.99); return 0;
     case KEY_EMBED_DROPOUT: t->embed_dropout = cli_real(state, "--embed-dropout", arg, 0, 0.99); return 0;
     case KEY_CLIP: t->clip = cli_real(state, "--clip", arg, 1e-12, 1e12); return 0;
     case KEY_SEED: t->seed = cli_seed(state, "--seed", arg); return 0;

@@ -288,6 +288,7 @@ typedef struct emx_train_opts {
   double clip;                            /* global norm of the gradient */
   double embed_dropout; /* share of the embedding's outputs that a step sets to zero, the rest scaled to the same mean (Srivastava
                          * et al. 2014); 0 to below 1. Evaluation and inference drop nothing. */
+  double head_dropout;  /* the same for whole heads of a sequence, those without ALiBi (Zhou et al. 2020, DropHead) */
   uint64_t seed; /* initial weights and the order of the data: sample i of step t depends on (seed, t, i) alone */
 } emx_train_opts;
 /* 10000 steps (200 of warm-up) of 16 sequences of 512; lr 2e-3 to 2e-4, beta 0.9 and 0.95, eps 1e-8, weight_decay 0.1, clip 1, no dropout,

@@ -17,5 +17,5 @@ resume=
 [ ! -f "$out/trainer.safetensors" ] || resume=--resume
 # Unquoted on purpose: the twin's options and --resume are words of their own.
 exec "$emx" train -o "$out" --task retrieval --length 16..64 $twin --layers 2 --hidden 64 --heads 8 --kv-heads 4 --head-dim 32 \
-  --alibi-heads 4 --ffn 64 --batch 128 --steps 4000 --warmup 300 --lr 3e-3 --min-lr 1.5e-4 --weight-decay 0 --embed-dropout 0.1 --dtype f32 \
-  --seed "$seed" --save-every 500 ${THREADS:+-t "$THREADS"} $resume
+  --alibi-heads 4 --ffn 64 --batch 128 --steps 4000 --warmup 300 --lr 3e-3 --min-lr 1.5e-4 --weight-decay 0 --embed-dropout 0.1 \
+  --head-dropout 0.2 --dtype f32 --seed "$seed" --save-every 500 ${THREADS:+-t "$THREADS"} $resume

@@ -167,16 +167,32 @@ emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shap
 
 /* ---- passes */
 
-/* Zeroes x [n] where the mask says so and scales the rest: its own backward pass. 16 bits decide on an element. */
-static void drop(const emxi_dropout *p, float *x, int64_t n) {
-  if (!(p->share > 0)) return;
-  const uint32_t below = (uint32_t)(p->share * 65536);
+/* Factors of the elements 8 i .. 8 i + 7 of a stream: zero, or what the rest is scaled by. 16 bits decide on an element.
+ * ~seed: neither the weights nor the data of this seed are drawn with that key. */
+static void drop_factors(const emxi_dropout *p, double share, uint64_t stream, int64_t i, float factor[8]) {
+  const uint32_t below = (uint32_t)(share * 65536);
   const float rest = 1 / (1 - (float)below / 65536);
-  /* ~seed: neither the weights nor the data of this seed are drawn with that key. */
-  for (int64_t i = 0; i < n; i += 8) {
-    uint32_t word[4];
-    emxi_philox(~p->seed, (uint64_t)p->step, (uint64_t)(i / 8), word);
-    for (int64_t j = 0; j < 8 && i + j < n; j++) x[i + j] *= (word[j / 2] >> 16 * (j % 2) & 0xffff) < below ? 0 : rest;
+  uint32_t word[4];
+  emxi_philox(~p->seed, (uint64_t)p->step, stream << 48 | (uint64_t)i, word);
+  for (int j = 0; j < 8; j++) factor[j] = (word[j / 2] >> 16 * (j % 2) & 0xffff) < below ? 0 : rest;
+}
+/* Both are their own backward pass. x: outputs of the embedding [n]. */
+static void drop_elements(const emxi_dropout *p, float *x, int64_t n) {
+  float factor[8];
+  for (int64_t i = 0; i < n && p->embed > 0; i += 8) {
+    drop_factors(p, p->embed, 0, i / 8, factor);
+    for (int64_t j = 0; j < 8 && i + j < n; j++) x[i + j] *= factor[j];
+  }
+}
+/* o [B,T,H D]: whole heads of a sequence, of those without a slope: the others hold the order of the tokens, which nothing replaces. */
+static void drop_heads(const emxi_net *net, int32_t layer, float *o, int64_t batch, int64_t length) {
+  const int64_t heads = net->config.num_heads, d = net->config.head_dim;
+  float factor[8];
+  for (int64_t i = 0; i < batch * heads && net->dropout.head > 0; i++) {
+    const int64_t b = i / heads, h = i % heads;
+    if (i % 8 == 0) drop_factors(&net->dropout, net->dropout.head, 1 + (uint64_t)layer, i / 8, factor);
+    for (int64_t t = 0; t < length && net->slopes[h] == 0 && factor[i % 8] != 1; t++)
+      for (int64_t j = 0; j < d; j++) o[((b * length + t) * heads + h) * d + j] *= factor[i % 8];
   }
 }
 
@@ -187,7 +203,7 @@ emx_status emxi_net_forward(emxi_net *net, int64_t batch, int64_t length, bool w
   const emxi_places places = {.m = n, .length = length};
   emx_ctx *ctx = net->ctx;
   emxi_embed(net->w.embed, net->tokens, net->layers[0].x, n, z.width);
-  if (want_gradient) drop(&net->dropout, net->layers[0].x, n * z.width);
+  if (want_gradient) drop_elements(&net->dropout, net->layers[0].x, n * z.width);
   for (int32_t l = 0; l < c->num_layers; l++) {
     const emxi_layer *w = &net->w.layers[l];
     const emxi_saved *s = &net->layers[l];
@@ -202,6 +218,7 @@ emx_status emxi_net_forward(emxi_net *net, int64_t batch, int64_t length, bool w
     if (c->alpha_learned) emxi_learned_alphas(c, w, net->alphas, NULL);
     attention_views(net, s, batch, length, EMX_PASS_FORWARD, &a);
     EMX_TRY(emx_attn_forward(ctx, &a.desc, &a.io, net->workspace, net->workspace_bytes));
+    if (want_gradient) drop_heads(net, l, s->o, batch, length);
     EMX_TRY(emxi_linear_residual(ctx, s->o, w->wo, s->x, s->x_mid, n, z.q, z.width));
     EMX_TRY(emxi_rmsnorm(ctx, s->x_mid, w->post_norm, c->rms_norm_eps, s->h_mid, s->rstd_mid, n, z.width));
     EMX_TRY(emxi_linear(ctx, s->h_mid, w->gate, s->gate, n, z.width, z.gated, false));
@@ -266,6 +283,7 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
     /* attention */
     EMX_TRY(emxi_linear_dx(ctx, net->dx, w->wo, net->d_o, n, z.q, z.width, false));
     EMX_TRY(emxi_linear_dw(ctx, s->o, net->dx, g->wo, net->partials, n, z.q, z.width, false));
+    drop_heads(net, l, net->d_o, batch, length);
     views a;
     if (c->alpha_learned) emxi_learned_alphas(c, w, net->alphas, net->alpha_slopes);
     attention_views(net, s, batch, length, EMX_PASS_BACKWARD, &a);
@@ -280,6 +298,6 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length) {
     EMX_TRY(emxi_rmsnorm_backward(ctx, s->x, w->input_norm, s->rstd, net->dh, net->dx, g->input_norm, net->partials, n, z.width,
                                   true));
   }
-  drop(&net->dropout, net->dx, n * z.width);
+  drop_elements(&net->dropout, net->dx, n * z.width);
   return emxi_embed_backward(ctx, net->tokens, net->dx, net->g.embed, n, z.width);
 }

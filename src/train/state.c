@@ -80,6 +80,7 @@ static int describe(const emx_trainer *t, entry e[MAX_ENTRIES]) {
   OPTION_REAL(weight_decay);
   OPTION_REAL(clip);
   OPTION_REAL(embed_dropout);
+  OPTION_REAL(head_dropout);
   ENTRY("opts.seed", "the option seed", "%" PRIu64, o->seed);
   if (t->task.kind) {
     ENTRY("data.task", "the task", "%s", emx_task_name(t->task.kind));
@@ -153,7 +154,8 @@ emx_status emxi_state_check(const emx_checkpoint *ck, const char *path, const em
   const int n = describe(t, e);
   for (int i = 0; i < n; i++) {
     const char *was = emx_checkpoint_metadata(ck, e[i].key);
-    if (!was && !strcmp(e[i].key, "opts.embed_dropout")) was = "0"; /* files of the time before the option */
+    if (!was && (!strcmp(e[i].key, "opts.embed_dropout") || !strcmp(e[i].key, "opts.head_dropout")))
+      was = "0"; /* files of the time before the options */
     if (!was) return emxi_fail(EMX_ERR_FORMAT, "%s: %s is missing; not a trainer's state", path, e[i].key);
     if (strcmp(was, e[i].value)) /* the version and config.json come from files, the rest from the caller */
       return emxi_fail(i == 0 || !strncmp(e[i].key, "config.", 7) ? EMX_ERR_FORMAT : EMX_ERR_INVALID,

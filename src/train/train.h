@@ -36,9 +36,9 @@ typedef struct emxi_saved { /* what the backward pass needs of one layer */
   float *gate, *up;                /* [N,F] */
 } emxi_saved;
 
-/* Which outputs of the embedding a pass drops: a function of (seed, step) and the place. */
+/* Which outputs of the embedding and which heads a pass drops: a function of (seed, step) and the place. */
 typedef struct emxi_dropout {
-  double share;
+  double embed, head; /* shares */
   uint64_t seed;
   int64_t step;
 } emxi_dropout;

@@ -51,6 +51,7 @@ static emx_status check_opts(const emx_train_opts *o) {
   REQUIRE(o->weight_decay >= 0 && isfinite(o->weight_decay), "weight_decay is %g, expected a number from 0", o->weight_decay);
   REQUIRE(o->embed_dropout >= 0 && o->embed_dropout < 1, "embed_dropout is %g, expected 0 <= embed_dropout < 1",
           o->embed_dropout);
+  REQUIRE(o->head_dropout >= 0 && o->head_dropout < 1, "head_dropout is %g, expected 0 <= head_dropout < 1", o->head_dropout);
   REQUIRE(o->clip > 0, "clip is %g, expected a positive number (infinity: no clipping)", o->clip);
 #undef REQUIRE
   return EMX_OK;
@@ -266,7 +267,7 @@ static emx_status step(emx_trainer *t, emx_train_stats *stats) {
     EMX_TRY(emxi_task_batch(&t->task, t->step * batch, batch, &t->net, &length, &tokens));
   else
     for (int64_t i = 0; i < batch; i++) put_window(&t->net, i, length, emxi_data_draw(&t->data, length, o->seed, t->step, i));
-  t->net.dropout = (emxi_dropout){o->embed_dropout, o->seed, t->step};
+  t->net.dropout = (emxi_dropout){o->embed_dropout, o->head_dropout, o->seed, t->step};
   double loss, norm;
   EMX_TRY(emxi_net_forward(&t->net, batch, length, true, &loss));
   if (!isfinite(loss)) return stop(t, "loss", loss);

@@ -167,9 +167,10 @@ static void rope64(const emx_model_config *c, double *x, int64_t heads, int64_t 
     }
 }
 
-/* Sum of the losses of one sequence; nll: optional [n]; factors: optional [n,W], on the outputs of the embedding. */
+/* Sum of the losses of one sequence; nll: optional [n]; factors: optional [n,W] on the outputs of the embedding,
+ * heads: optional [L,H] on those of the heads. */
 static double forward64(const emx_model_config *c, const double *w, const int32_t *tokens, const int32_t *targets, int64_t n,
-                        const double *factors, double *nll) {
+                        const double *factors, const double *heads, double *nll) {
   static double x[MAX_T][MAX_W], h[MAX_W], q[MAX_T][MAX_W], k[MAX_T][MAX_W], v[MAX_T][MAX_W], gate[MAX_W], up[MAX_W];
   const int64_t W = c->hidden_size, F = c->intermediate_size, D = c->head_dim, H = c->num_heads, G = c->num_kv_heads;
   const double *embed = named(c, w, -1, "model.embed_tokens");
@@ -201,7 +202,7 @@ static double forward64(const emx_model_config *c, const double *w, const int32_
             c->alpha_learned ? 1 + 1 / (1 + exp(-named(c, w, l, "self_attn.entmax_alpha_logit")[a])) : c->entmax_alpha;
         emxi_oracle_entmax(s, t + 1, alpha, p, &support);
         for (int64_t j = 0; j <= t; j++)
-          for (int64_t i = 0; i < D; i++) o[a * D + i] += p[j] * v[j][kv * D + i];
+          for (int64_t i = 0; i < D; i++) o[a * D + i] += p[j] * v[j][kv * D + i] * (heads ? heads[l * H + a] : 1);
       }
       product64(named(c, w, l, "self_attn.o_proj"), o, W, H * D, x[t], true);
       norm64(x[t], named(c, w, l, "post_attention_layernorm"), W, c->rms_norm_eps, h);
@@ -234,7 +235,7 @@ static void check_gradient(const emx_model_config *config, double dropout, const
   emx_train_opts o = short_run();
   o.long_length = o.long_every = 0;
   o.batch = 2;
-  o.embed_dropout = dropout;
+  o.embed_dropout = o.head_dropout = dropout;
   emx_trainer *t = create(two, &c, &o);
   const int64_t n = o.batch * o.length, count = t->net.w.count;
   double *w = emxi_alloc((size_t)count * sizeof *w), nll[32], loss, sum = 0;
@@ -244,7 +245,7 @@ static void check_gradient(const emx_model_config *config, double dropout, const
     t->net.tokens[i] = (int32_t)((i * 7 + i * i) % 23);
     t->net.targets[i] = (int32_t)((i * 5 + 3) % 23);
   }
-  t->net.dropout = (emxi_dropout){dropout, 3, 4};
+  t->net.dropout = (emxi_dropout){dropout, dropout, 3, 4};
   assert_int_equal(emxi_net_forward(&t->net, o.batch, o.length, true, &loss), EMX_OK);
   /* What was dropped, as the first layer saw it: zero, or the rest scaled up. 5 standard deviations of 576 draws. */
   static double factors[32 * MAX_W];
@@ -255,10 +256,21 @@ static void check_gradient(const emx_model_config *config, double dropout, const
     zeros += factors[i] == 0;
     assert_true(factors[i] == 0 || fabs(factors[i] * (1 - dropout) - 1) < 1e-4);
   }
+  double head_factors[2][2 * 4];
+  int out = 0;
+  for (int64_t b = 0; b < 2; b++)
+    for (int64_t i = 0; i < 2 * c.num_heads; i++) {
+      const float *first = t->net.layers[i / c.num_heads].o + (b * o.length * c.num_heads + i % c.num_heads) * c.head_dim;
+      const bool slope = t->net.slopes[i % c.num_heads] != 0, zero = first[0] == 0;
+      head_factors[b][i] = slope ? 1 : zero ? 0 : 1 / (1 - dropout);
+      assert_false(slope && zero);
+      out += zero;
+    }
+  assert_true(dropout > 0 ? out > 0 && out < 8 : !out); /* of 8 heads without a slope; the step above drops some */
   assert_true(fabs((double)zeros - dropout * (double)(n * width)) <= 5 * sqrt(dropout * (double)(n * width)));
   for (int b = 0; b < 2; b++)
     sum += forward64(&c, w, t->net.tokens + b * o.length, t->net.targets + b * o.length, o.length, factors + b * o.length * width,
-                     nll + b * o.length);
+                     head_factors[b], nll + b * o.length);
   for (int64_t i = 0; i < n; i++)
     if (!(fabs(nll[i] - t->net.nll[i]) < 1e-4))
       fail_msg("%s, alpha %g: nll[%d] %g, float64 %g", what, c.entmax_alpha, (int)i, t->net.nll[i], nll[i]);
@@ -281,7 +293,7 @@ static void check_gradient(const emx_model_config *config, double dropout, const
         *at = keep + side * h;
         for (int b = 0; b < 2; b++)
           difference += side * forward64(&c, w, t->net.tokens + b * o.length, t->net.targets + b * o.length, o.length,
-                                         factors + b * o.length * width, NULL);
+                                         factors + b * o.length * width, head_factors[b], NULL);
       }
       *at = keep;
       difference /= 2 * h * (double)n;
@@ -352,7 +364,7 @@ static void test_evaluate(void **state) {
       tokens[j] = bytes[0][i * 12 + j];
       targets[j] = bytes[0][i * 12 + j + 1];
     }
-    want += forward64(&c, w, tokens, targets, 12, NULL, NULL);
+    want += forward64(&c, w, tokens, targets, 12, NULL, NULL, NULL);
   }
   assert_int_equal(emx_trainer_evaluate(t, bytes[0], windows * 12 + 6, &got), EMX_OK);
   assert_true(fabs(got - want / (double)(windows * 12)) < 1e-5);
