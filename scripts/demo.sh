@@ -22,7 +22,7 @@ for model in retrieval-softmax retrieval-entmax retrieval-asentmax; do
   if [ -f "$models/$model/model.safetensors" ]; then set -- "$@" -m "$models/$model"; fi
 done
 if [ $# -gt 0 ]; then
-  echo "demo: two steps along a cycle given as shuffled pairs (docs/tasks.md); trained on 32 tokens, 40 samples a length" >&2
-  "$build/emx" eval "$@" --task retrieval --len 32,128,512,1024,3200 --samples 40 --svg "$build/retrieval.svg"
+  echo "demo: two steps along a cycle given as shuffled pairs (docs/tasks.md); trained on 16 to 64 tokens, 20 samples a length" >&2
+  "$build/emx" eval "$@" --task retrieval --len 64,256,1024,6400 --samples 20 --svg "$build/retrieval.svg"
   echo "demo: picture: $build/retrieval.svg" >&2
 fi
