@@ -198,8 +198,8 @@ static const struct argp_option select_options[] = {
     {"budget", KEY_BUDGET, "TOKENS", 0, "topk: tokens a query head reads (default 1024); a list where the command compares", 80},
     {"tau-mode", KEY_TAU_MODE, "M", 0, "gaussian: exact (default), corrected or fixed", 80},
     {"max-bytes", KEY_MAX_BYTES, "B", 0, "certified: stop a head after this many bytes (default 0: no limit)", 80},
-    {"max-delta", KEY_MAX_DELTA, "X", 0, "certified: stop when the bound of the dropped mass is at most X (default 0: exact)",
-     80},
+    {"max-delta", KEY_MAX_DELTA, "X", 0,
+     "certified: stop when the bound of the dropped mass is at most X (default 0: exact, which leaves softmax heads dense)", 80},
     {0}};
 static bool selects(const cli_select *s, int32_t kind) {
   for (int i = 0; i < s->n; i++)

@@ -414,7 +414,8 @@ enum {
   EMX_SELECT_GAUSSIAN = 2, /* threshold estimated from page means and spreads (EntmaxKV's second selector, eq. 19) */
   EMX_SELECT_CERTIFIED =
       3,               /* exact without reading every key: tokens whose sound score bound lies below the threshold are left out.
-                             * Needs EMX_SUMMARY_SKETCH and alpha > 1; emx_decode only */
+                             * Needs EMX_SUMMARY_SKETCH; emx_decode only. alpha = 1: with max_delta, for no weight of softmax is
+                             * zero; heads without it take ALL's path */
   EMX_SELECT_PAGES = 4 /* emx_decode only: the caller's page lists */
 };
 enum {
@@ -430,7 +431,7 @@ typedef struct emx_select_desc {
   int32_t tau_steps;   /* CORRECTED: steps; 0: 3 */
   int64_t budget;      /* TOPK: tokens per query row, in whole pages, the newest page included; at least one page */
   int64_t max_bytes;   /* CERTIFIED: stop a row once bytes_k + bytes_v + bytes_meta reach this; 0: none */
-  double max_delta;    /* CERTIFIED: stop when delta_bound is at most this; 0: exact */
+  double max_delta;    /* CERTIFIED: stop when delta_bound is at most this (looked at every few keys); 0: exact */
   float max_quantile;  /* GAUSSIAN: quantile of a page's maximum that is compared with the threshold; 0.995 */
   float safety_margin; /* GAUSSIAN: margin below the threshold, in units of the overall score spread; 0 */
   float excess_margin; /* GAUSSIAN: margin as a fraction of the threshold's excess over typical pages; 0.1 */
@@ -473,7 +474,7 @@ typedef struct emx_report {
 typedef struct emx_decode_io {
   uint32_t struct_size;
   int32_t layout; /* of q, o, k_new, v_new: EMX_LAYOUT_BHND [B,H,S,D] or EMX_LAYOUT_BNHD [B,S,H,D] */
-  double alpha;   /* 1 or 1 < alpha <= 4 (GAUSSIAN, CERTIFIED: > 1) */
+  double alpha;   /* 1 or 1 < alpha <= 4 (GAUSSIAN: > 1) */
   float scale;    /* 0: 1/sqrt(D) */
   int32_t reserved;
   const emx_tensor *q;             /* f32, f16 or bf16 */

@@ -11,7 +11,7 @@
 #define CERT_CHUNK 65536                 /* positions */
 #define CERT_SUPERS (CERT_CHUNK / 64)    /* of a chunk */
 #define CERT_CANDIDATES (CERT_CHUNK / 4) /* of a row and chunk that the planes leave; more: the item takes ALL's path */
-#define CERT_FOUND 2048                  /* scores above the limit of a row and chunk; more: the same */
+#define CERT_FOUND 4096                  /* scores above the limit of a row and chunk; more: the same */
 #define CERT_SEEDS 2                     /* superpages with the best centres, and as many with the best bounds */
 #define CERT_BLOCK EMXI_SKETCH_BLOCK     /* groups judged at a time */
 #define CERT_PROBE 256                   /* groups of a probe */
@@ -22,16 +22,20 @@ typedef struct cert_query {
   double alpha, a;     /* alpha - 1 */
   double raw;          /* >= |q| */
   int64_t visible;
+  /* alpha = 1, where nothing has weight zero: the limit lies `rest` below the logarithm of the sum found so far, so that all keys
+   * below it together are not worth more than half of max_delta, and keys are read at once only `cool` above it. */
+  double rest, cool;
 } cert_query;
 
-/* Exact scores of one row that may matter, and what follows from them: nothing at or below `limit` has weight. In score units. */
+/* Exact scores of one row that may matter, and what follows from them: nothing at or below `limit` has weight (alpha = 1: is read, or used
+ * if it was). In score units. */
 typedef struct cert_list {
   float *s;
   int32_t *pos;
   int64_t n, cap;
   double limit;
   double tau;   /* a lower bound of the threshold of the computed scores, in units of (alpha-1) score */
-  double slack; /* largest error of a listed score */
+  double slack; /* largest error of a listed score; alpha = 1: of any score that was read */
   bool bad;     /* NaN or +inf was met */
   bool full;
 } cert_list;

@@ -270,7 +270,7 @@ static void confirm(scan *s, int r) {
   }
   for (int i = 0; i < n; i++) {
     if ((double)h[i].up <= list->limit) continue;
-    if (h[i].mid <= list->limit) {
+    if (h[i].mid <= list->limit + s->it->query[r].cool) {
       make_room(s->slot, r, 1);
       emxi_sketch_sink *c = &s->slot->left[r];
       if (s->slot->full) break;

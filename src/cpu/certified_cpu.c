@@ -23,9 +23,10 @@
 
 /* Tokens times head dimension below which ALL's path is as fast on keys that give nothing away. A variable for the tests alone. */
 int64_t emxi_certified_short = (int64_t)1 << 21;
-#define MIN_SLOTS 32   /* chunks in flight: several items together when sequences are short */
-#define FLAT 128       /* scores above the limit after the seeds */
-#define MAX_SHARE 0.75 /* of keys that the planes leave: more, and ALL's path is faster */
+#define MIN_SLOTS 32          /* chunks in flight: several items together when sequences are short */
+#define FLAT 128              /* scores above the limit after the seeds */
+#define MAX_SHARE 0.75        /* of keys that the planes leave: more, and ALL's path is faster */
+#define MAX_SHARE_SOFTMAX 0.2 /* of which most are read, values and all */
 
 /* ---- exact keys */
 
@@ -56,16 +57,18 @@ static void add(cert_item *it, cert_list *list, int r, float s, int64_t position
     list->bad = true;
     return;
   }
-  if ((double)s <= list->limit || s == -INFINITY) return;
+  const bool below = (double)s <= list->limit;
+  if (s == -INFINITY || (below && c->alpha > 1)) return;
+  if (norm < 0) norm = key_norm(it, position);
+  const double bias = c->x.slope != 0 ? 0x1p-22 * fabs(c->x.slope * (double)(position - (c->visible - 1))) : 0;
+  list->slack = fmax(list->slack, c->x.slack_k * norm + c->x.slack_0 + bias);
+  if (below) return;
   if (list->n == list->cap) {
     list->full = true;
     return;
   }
   list->s[list->n] = s;
   list->pos[list->n++] = (int32_t)position;
-  if (norm < 0) norm = key_norm(it, position);
-  const double bias = c->x.slope != 0 ? 0x1p-22 * fabs(c->x.slope * (double)(position - (c->visible - 1))) : 0;
-  list->slack = fmax(list->slack, c->x.slack_k * norm + c->x.slack_0 + bias);
 }
 
 void emxi_cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t n, double norm) {
@@ -87,9 +90,23 @@ void emxi_cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t
   }
 }
 
+/* What lies above the limit stays. */
+static void keep_above(const cert_item *it, cert_list *list, double limit) {
+  if (!(limit > list->limit)) return;
+  list->limit = limit;
+  float down = (float)limit;
+  if ((double)down > limit) down = nextafterf(down, -INFINITY);
+  list->n = it->k->keep(list->s, list->pos, 0, list->n, down, list->s, list->pos);
+}
+
 void emxi_cert_raise(const cert_item *it, int r, cert_list *list, cert_list *scratch) {
   if (!list->n || list->bad) return;
   const double a = it->query[r].a, alpha = it->query[r].alpha;
+  if (alpha == 1) { /* any limit is sound: whoever bounds what was dropped counts all that lies below it */
+    const float m = it->k->max(list->s, list->n);
+    keep_above(it, list, (double)m + log(emxi_cpu_exp_sum(it->k, list->s, list->n, m)) + it->query[r].rest);
+    return;
+  }
   double tau = list->tau;
   if (tau == -INFINITY || alpha > 2) {
     memcpy(scratch->s, list->s, (size_t)list->n * sizeof *list->s);
@@ -112,12 +129,7 @@ void emxi_cert_raise(const cert_item *it, int r, cert_list *list, cert_list *scr
   list->tau = tau;
   /* rounded down: T2 for the scores' errors, plus what this arithmetic may have lost */
   const double low = tau - a * list->slack - 1e-9 * fmax(1.0, fabs(tau)) - (double)list->n * 0x1p-50;
-  const double limit = low / a - 1e-15 * fabs(low / a);
-  if (!(limit > list->limit)) return;
-  list->limit = limit;
-  float down = (float)limit;
-  if ((double)down > limit) down = nextafterf(down, -INFINITY);
-  list->n = it->k->keep(list->s, list->pos, 0, list->n, down, list->s, list->pos);
+  keep_above(it, list, low / a - 1e-15 * fabs(low / a));
 }
 
 /* ---- the call */
@@ -240,6 +252,12 @@ static void open_item(void *arg, int64_t i, int32_t worker) {
                                 .a = alpha > 1 ? alpha - 1 : 1,
                                 .visible = e.row[r].visible,
                                 .x = {.slope = (double)e.row[r].slope, .slack_0 = e.row[r].underflow}};
+    if (alpha == 1) {
+      const double max = d->select.max_delta;
+      it->query[r].rest = log(max / 2) - log((double)(e.length ? e.length : 1));
+      it->query[r].cool = fmax(0, log(fmax(max / 64, 1.0 / 512)) - it->query[r].rest);
+      it->all |= !(max > 0);
+    }
     list_reset(&it->own.found[r]);
     it->all |= it->bad[r];
     it->all |= fabs((double)e.row[r].slope) * (double)e.length >= 1e37; /* a bias near the end of the floats */
@@ -287,9 +305,10 @@ static void read_range(cert_item *it, int64_t from, int64_t to) {
   }
 }
 
-/* Bound of the mass of what is neither in the list nor known to lie below its limit: candidates, and superpages in upper[]. */
+/* Bound of the mass of what is neither in the list nor known to lie below its limit: candidates, and superpages in upper[]. alpha = 1:
+ * of what lies below the limit, too, as far as scores that were read can tell. */
 static double bound_dropped(const cert_item *it, int r, const cert_list *list, const float *up, int64_t n) {
-  float top = it->k->max(list->s, list->n);
+  const float top = it->k->max(list->s, list->n), rest = nextafterf((float)(list->limit + list->slack), INFINITY);
   const emxi_dropped x = {
       .k = it->k,
       .alpha = it->query[r].alpha,
@@ -298,7 +317,9 @@ static double bound_dropped(const cert_item *it, int r, const cert_list *list, c
       .top = top,
       .tau_low = list->limit * it->query[r].a,
       .slack = list->slack,
-      .far = {{.up = up, .n = n, .times = 1}, {.up = it->upper + r * it->supers_ld, .n = it->supers, .times = EMXI_SUPER}}};
+      .far = {{.up = up, .n = n, .times = 1},
+              {.up = it->upper + r * it->supers_ld, .n = it->supers, .times = EMXI_SUPER},
+              {.up = &rest, .n = it->query[r].alpha == 1 && list->n < it->length, .times = (double)(it->length - list->n)}}};
   return emxi_cpu_dropped_mass(&x);
 }
 
@@ -307,6 +328,7 @@ static void seed_item(void *arg, int64_t i, int32_t worker) {
   cert_item *it = &j->items[i];
   if (it->all) return;
   const cert_slot *slots = it->slots;
+  double max_share = MAX_SHARE;
   read_range(it, it->supers * EMXI_SUPER, it->length);
   for (int r = 0; r < it->rows; r++)
     for (int w = 0; w < 2; w++)
@@ -329,9 +351,12 @@ static void seed_item(void *arg, int64_t i, int32_t worker) {
     emxi_cert_raise(it, r, list, &j->scratch[worker]);
     it->all |= list->full || list->bad || !(list->limit > -INFINITY);
     /* where most of the best keys have weight, most of the others will */
-    it->all |= list->n > FLAT && list->n > it->own.count[r].tokens / 2;
+    if (it->query[r].alpha == 1)
+      max_share = MAX_SHARE_SOFTMAX;
+    else
+      it->all |= list->n > FLAT && list->n > it->own.count[r].tokens / 2;
   }
-  it->all = it->all || emxi_cert_probe(it, &j->scratch[worker]) > MAX_SHARE || it->own.full;
+  it->all = it->all || emxi_cert_probe(it, &j->scratch[worker]) > max_share || it->own.full;
   for (int r = 0; r < it->rows; r++) it->all |= it->own.found[r].full || it->own.found[r].bad;
   if (it->all || !j->limited) return;
   const emx_select_desc *select = &j->d->select;
@@ -441,7 +466,8 @@ static bool settle(cert_item *it, cert_slot *all, cert_slot *from, int r, cert_l
   return true;
 }
 
-/* The same with a limit: best bound first, until nothing is left that can have weight, or enough has been read. False: as above. */
+/* The same with a limit: best bound first, until nothing is left that can have weight, or enough has been read. False: as above, or
+ * alpha = 1 and what lies below the limit is worth more than max_delta. */
 static bool settle_limited(const job *j, cert_item *it, cert_slot *all, int r, emxi_row *row, cert_list *scratch,
                            emxi_sketch_sink *heap) {
   const emx_select_desc *select = &j->d->select;
@@ -466,21 +492,27 @@ static bool settle_limited(const job *j, cert_item *it, cert_slot *all, int r, e
   for (int64_t i = heap->n / 2; i-- > 0;) sift(heap->up, heap->pos, i, heap->n, true);
   const float *upper = it->upper + r * it->supers_ld;
   const double far = it->supers ? (double)it->k->max(upper, it->supers) : -INFINITY;
-  for (int64_t since = 0;; since++) {
-    if (since % 16 == 0) {
-      if (list->n > scratch->cap) return false;
+  const bool softmax = it->query[r].alpha == 1;
+  for (int64_t since = 0, look = 0;; since++) {
+    const bool now = since == look;
+    if (now) {
+      look += softmax && since > 128 ? since / 8 : 16; /* softmax reads many */
+      if (list->n > scratch->cap && !softmax) return false;
       emxi_cert_raise(it, r, list, scratch);
     }
     const bool done = far <= list->limit && (!heap->n || (double)heap->up[0] <= list->limit);
-    if (done) break;
+    if (done && !softmax) break;
     const bool bytes = select->max_bytes > 0 && count->bytes_k + count->bytes_meta + list->n * line >= select->max_bytes;
-    if (bytes || !heap->n || (select->max_delta > 0 && since % 16 == 0)) {
+    const bool over = bytes || done || !heap->n;
+    if (over || (select->max_delta > 0 && now)) {
       const double delta = bound_dropped(it, r, list, heap->up, heap->n);
       const bool enough = select->max_delta > 0 && delta <= select->max_delta;
-      if (bytes || !heap->n || enough) {
+      if (over && softmax && !enough && select->max_bytes == 0) return false;
+      if (over || enough) {
         row->delta = delta;
         row->stopped_by = enough ? EMX_STOP_DELTA : EMX_STOP_BYTES;
-        row->max_unread = fmax(list->limit, fmax(far, heap->n ? (double)heap->up[0] : -INFINITY));
+        if (list->n < it->length)
+          row->max_unread = fmax(list->limit + (softmax ? list->slack : 0), fmax(far, heap->n ? (double)heap->up[0] : -INFINITY));
         return true;
       }
     }
@@ -530,7 +562,7 @@ static bool collect(const job *j, cert_item *it, cert_slot *all, int r, emxi_row
     }
   }
   if (list->bad) return true;
-  if (list->n > scratch->cap) return false;
+  if (list->n > scratch->cap && it->query[r].alpha > 1) return false;
   list->limit = dropped;
   emxi_cert_raise(it, r, list, scratch);
   if (j->limited) return settle_limited(j, it, all, r, row, scratch, heap);

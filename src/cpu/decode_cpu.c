@@ -21,7 +21,8 @@
 
 void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t rows, bool with_lists) {
   const int64_t pages = emxi_kv_pages_of(d->kv, d->max_len);
-  const bool lists = with_lists && (d->per_head || d->alpha > 1.0) && !d->select_only, sparse = d->select.kind != EMX_SELECT_ALL;
+  const bool lists = with_lists && (d->per_head || d->alpha > 1.0 || d->asked == EMX_SELECT_CERTIFIED) && !d->select_only,
+             sparse = d->select.kind != EMX_SELECT_ALL;
   *w = (emxi_work){0};
   w->q = emxi_arena_take(a, rows * EMXI_QLD, sizeof(float));
   w->o = emxi_arena_take(a, rows * EMXI_QLD, sizeof(double));
@@ -261,6 +262,25 @@ static double gather(emxi_item *it, int r, const emxi_solution *sol, int64_t *su
   return sum;
 }
 
+/* alpha = 1: the same for a list of scores, weights exp(s - m). */
+static double gather_softmax(emxi_item *it, int r, int64_t *support) {
+  const emxi_work *w = it->w;
+  const emxi_row *row = &it->row[r];
+  double *o = w->o + r * EMXI_QLD, sum = 0;
+  *support = 0;
+  for (int64_t i = 0; i < row->n; i += EMXI_BLOCK) {
+    const int64_t n = row->n - i < EMXI_BLOCK ? row->n - i : EMXI_BLOCK;
+    sum += it->k->exps(row->list + i, n, row->m, w->weight);
+    const int64_t c = it->k->keep(w->weight, row->pos + i, 0, n, 0.0f, w->weight, w->index);
+    for (int64_t j = 0; j < c; j++) w->offset[j] = value_offset(it, w->index[j]);
+    memset(w->part + r * EMXI_QLD, 0, (size_t)it->d->kv->D * sizeof(float));
+    add_values(it, r, c);
+    for (int x = 0; x < it->d->kv->D; x++) o[x] += (double)w->part[r * EMXI_QLD + x];
+    *support += c;
+  }
+  return sum;
+}
+
 /* EMX_TAU_CORRECTED: steps on the candidates from the estimate, inside [m-1, m] (relative: t in [-1, 0]). */
 static double corrected(const emxi_item *it, double alpha, const float *list, int64_t n, double m, double t, int steps) {
   double lo = -1, hi = 0;
@@ -322,9 +342,13 @@ void emxi_cpu_finish_row(emxi_item *it, int r) {
     if (!row->bad) {
       exact = true;
       support = row->n;
+      if (row->ladder) {
+        row->m = it->k->max(list, row->n);
+        row->z = gather_softmax(it, r, &support);
+      }
       mass = support > 0;
       write_row(it, r, row->z > 0 ? 1.0 / row->z : 0.0, false);
-      if (it->bounds && unread) delta = emxi_cpu_dropped_softmax(it, r);
+      if (it->bounds && unread) delta = row->ladder ? row->delta : emxi_cpu_dropped_softmax(it, r);
     }
   } else {
     emxi_solution sol = {0};

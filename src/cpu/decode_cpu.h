@@ -115,11 +115,12 @@ static inline float emxi_below(float m, double alpha) { return nextafterf((float
 void emxi_cpu_overflows(const emx_kv *kv, const int32_t *table, int32_t g, float *s, const int32_t *at, int64_t start, int64_t n);
 /* Fills chosen[], any[] and, if wanted, the bounds (select_cpu.c). Leaves sparse false if every row reads every page. */
 void emxi_cpu_select(emxi_item *it);
-/* T6 in its root form: bound of the mass of tokens that were not read, alpha > 1, from exact scores and upper bounds. */
+/* Bound of the mass of tokens that are not in the list, from its exact scores and upper bounds of theirs: T6 in its root form, and for
+ * alpha = 1 the share of a sum of exponentials. */
 typedef struct emxi_dropped {
   const emxi_table *k;
   double alpha;
-  const float *list; /* [n] scores above tau_low, a lower bound of the threshold in units of (alpha-1) score */
+  const float *list; /* [n] scores above tau_low, a lower bound of the threshold in units of (alpha-1) score; alpha = 1: any */
   int64_t n;
   float top;             /* the largest of them */
   double tau_low, slack; /* largest error of a listed score */
@@ -127,9 +128,11 @@ typedef struct emxi_dropped {
     const float *up; /* bounds, each of `times` tokens; +inf: nothing is known */
     int64_t n;
     double times;
-  } far[2];
+  } far[3];
 } emxi_dropped;
 double emxi_cpu_dropped_mass(const emxi_dropped *x);
+/* sum exp(s - m), m >= every s; off by less than 1e-5 of itself plus n 1e-37. */
+double emxi_cpu_exp_sum(const emxi_table *k, const float *s, int64_t n, float m);
 /* The same for the row's unread tokens, from the candidates list[0..n) above tau_low (absolute, units of
  * (alpha-1) score). alpha > 1. */
 double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n, double tau_low);

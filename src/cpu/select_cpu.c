@@ -307,7 +307,7 @@ void emxi_cpu_select(emxi_item *it) {
 static double total(const emxi_dropped *x, double t, double *slope) {
   double f;
   emxi_power_sums(x->k, x->alpha, x->list, x->n, 0, t, &f, slope);
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < 3; i++) {
     double f2, g2;
     if (!x->far[i].n) continue;
     emxi_power_sums(x->k, x->alpha, x->far[i].up, x->far[i].n, 0, t, &f2, &g2);
@@ -317,14 +317,34 @@ static double total(const emxi_dropped *x, double t, double *slope) {
   return f;
 }
 
+double emxi_cpu_exp_sum(const emxi_table *k, const float *s, int64_t n, float m) {
+  float p[EMXI_BLOCK + 16];
+  double sum = 0;
+  for (int64_t i = 0; i < n; i += EMXI_BLOCK) sum += k->exps(s + i, n - i < EMXI_BLOCK ? n - i : EMXI_BLOCK, m, p);
+  return sum;
+}
+
+/* U / (U + R), which grows with the sum U over what was left out and falls with the sum R over the list. */
+static double dropped_share(const emxi_dropped *x, float top) {
+  double unread = 0;
+  for (int i = 0; i < 3; i++)
+    if (x->far[i].n)
+      unread +=
+          x->far[i].times * (emxi_cpu_exp_sum(x->k, x->far[i].up, x->far[i].n, top) * (1 + 2e-5) + (double)x->far[i].n * 1e-37);
+  const double read = emxi_cpu_exp_sum(x->k, x->list, x->n, top) * (1 - 2e-5) * exp(-x->slack);
+  return unread > 0 ? fmin(unread / (unread + read) * (1 + 1e-12), 1.0) : unread == 0 ? 0 : 1;
+}
+
 double emxi_cpu_dropped_mass(const emxi_dropped *x) {
   const double a = x->alpha - 1.0;
   double top = (double)x->top;
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < 3; i++) {
     const double far = x->far[i].n ? (double)x->k->max(x->far[i].up, x->far[i].n) : -INFINITY;
     top = far > top ? far : top;
   }
-  if (!x->n || !(top < INFINITY) || !(x->slack < INFINITY) || !(x->tau_low > -INFINITY)) return 1;
+  if (!x->n || !(top < INFINITY) || !(x->slack < INFINITY)) return 1;
+  if (x->alpha == 1.0) return dropped_share(x, (float)top);
+  if (!(x->tau_low > -INFINITY)) return 1;
   /* H(tau_low) >= 1 up to rounding and H = 0 at the right end. Newton on H^(1/b), a norm, stays left of the root (alpha <= 2). */
   double lo = x->tau_low, hi = a * top, slope;
   const double tol = 1e-10 * (1.0 + fabs(lo));

@@ -18,8 +18,6 @@ static emx_status check_alpha(const emx_select_desc *s, double alpha, const char
   EMX_TRY(emxi_alpha_check(alpha, who));
   if (s->kind == EMX_SELECT_GAUSSIAN && alpha == 1.0)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: GAUSSIAN needs alpha > 1; use TOPK for softmax", who);
-  if (s->kind == EMX_SELECT_CERTIFIED && alpha == 1.0)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: no token of softmax has weight zero; CERTIFIED needs alpha > 1", who);
   return EMX_OK;
 }
 static emx_status check_select(const emx_kv *kv, const emx_select_desc *s, const char *who) {

@@ -131,7 +131,7 @@ static size_t selection(emx_kv *kv, int32_t seq, int32_t kind, uint8_t out[1 << 
   static float q[H * 64], o[H * 64], bound[H], slopes[H] = {0.5f, 0, 0.25f, 0};
   static int32_t pages[H * M], n_pages[H];
   static emx_report reports[H];
-  static char work[1 << 20];
+  static char work[1 << 22];
   emxi_normals(99, 0, q, H * kv->D);
   const int64_t qs[4] = {1, H, 1, kv->D}, ps[4] = {1, H, 1, M}, hs = H;
   emx_tensor tq = emx_tensor_view(q, EMX_F32, 4, qs), to = emx_tensor_view(o, EMX_F32, 4, qs),

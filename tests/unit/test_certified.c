@@ -470,9 +470,6 @@ static void test_refusals(void **state) {
   s.max_delta = 0, s.max_bytes = -1;
   fails(emx_decode_workspace_size(ctx, c.kv, &s, &c.io, 64, &bytes), EMX_ERR_INVALID, "max_bytes");
   s.max_bytes = 0;
-  emx_decode_io io = c.io;
-  io.alpha = 1;
-  fails(emx_decode_workspace_size(ctx, c.kv, &s, &io, 64, &bytes), EMX_ERR_UNSUPPORTED, "softmax");
   case_close(&c);
   emx_kv_opts o;
   emx_kv_opts_init(&o);
