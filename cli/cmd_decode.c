@@ -11,12 +11,12 @@
 typedef struct options {
   cli_common common;
   cli_select select;
-  const char *file, *out;
+  const char *file, *out, *kv_file;
   double alpha, scale;
   int page;
   int32_t dtype;
 } options;
-enum { KEY_OUT = 1, KEY_PAGE, KEY_SCALE, KEY_DTYPE };
+enum { KEY_OUT = 1, KEY_PAGE, KEY_SCALE, KEY_DTYPE, KEY_KV_FILE };
 static const struct argp_option option_table[] = {
     {"file", 'f', "FILE", 0, "safetensors with q [T,H,D], k and v [N,G,D], optionally alibi_slopes [H] and alphas [H]", 1},
     {"out", KEY_OUT, "FILE", 0, "Write the attention output as tensor o [T,H,D] (f32)", 1},
@@ -24,6 +24,9 @@ static const struct argp_option option_table[] = {
     {"scale", KEY_SCALE, "S", 0, "Of q.k (default 1/sqrt(D))", 1},
     {"page", KEY_PAGE, "P", 0, "Tokens a page: 16 (default), 32 or 64", 1},
     {"kv-dtype", KEY_DTYPE, "T", 0, "Of the cache: f32, f16 or bf16 (default: that of k)", 1},
+    {"kv-file", KEY_KV_FILE, "FILE", 0,
+     "Keep keys and values in FILE, only what selectors read to choose in memory. FILE must not exist, and is gone at the end",
+     1},
     {0}};
 static error_t parse(int key, char *arg, struct argp_state *state) {
   options *o = state->input;
@@ -33,6 +36,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
       state->child_inputs[1] = &o->common;
       return 0;
     case 'f': o->file = arg; return 0;
+    case KEY_KV_FILE: o->kv_file = arg; return 0;
     case KEY_OUT: o->out = arg; return 0;
     case 'a': o->alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
     case KEY_SCALE: o->scale = cli_real(state, "--scale", arg, 0, 1e6); return 0;
@@ -140,6 +144,7 @@ int cmd_decode(int argc, char **argv) {
   opts.kv_heads = (int32_t)(G < INT32_MAX ? G : INT32_MAX);
   opts.head_dim = (int32_t)(D < INT32_MAX ? D : INT32_MAX);
   opts.page_size = o.page;
+  opts.file = o.kv_file;
   opts.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS | cli_sketches(&o.select);
   opts.max_seqs = 1;
   opts.max_pages = (N + o.page - 1) / o.page;

@@ -3,18 +3,22 @@
 
 #include <stdlib.h>
 
-enum { KEY_PAGE = 1201, KEY_KV_DTYPE };
+enum { KEY_PAGE = 1201, KEY_KV_DTYPE, KEY_KV_FILE };
 static const struct argp_option session_options[] = {
     {NULL, 0, NULL, 0, "Cache:", 70},
     {"ctx-size", 'c', "N", 0, "Tokens the cache may hold (default: what is needed)", 70},
     {"page", KEY_PAGE, "P", 0, "Tokens a page: 16 (default), 32 or 64", 70},
     {"kv-dtype", KEY_KV_DTYPE, "T", 0, "bf16 (default), f16 or f32", 70},
+    {"kv-file", KEY_KV_FILE, "FILE", 0,
+     "Keep keys and values in FILE, only what selectors read to choose in memory. FILE must not exist, and is gone at the end",
+     70},
     {0}};
 static error_t parse_session(int key, char *arg, struct argp_state *state) {
   cli_session *s = state->input;
   switch (key) {
     case 'c': s->ctx = cli_int(state, "-c", arg, 1, INT64_MAX / 4); return 0;
     case KEY_PAGE: s->page = cli_page(state, arg); return 0;
+    case KEY_KV_FILE: s->kv_file = arg; return 0;
     case KEY_KV_DTYPE: s->kv_dtype = cli_dtype(state, "--kv-dtype", arg, "bf16, f16, f32"); return 0;
   }
   return ARGP_ERR_UNKNOWN;
@@ -28,6 +32,7 @@ int session_open(emx_model *model, const cli_session *opts, const cli_select *se
   o.kv_dtype = opts->kv_dtype;
   o.page_size = opts->page;
   if (select) o.summaries |= cli_sketches(select);
+  o.kv_file = opts->kv_file;
   o.max_tokens = opts->ctx ? opts->ctx : tokens;
   if (opts->ctx && tokens > opts->ctx)
     return cli_fail("%lld tokens are needed, the context (-c) has %lld", (long long)tokens, (long long)opts->ctx);

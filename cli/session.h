@@ -5,11 +5,12 @@
 
 #include "cli.h"
 
-/* -c, --page, --kv-dtype, a child parser. Key range 1200. */
+/* -c, --page, --kv-dtype, --kv-file, a child parser. Key range 1200. */
 typedef struct cli_session {
   int64_t ctx; /* 0: as much as the command needs */
   int page;
   int32_t kv_dtype;
+  const char *kv_file; /* or NULL */
 } cli_session;
 extern const struct argp cli_session_argp;
 void cli_session_init(cli_session *s);

@@ -331,14 +331,23 @@ typedef struct emx_kv_opts {
   /* The caller's pool, or NULL for one of the library's: 4-D in `layout` order, any strides, page dimension = max_pages (K and V may
    * be interleaved in one allocation). It must outlive the cache. */
   const emx_tensor *k_pool, *v_pool;
+  /* CPU: K and V go into this file, summaries and tables stay in memory. NULL (default): a pool in memory. The file is scratch: it must
+   * not exist yet, loses its name as soon as it is made, and goes with the cache, or with the process however that ends; so no two
+   * caches share one. It grows with the pages that are used. A forked process cannot use the cache. */
+  const char *file;
 } emx_kv_opts;
 EMX_API void emx_kv_opts_init_sized(emx_kv_opts *opts, size_t size); /* bf16, pages of 16, BHND, 64 sequences; the rest is zero */
 #define emx_kv_opts_init(opts) emx_kv_opts_init_sized((opts), sizeof *(opts))
 
 /* Bytes that emx_kv_create would take with these options on this context's device (the caller's pool not counted) and, for its tables
- * and lists, in host memory; on the CPU the two add up. Either pointer may be NULL. */
+ * and lists, in host memory; on the CPU the two add up. A file is not counted. Either pointer may be NULL. */
 EMX_API emx_status emx_kv_memory_size(emx_ctx *ctx, const emx_kv_opts *opts, size_t *device_bytes, size_t *host_bytes);
-/* Errors: INVALID, DTYPE, SHAPE, UNSUPPORTED, NOMEM (more than the machine has: refused before allocating, with the bytes). */
+/* Errors: INVALID, DTYPE, SHAPE, UNSUPPORTED, NOMEM (more than the machine has: refused before allocating, with the bytes), IO (file).
+ *
+ * With a file, every call that reads or writes K or V may return IO, with the system's reason: an append or a load then has changed
+ * nothing, and a decode has written no output and no report. Reads and writes are pread and pwrite through buffers of a page a worker
+ * (ALL: of up to 256 KiB or one page of all heads) that belong to the cache or to the workspace; nothing is mapped. CERTIFIED reads the
+ * keys and values that its sketches leave, the other selectors stream. The bits are those of a cache in memory. */
 EMX_API emx_status emx_kv_create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out);
 EMX_API void emx_kv_destroy(emx_kv *kv);
 
@@ -346,11 +355,11 @@ typedef struct emx_kv_info {
   uint32_t struct_size;
   int32_t dtype, kv_heads, head_dim, page_size, layout, summaries, seqs;
   int64_t max_pages, free_pages;
-  int64_t bytes_kv;      /* of the pool */
+  int64_t bytes_kv;      /* of the pool, or of the file once it is full */
   int64_t bytes_summary; /* of the side arrays */
 } emx_kv_info;
 EMX_API emx_status emx_kv_get_info(const emx_kv *kv, emx_kv_info *info); /* set info->struct_size first */
-/* Views of the pool, 4-D in the cache's layout order: what emx_attn_forward takes with a block table. */
+/* Views of the pool, 4-D in the cache's layout order: what emx_attn_forward takes with a block table. UNSUPPORTED with a file. */
 EMX_API emx_status emx_kv_pool_view(const emx_kv *kv, emx_tensor *k, emx_tensor *v);
 
 /* Sequences that the library manages: an id, a length and a block table. Pages are shared by reference count; a fork shares every
@@ -501,7 +510,7 @@ EMX_API emx_status emx_select(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batch
 /* Appends (if k_new), selects, solves tau, accumulates, reports. V is read for the support only (alpha > 1).
  * Page lists from anyone go through the same certificate as the library's own: bounds from MINMAX if the cache has them, else from
  * MOMENTS, else nothing is known of unread pages and delta_bound is 1. An empty sequence gives zeros, support 0.
- * Errors: INVALID, SHAPE, DTYPE, UNSUPPORTED, STATE, WORKSPACE, CANCELLED. A failed call has appended nothing. */
+ * Errors: INVALID, SHAPE, DTYPE, UNSUPPORTED, STATE, WORKSPACE, CANCELLED, IO (file). A failed call has appended nothing. */
 EMX_API emx_status emx_decode(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select,
                               const emx_decode_io *io, void *workspace, size_t workspace_bytes);
 

@@ -111,6 +111,10 @@ typedef struct emx_session_opts {
   int32_t chunk;        /* tokens per prefill chunk; 512 */
   int32_t max_sessions; /* forks that may exist at the same time; 16 */
   int64_t max_tokens;   /* 4096; of the whole pool: shared pages count once. Beyond the machine's memory: NOMEM with the bytes */
+  /* K and V of every layer in a scratch file of this name (emx_kv_opts.file; the name must be free), the summaries in memory: CERTIFIED
+   * then reads what its sketches leave. Prefill streams the keys for every few queries: slower than from memory, and its sums run in
+   * another order. NULL (default): in memory. */
+  const char *kv_file;
 } emx_session_opts;
 EMX_API void emx_session_opts_init_sized(emx_session_opts *opts, size_t size); /* the numbers in the comments above */
 #define emx_session_opts_init(opts) emx_session_opts_init_sized((opts), sizeof *(opts))
@@ -289,7 +293,7 @@ typedef struct emx_train_opts {
   double embed_dropout; /* share of the embedding's outputs that a step sets to zero, the rest scaled to the same mean (Srivastava
                          * et al. 2014); 0 to below 1. Evaluation and inference drop nothing. */
   double head_dropout;  /* the same for whole heads of a sequence, those without ALiBi (Zhou et al. 2020, DropHead) */
-  uint64_t seed; /* initial weights and the order of the data: sample i of step t depends on (seed, t, i) alone */
+  uint64_t seed;        /* initial weights and the order of the data: sample i of step t depends on (seed, t, i) alone */
 } emx_train_opts;
 /* 10000 steps (200 of warm-up) of 16 sequences of 512; lr 2e-3 to 2e-4, beta 0.9 and 0.95, eps 1e-8, weight_decay 0.1, clip 1, no dropout,
  * seed 1. */

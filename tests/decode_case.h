@@ -19,6 +19,7 @@ typedef struct decode_case {
   double alpha;
   float scale;
   bool alibi, in_decode; /* in_decode: the last S tokens go in through emx_decode */
+  const char *file;      /* of emx_kv_opts */
   uint64_t seed;
   /* made */
   emx_ctx *ctx;
@@ -139,6 +140,7 @@ static inline void case_open(decode_case *c, emx_ctx *ctx) {
   o.summaries = c->summaries;
   o.max_seqs = 5;
   o.max_pages = pages;
+  o.file = c->file;
   CASE_OK(emx_kv_create(ctx, &o, &c->kv));
   for (int b = 0; b < c->B; b++) CASE_OK(emx_seq_create(c->kv, &c->seqs[b]));
   emx_kv_batch_init(&c->batch);

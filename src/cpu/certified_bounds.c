@@ -281,7 +281,7 @@ static void confirm(scan *s, int r) {
     if (i + 4 < n) {
       const emx_kv *kv = s->it->d->kv;
       const int32_t p = h[i + 4].pos;
-      emxi_prefetch(emxi_kv_k(kv, s->it->table[p / kv->P], s->it->g, p % kv->P), (size_t)kv->D * emx_dtype_size(kv->dtype));
+      emxi_prefetch_key(kv, s->it->table[p / kv->P], s->it->g, p % kv->P);
     }
     emxi_cert_read(s->it, s->slot, r, h[i].pos, 1, h[i].norm);
     if (i % 4 == 3 || i == n - 1) emxi_cert_raise(s->it, r, list, s->scratch);

@@ -41,8 +41,9 @@ static double key_norm(const cert_item *it, int64_t position) {
     if (g->radius < INFINITY) return (double)norm;
   }
   float key[EMXI_QLD];
+  char row[EMXI_QLD * sizeof(float)];
   double s = 0;
-  it->k->load[emxi_slot(kv->dtype)](emxi_kv_k(kv, it->table[position / kv->P], it->g, position % kv->P), kv->D, key);
+  it->k->load[emxi_slot(kv->dtype)](emxi_kv_keys(kv, it->table[position / kv->P], it->g, position % kv->P, 1, row), kv->D, key);
   for (int x = 0; x < kv->D; x++) s += (double)key[x] * (double)key[x];
   return sqrt(s) * (1 + 1e-12);
 }
@@ -71,14 +72,30 @@ static void add(cert_item *it, cert_list *list, int r, float s, int64_t position
   list->pos[list->n++] = (int32_t)position;
 }
 
+/* Scores of keys in a file, a few at a time; `page` is a physical one. */
+static __attribute__((noinline)) void dot_file(const cert_item *it, int first, int rows, int32_t page, int64_t token, int64_t n,
+                                               float *s) {
+  const emx_kv *kv = it->d->kv;
+  _Alignas(64) char keys[EMXI_ROWS_BYTES];
+  for (int64_t t = 0; t < n; t += EMXI_ROWS) {
+    const int64_t count = n - t < EMXI_ROWS ? n - t : EMXI_ROWS;
+    it->k->dot[emxi_slot(kv->dtype)](it->q + first * EMXI_QLD, EMXI_QLD, rows,
+                                     emxi_kv_file_read(kv, false, page, it->g, token + t, count, keys), kv->D, count, kv->D,
+                                     s + t, EMXI_SUPER);
+  }
+}
+
 void emxi_cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t n, double norm) {
   const emx_kv *kv = it->d->kv;
   const int first = r < 0 ? 0 : r, rows = r < 0 ? it->rows : 1;
   const int64_t key = (int64_t)kv->D * (int64_t)emx_dtype_size(kv->dtype), page = from % CERT_CHUNK / kv->P;
   float s[CERT_ROWS * EMXI_SUPER];
-  it->k->dot[emxi_slot(kv->dtype)](it->q + first * EMXI_QLD, EMXI_QLD, rows,
-                                   emxi_kv_k(kv, it->table[from / kv->P], it->g, from % kv->P), kv->k_token, n, kv->D, s,
-                                   EMXI_SUPER);
+  if (kv->file)
+    dot_file(it, first, rows, it->table[from / kv->P], from % kv->P, n, s);
+  else
+    it->k->dot[emxi_slot(kv->dtype)](it->q + first * EMXI_QLD, EMXI_QLD, rows,
+                                     emxi_kv_k(kv, it->table[from / kv->P], it->g, from % kv->P), kv->k_token, n, kv->D, s,
+                                     EMXI_SUPER);
   for (int h = first; h < first + rows; h++) {
     const cert_query *c = &it->query[h];
     float *score = s + (h - first) * EMXI_SUPER;
@@ -441,7 +458,6 @@ static void cut(emxi_sketch_sink *c, double limit) {
 static bool settle(cert_item *it, cert_slot *all, cert_slot *from, int r, cert_list *scratch) {
   const emx_kv *kv = it->d->kv;
   cert_list *list = &all->found[r];
-  const size_t key = (size_t)kv->D * emx_dtype_size(kv->dtype);
   emxi_sketch_sink *c = &from->left[r];
   int64_t since = 0;
   cut(c, list->limit);
@@ -453,7 +469,7 @@ static bool settle(cert_item *it, cert_slot *all, cert_slot *from, int r, cert_l
   for (int64_t i = 0; i < c->n; i++) {
     if (i + 8 < c->n) {
       const int32_t p = c->pos[i + 8];
-      emxi_prefetch(emxi_kv_k(kv, it->table[p / kv->P], it->g, p % kv->P), key);
+      emxi_prefetch_key(kv, it->table[p / kv->P], it->g, p % kv->P);
     }
     if (!((double)c->up[i] > list->limit)) continue;
     emxi_cert_read(it, all, r, c->pos[i], 1, -1);

@@ -32,6 +32,7 @@ void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t r
   w->weight = emxi_arena_take(a, EMXI_SLD, sizeof(float));
   w->index = emxi_arena_take(a, EMXI_SLD, sizeof(int32_t));
   w->offset = emxi_arena_take(a, EMXI_BLOCK, sizeof(int64_t));
+  w->rows = emxi_arena_take(a, emxi_rows_bytes(d->kv), 1);
   w->list_ld = lists ? (d->max_len + 64 + 15) / 16 * 16 : 0;
   w->list = emxi_arena_take(a, rows * w->list_ld, sizeof(float));
   w->pos = emxi_arena_take(a, rows * w->list_ld, sizeof(int32_t));
@@ -55,7 +56,7 @@ void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t r
 static void prefetch_next(emxi_item *it) {
   const emx_kv *kv = it->d->kv;
   while (it->next < it->pages && it->sparse && !it->w->any[it->next]) it->next++;
-  if (it->next >= it->pages) return;
+  if (it->next >= it->pages || kv->file) return;
   emxi_prefetch_rows(emxi_kv_k(kv, it->table[it->next++], it->g, 0), kv->k_token, kv, kv->P);
 }
 
@@ -72,7 +73,7 @@ static void score_block(emxi_item *it, int64_t start, int64_t *counts) {
     if (page >= it->pages || (it->sparse && !w->any[page])) continue;
     prefetch_next(it);
     const int64_t n = emxi_page_tokens(it, page), from = page * kv->P;
-    const char *keys = emxi_kv_k(kv, it->table[page], it->g, 0);
+    const char *keys = emxi_kv_keys(kv, it->table[page], it->g, 0, n, w->rows);
     bool together = true;
     for (int r = 0; it->sparse && r < it->rows; r++) together &= w->chosen[r * w->page_ld + page] && counts[r] == counts[0];
     if (together) it->k->dot[slot](w->q, EMXI_QLD, it->rows, keys, kv->k_token, n, kv->D, w->score + counts[0], ld);
@@ -94,20 +95,38 @@ static void score_block(emxi_item *it, int64_t start, int64_t *counts) {
     }
 }
 
+/* add_values for a file, in steps of as many values as the buffer holds. */
+static void add_file_values(emxi_item *it, int r, int64_t n, int64_t step) {
+  const emx_kv *kv = it->d->kv;
+  const emxi_work *w = it->w;
+  int64_t at[EMXI_BLOCK];
+  emxi_kv_file_expect_values(kv, it->g, w->offset, n);
+  for (int64_t i = 0; i < n; i += step) {
+    const int64_t count = n - i < step ? n - i : step;
+    emxi_kv_file_values(kv, it->g, w->offset + i, count, w->rows);
+    for (int64_t j = 0; j < count; j++) at[j] = j * kv->D;
+    it->k->accumulate[emxi_slot(kv->dtype)](w->part + r * EMXI_QLD, kv->D, w->rows, at, w->weight + i, count);
+  }
+}
+
 /* part += w->weight[0..n) times the values at w->offset. A weight of zero never meets its value: the caller has left those out. */
 static void add_values(emxi_item *it, int r, int64_t n) {
   const emx_kv *kv = it->d->kv;
   const emxi_work *w = it->w;
   const size_t es = emx_dtype_size(kv->dtype), bytes = (size_t)kv->D * es;
-  const char *values = emxi_kv_v(kv, 0, it->g, 0);
   const int64_t step = EMXI_PREFETCH / (int64_t)bytes;
+  it->row[r].bytes_v += n * emxi_lines((int64_t)bytes);
+  if (kv->file) {
+    add_file_values(it, r, n, step);
+    return;
+  }
+  const char *values = emxi_kv_v(kv, 0, it->g, 0);
   for (int64_t j = 0; j < step && j < n; j++) emxi_prefetch(values + (size_t)w->offset[j] * es, bytes);
   for (int64_t i = 0; i < n; i += step) { /* one step is read while the next is on its way */
     for (int64_t j = i + step; j < i + 2 * step && j < n; j++) emxi_prefetch(values + (size_t)w->offset[j] * es, bytes);
     it->k->accumulate[emxi_slot(kv->dtype)](w->part + r * EMXI_QLD, kv->D, values, w->offset + i, w->weight + i,
                                             n - i < step ? n - i : step);
   }
-  it->row[r].bytes_v += n * emxi_lines((int64_t)bytes);
 }
 static inline int64_t value_offset(const emxi_item *it, int64_t position) {
   const emx_kv *kv = it->d->kv;
@@ -121,7 +140,8 @@ void emxi_cpu_overflows(const emx_kv *kv, const int32_t *table, int32_t g, float
   for (int64_t j = 0; j < n; j++) {
     if (s[j] != -INFINITY) continue;
     const int64_t position = at ? at[j] : start + j;
-    const void *key = emxi_kv_k(kv, table[position / kv->P], g, position % kv->P);
+    char row[EMXI_QLD * sizeof(float)];
+    const void *key = emxi_kv_keys(kv, table[position / kv->P], g, position % kv->P, 1, row);
     bool finite = true;
     for (int32_t x = 0; x < kv->D; x++) finite &= isfinite(emxi_load(key, kv->dtype, x)) != 0;
     if (finite) s[j] = NAN;
@@ -516,7 +536,7 @@ static void run_item(void *arg, int64_t i, int32_t worker) {
   for (int r = 0; r < it.rows; r++) emxi_cpu_finish_row(&it, r);
 }
 
-emx_status emxi_cpu_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
+static emx_status run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
   const int64_t total = (int64_t)(d->H / d->kv->G) * d->S;
   const int64_t rows = total < EMXI_ITEM_ROWS ? total : EMXI_ITEM_ROWS;
   if (d->select.kind == EMX_SELECT_ALL && d->S == 1 && !d->select_only) return emxi_cpu_sweep(ctx, d, arena);
@@ -534,4 +554,34 @@ emx_status emxi_cpu_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *a
   j.blocks = (int32_t)((total + rows - 1) / rows);
   if (d->select.kind == EMX_SELECT_GAUSSIAN) j.page_z = emxi_gauss_max_quantile((double)d->select.max_quantile, d->kv->P);
   return emxi_parallel(ctx, (int64_t)d->B * d->kv->G * j.blocks, run_item, &j);
+}
+
+/* K and V in a file: reads may fail when some rows have been written. So outputs and reports reach the caller when all is known. */
+static emx_status run_file(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
+  const size_t es = emx_dtype_size(d->o_dtype);
+  const int64_t rows = (int64_t)d->B * d->H * d->S, D = d->kv->D;
+  emxi_decode staged = *d;
+  staged.o = emxi_arena_take(arena, rows * D, sizeof(float));
+  staged.reports = emxi_arena_take(arena, rows, sizeof(emx_report));
+  staged.report_stride = sizeof(emx_report);
+  staged.o_stride[0] = (int64_t)d->H * d->S * D;
+  staged.o_stride[1] = d->S * D;
+  staged.o_stride[2] = D;
+  if (!arena->base) return run(ctx, &staged, arena);
+  EMX_TRY(emxi_arena_check(arena, "emx_decode"));
+  if (!d->reports) staged.reports = NULL;
+  EMX_TRY(emxi_kv_file_begin(d->kv, "emx_decode"));
+  EMX_TRY(run(ctx, &staged, arena));
+  EMX_TRY(emxi_kv_file_end(d->kv, "emx_decode"));
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t b = i / d->S / d->H, h = i / d->S % d->H, s = i % d->S;
+    memcpy(d->o + (size_t)(b * d->o_stride[0] + h * d->o_stride[1] + s * d->o_stride[2]) * es, staged.o + (size_t)(i * D) * es,
+           (size_t)D * es);
+    if (d->reports) memcpy(d->reports + i * d->report_stride, staged.reports + i * staged.report_stride, sizeof(emx_report));
+  }
+  return EMX_OK;
+}
+
+emx_status emxi_cpu_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
+  return d->kv->file && !d->select_only ? run_file(ctx, d, arena) : run(ctx, d, arena);
 }

@@ -33,6 +33,7 @@ typedef struct emxi_work {
   float *weight;   /* [SLD] */
   int32_t *index;  /* [SLD] */
   int64_t *offset; /* [BLOCK] of values */
+  char *rows;      /* K and V in a file: a head's keys of a page, or EMXI_PREFETCH bytes of values */
   float *list;     /* [rows, list_ld] candidate scores, ascending positions */
   int32_t *pos;    /* [rows, list_ld] */
   int64_t list_ld;
@@ -95,6 +96,10 @@ static inline int64_t emxi_page_tokens(const emxi_item *it, int64_t page) {
   const int64_t left = it->length - page * it->d->kv->P;
   return left < it->d->kv->P ? left : it->d->kv->P;
 }
+static inline int64_t emxi_rows_bytes(const emx_kv *kv) {
+  const int64_t page = kv->P * kv->D * (int64_t)emx_dtype_size(kv->dtype);
+  return !kv->file ? 0 : page > EMXI_PREFETCH ? page : EMXI_PREFETCH;
+}
 static inline void emxi_prefetch(const char *p, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
 }
@@ -106,6 +111,13 @@ static inline void emxi_prefetch_rows(const char *p, int64_t token_stride, const
   } else {
     for (int64_t t = 0; t < n; t++) emxi_prefetch(p + (size_t)(t * token_stride) * es, row);
   }
+}
+/* One key that will be read. */
+static inline void emxi_prefetch_key(const emx_kv *kv, int32_t page, int32_t head, int64_t token) {
+  if (kv->file)
+    emxi_kv_file_expect_key(kv, page, head, token);
+  else
+    emxi_prefetch(emxi_kv_k(kv, page, head, token), (size_t)kv->D * emx_dtype_size(kv->dtype));
 }
 /* What cannot be in the support once a score m was seen: one float further down covers the rounding of the difference. */
 static inline float emxi_below(float m, double alpha) { return nextafterf((float)((double)m - 1.0 / (alpha - 1.0)), -INFINITY); }

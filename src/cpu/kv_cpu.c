@@ -50,21 +50,22 @@ static void store_row(const float *src, int32_t dtype, int d, char *dst) {
     for (int i = 0; i < d; i++) ((uint16_t *)dst)[i] = emxi_f32_to_f16(src[i]);
 }
 
-/* The stored token `token` of the page enters the state. */
-static void state_add(const emxi_table *k, const emx_kv *kv, int32_t page, int32_t head, int32_t token, page_state *s) {
+/* A key as it is stored enters the state. */
+static void state_add(const emxi_table *k, const emx_kv *kv, const char *key, page_state *s) {
   float x[MAX_D];
-  k->load[emxi_slot(kv->dtype)](emxi_kv_k(kv, page, head, token), kv->D, x);
+  k->load[emxi_slot(kv->dtype)](key, kv->D, x);
   s->tokens++;
   s->nonfinite |= k->kv->fold(x, kv->D, 1.0f / (float)s->tokens, s->lo, s->hi, s->mean, s->m2);
 }
 
 /* >= max ||k - mean|| over the page. Each computed square of a distance is within (D+3) 2^-24 of the true one, relatively, plus D 2^-149
  * for underflow, whose root is below 1e-21. */
-static float page_radius(const emxi_table *k, const emx_kv *kv, int32_t page, int32_t head, const float *mean) {
+static float page_radius(const emxi_table *k, const emx_kv *kv, const char *keys, const float *mean) {
+  const size_t step = (size_t)kv->k_token * emx_dtype_size(kv->dtype);
   float worst = 0;
   for (int32_t t = 0; t < kv->P; t++) {
     float x[MAX_D];
-    k->load[emxi_slot(kv->dtype)](emxi_kv_k(kv, page, head, t), kv->D, x);
+    k->load[emxi_slot(kv->dtype)](keys + (size_t)t * step, kv->D, x);
     float d2 = k->kv->distance2(x, mean, kv->D);
     if (!(d2 <= worst)) worst = d2;
   }
@@ -73,7 +74,9 @@ static float page_radius(const emxi_table *k, const emx_kv *kv, int32_t page, in
   return up == up ? up : INFINITY;
 }
 
-static void state_store(const emxi_table *k, const emx_kv *kv, int32_t page, int32_t head, const page_state *s) {
+/* keys: the page's. */
+static void state_store(const emxi_table *k, const emx_kv *kv, int32_t page, int32_t head, const char *keys,
+                        const page_state *s) {
   if (kv->minmax) { /* these are elements of K: the conversion is exact */
     char *lo = emxi_kv_minmax(kv, page, head);
     store_row(s->lo, kv->dtype, kv->D, lo);
@@ -83,7 +86,7 @@ static void state_store(const emxi_table *k, const emx_kv *kv, int32_t page, int
     float *m = emxi_kv_moments(kv, page, head);
     memcpy(m, s->mean, (size_t)kv->D * sizeof(float));
     memcpy(m + kv->D, s->m2, (size_t)kv->D * sizeof(float));
-    m[2 * kv->D] = s->tokens == kv->P ? page_radius(k, kv, page, head, s->mean) : INFINITY;
+    m[2 * kv->D] = s->tokens == kv->P ? page_radius(k, kv, keys, s->mean) : INFINITY;
   }
   *emxi_kv_mark(kv, page, head) = s->nonfinite ? EMXI_MARK_NONFINITE : 0;
 }
@@ -101,8 +104,12 @@ static void copy_page(void *arg, int64_t i, int32_t worker) {
   const emxi_kv_copy *c = &j->w->copies[i / kv->G];
   const int32_t head = (int32_t)(i % kv->G);
   const size_t row = (size_t)kv->D * emx_dtype_size(kv->dtype);
-  (void)worker;
-  for (int32_t t = 0; t < c->tokens; t++) {
+  for (int values = 0; kv->file && values < 2; values++) {
+    char *rows = kv->file->bench + worker * kv->file->bench_size;
+    emxi_kv_file_read(kv, values, c->from, head, 0, c->tokens, rows);
+    emxi_kv_file_write(kv, values, c->to, head, 0, c->tokens, rows);
+  }
+  for (int32_t t = 0; !kv->file && t < c->tokens; t++) {
     memcpy((char *)emxi_kv_k(kv, c->to, head, t), emxi_kv_k(kv, c->from, head, t), row);
     memcpy((char *)emxi_kv_v(kv, c->to, head, t), emxi_kv_v(kv, c->from, head, t), row);
   }
@@ -120,24 +127,29 @@ static void write_tokens(void *arg, int64_t i, int32_t worker) {
   const int32_t b = (int32_t)(i / kv->G), head = (int32_t)(i % kv->G), n = w->n ? w->n[b] : w->t;
   const size_t es = emx_dtype_size(w->dtype), row = (size_t)kv->D * es;
   const bool same = w->dtype == kv->dtype;
-  (void)worker;
   int64_t length;
   const int32_t *table = emxi_kv_entry(kv, w->batch, b, &length);
   const char *k = w->k + (size_t)(b * w->k_stride[0] + head * w->k_stride[1]) * es;
   const char *v = w->v + (size_t)(b * w->v_stride[0] + head * w->v_stride[1]) * es;
+  const size_t k_step = (size_t)kv->k_token * emx_dtype_size(kv->dtype), v_step = (size_t)kv->v_token * emx_dtype_size(kv->dtype);
   page_state s;
   for (int32_t done = 0; done < n;) {
     const int32_t page = table[(length + done) / kv->P], first = (int32_t)((length + done) % kv->P);
     const int32_t count = kv->P - first < n - done ? kv->P - first : n - done;
-    if (first && kv->sum_tokens[page] == first) {
+    const bool known = first && kv->sum_tokens[page] == first;
+    /* the page in the pool, or a copy of what is needed of it */
+    char *keys = kv->file ? kv->file->bench + worker * kv->file->bench_size : (char *)emxi_kv_k(kv, page, head, 0);
+    char *values = kv->file ? keys + kv->file->bench_size / 2 : (char *)emxi_kv_v(kv, page, head, 0);
+    if (kv->file && first && (!known || first + count == kv->P)) emxi_kv_file_read(kv, false, page, head, 0, first, keys);
+    if (known) {
       state_load(j->k, kv, page, head, first, &s);
     } else {
       state_reset(&s, kv->D);
-      for (int32_t t = 0; t < first; t++) state_add(j->k, kv, page, head, t, &s);
+      for (int32_t t = 0; t < first; t++) state_add(j->k, kv, keys + (size_t)t * k_step, &s);
     }
     for (int32_t t = first; t < first + count; t++, done++) {
       const char *kr = k + (size_t)(done * w->k_stride[2]) * es, *vr = v + (size_t)(done * w->v_stride[2]) * es;
-      char *kt = (char *)emxi_kv_k(kv, page, head, t), *vt = (char *)emxi_kv_v(kv, page, head, t);
+      char *kt = keys + (size_t)t * k_step, *vt = values + (size_t)t * v_step;
       if (same) {
         memcpy(kt, kr, row);
         memcpy(vt, vr, row);
@@ -145,9 +157,13 @@ static void write_tokens(void *arg, int64_t i, int32_t worker) {
         store_row((const float *)kr, kv->dtype, kv->D, kt);
         store_row((const float *)vr, kv->dtype, kv->D, vt);
       }
-      state_add(j->k, kv, page, head, t, &s);
+      state_add(j->k, kv, kt, &s);
     }
-    state_store(j->k, kv, page, head, &s);
+    if (kv->file) {
+      emxi_kv_file_write(kv, false, page, head, first, count, keys + (size_t)first * k_step);
+      emxi_kv_file_write(kv, true, page, head, first, count, values + (size_t)first * v_step);
+    }
+    state_store(j->k, kv, page, head, keys, &s);
   }
 }
 
@@ -166,11 +182,12 @@ static void sketch_tokens(void *arg, int64_t i, int32_t worker) {
   }
 }
 
-emx_status emxi_cpu_kv_write(emx_ctx *ctx, const emxi_kv_write *w) {
+static emx_status run_write(emx_ctx *ctx, const emxi_kv_write *w) {
   emx_kv *kv = w->kv;
   job j = {.k = emxi_cpu_of(ctx)->k, .kv = kv, .w = w};
   EMX_TRY(emxi_parallel(ctx, (int64_t)w->n_copies * kv->G, copy_page, &j));
   EMX_TRY(emxi_parallel(ctx, (int64_t)w->batch->batch * kv->G, write_tokens, &j));
+  EMX_TRY(emxi_kv_file_end(kv, "append"));
   bool complete = false;
   for (int32_t b = 0; kv->sketch.group && b < w->batch->batch; b++) {
     int64_t length;
@@ -179,20 +196,28 @@ emx_status emxi_cpu_kv_write(emx_ctx *ctx, const emxi_kv_write *w) {
     complete |= to > from;
     if (to <= from || kv->sketch.mapped) continue;
     emxi_sketch_learn(j.k, kv, table + from, to - from);
+    EMX_TRY(emxi_kv_file_end(kv, "append"));
     kv->sketch.mapped = 1;
   }
   return complete ? emxi_parallel(ctx, (int64_t)w->batch->batch * kv->G, sketch_tokens, &j) : EMX_OK;
+}
+emx_status emxi_cpu_kv_write(emx_ctx *ctx, const emxi_kv_write *w) {
+  EMX_TRY(emxi_kv_file_begin(w->kv, "append"));
+  EMX_TRY(run_write(ctx, w));
+  return emxi_kv_file_end(w->kv, "append");
 }
 
 static void summarize_page(void *arg, int64_t i, int32_t worker) {
   const job *j = arg;
   const emx_kv *kv = j->kv;
   const int32_t page = j->pages[i / kv->G], head = (int32_t)(i % kv->G), n = j->tokens ? j->tokens[i / kv->G] : kv->P;
-  (void)worker;
+  const size_t step = (size_t)kv->k_token * emx_dtype_size(kv->dtype);
+  if (!n) return;
+  const char *keys = emxi_kv_keys(kv, page, head, 0, n, kv->file ? kv->file->bench + worker * kv->file->bench_size : NULL);
   page_state s;
   state_reset(&s, kv->D);
-  for (int32_t t = 0; t < n; t++) state_add(j->k, kv, page, head, t, &s);
-  if (n) state_store(j->k, kv, page, head, &s);
+  for (int32_t t = 0; t < n; t++) state_add(j->k, kv, keys + (size_t)t * step, &s);
+  state_store(j->k, kv, page, head, keys, &s);
 }
 
 /* Sketches of the listed pages that are complete; 64/P of them next to each other, from a multiple of that number on, are a superpage. */
@@ -209,7 +234,7 @@ static void sketch_listed(void *arg, int64_t i, int32_t worker) {
   if (all) emxi_sketch_superpage(j->k, kv, j->pages + at + 1 - per, head);
 }
 
-emx_status emxi_cpu_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n) {
+static emx_status run_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n) {
   job j = {.k = emxi_cpu_of(ctx)->k, .kv = kv, .pages = pages, .tokens = tokens};
   EMX_TRY(emxi_parallel(ctx, n * kv->G, summarize_page, &j));
   if (!kv->sketch.group) return EMX_OK;
@@ -217,7 +242,13 @@ emx_status emxi_cpu_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages,
     for (end = i; end < n && (!tokens || tokens[end] == kv->P); end++) continue;
     if (end == i) continue;
     emxi_sketch_learn(j.k, kv, pages + i, end - i);
+    EMX_TRY(emxi_kv_file_end(kv, "summaries"));
     kv->sketch.mapped = 1;
   }
   return emxi_parallel(ctx, n * kv->G, sketch_listed, &j);
+}
+emx_status emxi_cpu_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n) {
+  EMX_TRY(emxi_kv_file_begin(kv, "summaries"));
+  EMX_TRY(run_summarize(ctx, kv, pages, tokens, n));
+  return emxi_kv_file_end(kv, "summaries");
 }

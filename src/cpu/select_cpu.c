@@ -95,10 +95,12 @@ static void bound_pages(emxi_item *it, bool box) {
 static void slack_from_keys(emxi_item *it, int64_t page) {
   const emx_kv *kv = it->d->kv;
   const emxi_work *w = it->w;
+  const size_t step = (size_t)kv->k_token * emx_dtype_size(kv->dtype);
   float top[EMXI_QLD] = {0}, key[EMXI_QLD];
   const int64_t n = emxi_page_tokens(it, page);
+  const char *keys = emxi_kv_keys(kv, it->table[page], it->g, 0, n, w->rows);
   for (int64_t t = 0; t < n; t++) {
-    it->k->load[emxi_slot(kv->dtype)](emxi_kv_k(kv, it->table[page], it->g, t), kv->D, key);
+    it->k->load[emxi_slot(kv->dtype)](keys + (size_t)t * step, kv->D, key);
     for (int x = 0; x < kv->D; x++)
       if (!(fabsf(key[x]) <= top[x])) top[x] = fabsf(key[x]);
   }

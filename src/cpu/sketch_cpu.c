@@ -19,8 +19,23 @@ const emxi_sketch_kernels *emxi_sketch_choose(const emxi_table *table) {
 
 static float *map_of(const emx_kv *kv, int32_t head) { return kv->sketch.map + (int64_t)head * 3 * kv->sketch.dp; }
 
+/* load_keys for a file. */
+static __attribute__((noinline)) void load_file_keys(const emxi_table *k, const emx_kv *kv, int32_t page, int32_t head,
+                                                     int32_t from, int32_t n, float *out) {
+  _Alignas(64) char rows[EMXI_ROWS_BYTES];
+  const size_t row = (size_t)kv->D * emx_dtype_size(kv->dtype);
+  for (int32_t t = 0; t < n; t++, out += EMXI_SKETCH_LD) {
+    if (t % EMXI_ROWS == 0) emxi_kv_file_read(kv, false, page, head, from + t, n - t < EMXI_ROWS ? n - t : EMXI_ROWS, rows);
+    k->load[emxi_slot(kv->dtype)](rows + (size_t)(t % EMXI_ROWS) * row, kv->D, out);
+    for (int32_t i = kv->D; i < kv->sketch.dp; i++) out[i] = 0;
+  }
+}
 /* Tokens [from, from + n) of a page as floats, padded with zeros. */
 static void load_keys(const emxi_table *k, const emx_kv *kv, int32_t page, int32_t head, int32_t from, int32_t n, float *out) {
+  if (kv->file) {
+    load_file_keys(k, kv, page, head, from, n, out);
+    return;
+  }
   for (int32_t t = 0; t < n; t++, out += EMXI_SKETCH_LD) {
     k->load[emxi_slot(kv->dtype)](emxi_kv_k(kv, page, head, from + t), kv->D, out);
     for (int32_t i = kv->D; i < kv->sketch.dp; i++) out[i] = 0;

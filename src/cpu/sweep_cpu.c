@@ -14,6 +14,7 @@
 #include "cpu/decode_cpu.h"
 
 #define SEGMENT (EMXI_CHUNK + 64) /* of a list: one chunk's candidates, and what kernels store past their end */
+#define READ ((int64_t)1 << 18)   /* bytes of a file at a time */
 #define MIN_SLOTS 64              /* short sequences go through together, so that there are tasks for all workers */
 
 /* A worker's memory in step 1. */
@@ -24,6 +25,7 @@ typedef struct bench {
   int32_t *index;  /* [H, SLD] their positions in the block */
   int64_t *offset; /* [2, BLOCK] of values: of a whole page, and of some of its tokens */
   int32_t *count;  /* [2, H] weights in the block, and how many of them have met their values */
+  char *pages;     /* [run,G,P,D] of a file */
 } bench;
 
 typedef struct sweep {
@@ -42,6 +44,7 @@ typedef struct sweep {
   bool values;          /* some head has alpha = 1: values are read along with the keys */
   int32_t first_b;      /* sequences in flight start here */
   int32_t rows, blocks; /* step 2: rows of an item, items of a KV head */
+  int64_t run;          /* pages of a file read at a time */
 } sweep;
 
 static int64_t chunks_of(int64_t length) { return (length + EMXI_CHUNK - 1) / EMXI_CHUNK; }
@@ -52,6 +55,14 @@ static int64_t segment(const sweep *s, int32_t b, int64_t chunks, int32_t h, int
 
 /* ---- step 1 */
 
+/* A file: page `at / P` of a block of n positions, with those after it that the buffer takes. */
+static const char *file_page(const sweep *s, const bench *w, bool values, const int32_t *pages, int64_t at, int64_t n) {
+  const emx_kv *kv = s->d->kv;
+  const int64_t page = at / kv->P, left = emxi_kv_pages_of(kv, n) - page;
+  if (page % s->run == 0) emxi_kv_file_pages(kv, values, pages + page, left < s->run ? left : s->run, w->pages);
+  return w->pages + (size_t)(page % s->run * kv->k_page) * emx_dtype_size(kv->dtype);
+}
+
 /* Scores of the n positions from `start`, row h at w->score + h*SLD. `more`: pages after this block that the task will read as well. */
 static void score_pages(const sweep *s, const bench *w, const int32_t *table, int64_t length, int64_t start, int64_t n,
                         bool more) {
@@ -60,13 +71,15 @@ static void score_pages(const sweep *s, const bench *w, const int32_t *table, in
   for (int64_t at = 0; at < n; at += kv->P) {
     const int64_t page = (start + at) / kv->P, count = n - at < kv->P ? n - at : kv->P;
     const bool last = at + kv->P >= n;
+    const char *file = kv->file ? file_page(s, w, false, table + start / kv->P, at, n) : NULL;
     for (int32_t g = 0; g < kv->G; g++) {
-      if (last && s->values) /* what comes next */
+      const char *keys = file ? file + (size_t)(g * kv->k_head) * emx_dtype_size(kv->dtype) : emxi_kv_k(kv, table[page], g, 0);
+      if (!file && last && s->values) /* what comes next */
         emxi_prefetch_rows(emxi_kv_v(kv, table[start / kv->P], g, 0), kv->v_token, kv, kv->P);
-      else if (!last || more)
+      else if (!file && (!last || more))
         emxi_prefetch_rows(emxi_kv_k(kv, table[page + 1], g, 0), kv->k_token, kv, kv->P);
-      s->k->dot[emxi_slot(kv->dtype)](w->q + g * group * EMXI_QLD, EMXI_QLD, group, emxi_kv_k(kv, table[page], g, 0), kv->k_token,
-                                      count, kv->D, w->score + g * group * EMXI_SLD + at, EMXI_SLD);
+      s->k->dot[emxi_slot(kv->dtype)](w->q + g * group * EMXI_QLD, EMXI_QLD, group, keys, kv->k_token, count, kv->D,
+                                      w->score + g * group * EMXI_SLD + at, EMXI_SLD);
     }
   }
   for (int32_t h = 0; s->d->slopes && h < s->d->H; h++)
@@ -79,15 +92,17 @@ static void add_pages(const sweep *s, const bench *w, const int32_t *table, int6
   const int32_t group = s->d->H / kv->G, H = s->d->H;
   int64_t *some = w->offset + EMXI_BLOCK;
   for (int64_t at = 0; at < n; at += kv->P) {
-    const int64_t page = (start + at) / kv->P, count = n - at < kv->P ? n - at : kv->P, base = table[page] * kv->v_page;
+    const int64_t page = (start + at) / kv->P, count = n - at < kv->P ? n - at : kv->P;
+    const int64_t base = kv->file ? 0 : table[page] * kv->v_page;
     const bool last = at + kv->P >= n;
+    const char *file = kv->file ? file_page(s, w, true, table + start / kv->P, at, n) : NULL;
     for (int64_t j = 0; j < count; j++) w->offset[j] = base + j * kv->v_token;
     for (int32_t g = 0; g < kv->G; g++) {
-      if (!last)
+      if (!file && !last)
         emxi_prefetch_rows(emxi_kv_v(kv, table[page + 1], g, 0), kv->v_token, kv, kv->P);
-      else if (more)
+      else if (!file && more)
         emxi_prefetch_rows(emxi_kv_k(kv, table[page + 1], g, 0), kv->k_token, kv, kv->P);
-      const void *values = emxi_kv_v(kv, 0, g, 0);
+      const void *values = file ? file + (size_t)(g * kv->v_head) * emx_dtype_size(kv->dtype) : emxi_kv_v(kv, 0, g, 0);
       for (int32_t h = g * group; h < (g + 1) * group; h++) {
         if (emxi_decode_alpha(s->d, h) != 1.0) continue;
         const float *weight = w->weight + h * EMXI_SLD + w->count[H + h];
@@ -190,6 +205,8 @@ emx_status emxi_cpu_sweep(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena)
   s.blocks = (int32_t)((group + s.rows - 1) / s.rows);
   s.slots = most > MIN_SLOTS ? most : MIN_SLOTS;
   if (s.slots > d->B * most) s.slots = d->B * most;
+  const int64_t page_bytes = d->kv->P * (int64_t)d->kv->G * d->kv->D * (int64_t)emx_dtype_size(d->kv->dtype);
+  s.run = page_bytes < READ ? READ / page_bytes : 1;
   s.bench = emxi_arena_take(arena, ctx->threads, sizeof *s.bench);
   s.work = emxi_arena_take(arena, ctx->threads, sizeof *s.work);
   for (int32_t t = 0; t < ctx->threads; t++) {
@@ -201,6 +218,7 @@ emx_status emxi_cpu_sweep(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena)
     w.index = emxi_arena_take(arena, H * EMXI_SLD, sizeof(int32_t));
     w.offset = emxi_arena_take(arena, 2 * EMXI_BLOCK, sizeof(int64_t));
     w.count = emxi_arena_take(arena, 2 * H, sizeof(int32_t));
+    w.pages = emxi_arena_take(arena, d->kv->file ? s.run : 0, (size_t)page_bytes);
     emxi_cpu_carve(d, arena, &work, s.rows, false);
     if (arena->base && !arena->overflow) {
       s.bench[t] = w;

@@ -35,6 +35,7 @@ static emx_status check_opts(const emx_kv_opts *o, const char *who) {
   if (o->max_pages < 1 || o->max_pages > INT32_MAX)
     return emxi_fail(EMX_ERR_INVALID, "%s: max_pages is %lld, expected 1..%d", who, (long long)o->max_pages, INT32_MAX);
   if (!o->k_pool != !o->v_pool) return emxi_fail(EMX_ERR_INVALID, "%s: k_pool and v_pool go together", who);
+  if (o->k_pool && o->file) return emxi_fail(EMX_ERR_INVALID, "%s: file and k_pool are given: K and V are in one place", who);
   return EMX_OK;
 }
 
@@ -45,11 +46,17 @@ static void *take(emxi_arena *a, int64_t n0, int64_t n1, int64_t n2, size_t size
 }
 
 /* Carves the two blocks, or counts them: one code path for the size query and for creation. */
-static void carve(emx_kv *kv, bool own_pool, emxi_arena *device, emxi_arena *host) {
+static void carve(emx_kv *kv, const emx_kv_opts *opts, int32_t threads, emxi_arena *device, emxi_arena *host) {
   const size_t es = emx_dtype_size(kv->dtype);
   const int64_t M = kv->max_pages, G = kv->G, D = kv->D;
   size_t before = device->used;
-  if (own_pool) {
+  if (opts->file) {
+    const emxi_kv_file f = {.path = take(host, (int64_t)strlen(opts->file) + 1, 1, 1, 1),
+                            .bench = take(host, threads, 2 * kv->P, D, es),
+                            .bench_size = 2 * kv->P * D * (int64_t)es};
+    kv->file = take(host, 1, 1, 1, sizeof *kv->file);
+    if (kv->file) *kv->file = f;
+  } else if (!opts->k_pool) {
     kv->k = take(device, M, G * kv->P, D, es);
     kv->v = take(device, M, G * kv->P, D, es);
     kv->bytes_kv = (int64_t)(device->used - before);
@@ -81,17 +88,20 @@ static void set_geometry(emx_kv *kv, const emx_kv_opts *o) {
                  .max_pages = o->max_pages};
 }
 
-static emx_status sizes(const emx_kv_opts *opts, const char *who, size_t *device_bytes, size_t *host_bytes) {
+static emx_status sizes(const emx_ctx *ctx, const emx_kv_opts *opts, const char *who, size_t *device_bytes, size_t *host_bytes) {
   emx_kv kv;
   emxi_arena device, host;
   EMX_TRY(check_opts(opts, who));
   set_geometry(&kv, opts);
   emxi_arena_init(&device, NULL, 0);
   emxi_arena_init(&host, NULL, 0);
-  carve(&kv, !opts->k_pool, &device, &host);
+  carve(&kv, opts, ctx->threads, &device, &host);
+  emxi_arena file;
+  emxi_arena_init(&file, NULL, 0);
+  if (opts->file) take(&file, 2 * kv.max_pages, kv.G * (int64_t)kv.P, kv.D, emx_dtype_size(kv.dtype));
   size_t total;
-  if (device.overflow || host.overflow || !emxi_add(emxi_arena_total(&device), emxi_arena_total(&host), &total) ||
-      total > PTRDIFF_MAX)
+  if (device.overflow || host.overflow || file.overflow || file.used > PTRDIFF_MAX ||
+      !emxi_add(emxi_arena_total(&device), emxi_arena_total(&host), &total) || total > PTRDIFF_MAX)
     return emxi_fail(EMX_ERR_NOMEM,
                      "%s: %lld pages of %d tokens, %d heads and dimension %d are more than the address space holds", who,
                      (long long)opts->max_pages, opts->page_size, opts->kv_heads, opts->head_dim);
@@ -104,7 +114,7 @@ emx_status emx_kv_memory_size(emx_ctx *ctx, const emx_kv_opts *opts, size_t *dev
   if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_kv_memory_size: ctx is NULL");
   EMXI_CHECK_STRUCT(opts, emx_kv_opts);
   size_t device, host;
-  EMX_TRY(sizes(opts, "emx_kv_memory_size", &device, &host));
+  EMX_TRY(sizes(ctx, opts, "emx_kv_memory_size", &device, &host));
   if (device_bytes) *device_bytes = device;
   if (host_bytes) *host_bytes = host + sizeof(emx_kv);
   return EMX_OK;
@@ -142,7 +152,7 @@ static emx_status check_pool(const emx_ctx *ctx, const emx_kv *kv, const emx_ten
 static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
   static const char who[] = "emx_kv_create";
   size_t device_bytes, host_bytes;
-  EMX_TRY(sizes(opts, who, &device_bytes, &host_bytes));
+  EMX_TRY(sizes(ctx, opts, who, &device_bytes, &host_bytes));
   emx_kv shape;
   set_geometry(&shape, opts);
   if (opts->k_pool) {
@@ -171,7 +181,7 @@ static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
   emxi_arena device, host;
   emxi_arena_init(&device, kv->device_block, device_bytes);
   emxi_arena_init(&host, kv->host_block, host_bytes);
-  carve(kv, !opts->k_pool, &device, &host);
+  carve(kv, opts, ctx->threads, &device, &host);
   const bool hnd = kv->layout == EMX_LAYOUT_BHND;
   if (opts->k_pool) {
     const emx_tensor *k = opts->k_pool, *v = opts->v_pool;
@@ -188,6 +198,17 @@ static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
     kv->k_page = kv->v_page = (int64_t)kv->P * kv->G * kv->D;
     kv->k_head = kv->v_head = hnd ? (int64_t)kv->P * kv->D : kv->D;
     kv->k_token = kv->v_token = hnd ? kv->D : (int64_t)kv->G * kv->D;
+  }
+  if (opts->file) { /* the order in the file is its own affair */
+    kv->k_head = kv->v_head = (int64_t)kv->P * kv->D;
+    kv->k_token = kv->v_token = kv->D;
+    kv->bytes_kv = 2 * kv->max_pages * kv->k_page * (int64_t)emx_dtype_size(kv->dtype);
+    status = emxi_kv_file_open(kv, opts->file, who);
+    if (status) {
+      kv->file = NULL;
+      emx_kv_destroy(kv);
+      return status;
+    }
   }
   const size_t M = (size_t)kv->max_pages;
   memset(kv->sum_tokens, 0, M * sizeof *kv->sum_tokens);
@@ -213,6 +234,7 @@ emx_status emx_kv_create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
 
 void emx_kv_destroy(emx_kv *kv) {
   if (!kv) return;
+  emxi_kv_file_close(kv);
   kv->ctx->backend->memory_free(kv->ctx, kv->device_block);
   emxi_free(kv->host_block);
   emxi_free(kv);
@@ -249,6 +271,9 @@ static emx_tensor pool_view(const emx_kv *kv, void *data, int64_t page, int64_t 
 }
 emx_status emx_kv_pool_view(const emx_kv *kv, emx_tensor *k, emx_tensor *v) {
   if (!kv || !k || !v) return emxi_fail(EMX_ERR_INVALID, "emx_kv_pool_view: %s is NULL", !kv ? "kv" : !k ? "k" : "v");
+  if (kv->file)
+    return emxi_fail(EMX_ERR_UNSUPPORTED,
+                     "emx_kv_pool_view: K and V are in a file, not in memory; emx_decode with ALL reads them");
   *k = pool_view(kv, kv->k, kv->k_page, kv->k_head, kv->k_token);
   *v = pool_view(kv, kv->v, kv->v_page, kv->v_head, kv->v_token);
   return EMX_OK;

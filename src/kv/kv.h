@@ -12,6 +12,25 @@
 #include "base/base.h"
 #include "kv/sketch.h"
 
+/* Keys or values of a file that are read at a time where no workspace is at hand: a buffer of EMXI_ROWS * D elements. */
+#define EMXI_ROWS 16
+#define EMXI_ROWS_BYTES (EMXI_ROWS * 256 * sizeof(float))
+
+/* K and V in a file (src/kv/file.c). */
+typedef struct emxi_kv_file {
+  int fd;
+  pid_t pid;      /* whose file it is */
+  int64_t values; /* bytes of K, where V begins */
+  char *path;     /* what it was called, for messages */
+  char *bench;    /* [threads, bench_size] rows of a page of K, then of V, that an append puts together */
+  int64_t bench_size;
+  atomic_int fault; /* the first fault of a call, see file.c */
+  int fault_errno;  /* 0: the file has been cut */
+  bool fault_write;
+  int64_t fault_at;
+  size_t fault_bytes;
+} emxi_kv_file;
+
 /* A longer sequence would not fit the int32 positions and lengths of the interface. */
 #define EMXI_KV_MAX_LEN ((int64_t)INT32_MAX - 4096)
 
@@ -33,6 +52,7 @@ struct emx_kv {
   char *k, *v;
   int64_t k_page, k_head, k_token;
   int64_t v_page, v_head, v_token;
+  emxi_kv_file *file; /* or NULL; k and v are NULL with it, and the strides, equal for both, say where elements are in the file */
 
   /* Summaries in device memory, by page and KV head. */
   void *minmax;       /* [M,G,2,D] cache dtype: minimum, then maximum */
@@ -92,6 +112,29 @@ static inline const char *emxi_kv_k(const emx_kv *kv, int32_t page, int32_t head
 static inline const char *emxi_kv_v(const emx_kv *kv, int32_t page, int32_t head, int64_t token) {
   return kv->v + (size_t)(page * kv->v_page + head * kv->v_head + token * kv->v_token) * emx_dtype_size(kv->dtype);
 }
+/* ---- in memory or in a file. Makes the file, kv->file and the strides being set; on failure there is none. */
+emx_status emxi_kv_file_open(emx_kv *kv, const char *path, const char *who);
+void emxi_kv_file_close(emx_kv *kv);
+/* Around everything that touches K or V: `begin` refuses a forked process, `end` is the first fault in between, by reads or writes of
+ * any worker. Nothing in between fails: after a fault reads give zeros, writes do nothing, and the caller drops its results. */
+EMXI_SHARED emx_status emxi_kv_file_begin(const emx_kv *kv, const char *who);
+EMXI_SHARED emx_status emxi_kv_file_end(const emx_kv *kv, const char *who);
+/* Rows [token, token + n) of (page, head) of K or V, D apart. */
+EMXI_SHARED const char *emxi_kv_file_read(const emx_kv *kv, bool values, int32_t page, int32_t head, int64_t token, int64_t n,
+                                          char *rows);
+EMXI_SHARED void emxi_kv_file_write(const emx_kv *kv, bool values, int32_t page, int32_t head, int64_t token, int64_t n,
+                                    const char *rows);
+/* Whole pages, [n,G,P,D]. */
+void emxi_kv_file_pages(const emx_kv *kv, bool values, const int32_t *pages, int64_t n, char *out);
+/* Values of a head at these offsets (elements, as of head 0), D apart; and word that they will be wanted, and that a key will be. */
+void emxi_kv_file_values(const emx_kv *kv, int32_t head, const int64_t *offset, int64_t n, char *rows);
+void emxi_kv_file_expect_values(const emx_kv *kv, int32_t head, const int64_t *offset, int64_t n);
+void emxi_kv_file_expect_key(const emx_kv *kv, int32_t page, int32_t head, int64_t token);
+/* Keys [token, token + n) of (page, head), kv->k_token elements apart: where they lie, or read into rows (n * D elements). */
+static inline const char *emxi_kv_keys(const emx_kv *kv, int32_t page, int32_t head, int64_t token, int64_t n, char *rows) {
+  return kv->file ? emxi_kv_file_read(kv, false, page, head, token, n, rows) : emxi_kv_k(kv, page, head, token);
+}
+
 /* Minimum of (page, head); the maximum follows D elements later. */
 static inline char *emxi_kv_minmax(const emx_kv *kv, int32_t page, int32_t head) {
   return (char *)kv->minmax + (size_t)(((int64_t)page * kv->G + head) * 2 * kv->D) * emx_dtype_size(kv->dtype);

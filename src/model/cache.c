@@ -96,7 +96,11 @@ static void move_page(const emx_kv *kv, bool values, int32_t page, int32_t rows,
   const size_t es = emx_dtype_size(kv->dtype), row = (size_t)kv->D * es;
   const bool dense = (values ? kv->v_token : kv->k_token) == kv->D;
   for (int32_t g = 0; g < kv->G; g++, file += (size_t)kv->P * row) {
-    for (int32_t t = 0; t < rows; t += dense ? rows : 1) {
+    if (kv->file && save)
+      emxi_kv_file_read(kv, values, page, g, 0, rows, file);
+    else if (kv->file)
+      emxi_kv_file_write(kv, values, page, g, 0, rows, file);
+    for (int32_t t = 0; !kv->file && t < rows; t += dense ? rows : 1) {
       char *pool = (char *)(values ? emxi_kv_v(kv, page, g, t) : emxi_kv_k(kv, page, g, t));
       const size_t size = dense ? (size_t)rows * row : row;
       if (save)
@@ -119,8 +123,10 @@ static emx_status stream_layers(stream *s) {
       const size_t size = (size_t)n * page;
       if (emxi_cancelled(s->c->ctx)) return emxi_fail(EMX_ERR_CANCELLED, "cancelled");
       if (s->source) EMX_TRY(emxi_source_get(s->source, s->buffer, size));
+      EMX_TRY(emxi_kv_file_begin(kv, s->sink ? "save" : "load"));
       for (int64_t j = 0; j < n; j++)
         move_page(kv, part & 1, place[i + j], s->p->rows[i + j], s->buffer + (size_t)j * page, s->sink != NULL);
+      EMX_TRY(emxi_kv_file_end(kv, s->sink ? "save" : "load"));
       if (s->sink) EMX_TRY(emxi_sink_put(s->sink, s->buffer, size));
       s->done += (int64_t)size;
       if (s->c->progress) s->c->progress(s->c->user, s->done, s->total);

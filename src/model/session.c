@@ -31,6 +31,7 @@ typedef struct session_pool {
   float *rope;          /* [chunk,D], RoPE */
   emx_report *reports;  /* [H] */
   bool alibi;           /* some slope is not 0 */
+  bool in_file;         /* K and V are in a file */
   double *alphas;       /* [num_layers,H], learned alpha; else NULL */
   void *attn_work, *decode_work;
   size_t attn_size, decode_size;
@@ -161,6 +162,7 @@ static emx_status create_pool(emx_model *model, const emx_session_opts *o, sessi
   p->page_size = o->page_size;
   p->summaries = o->summaries;
   p->max_tokens = o->max_tokens;
+  p->in_file = o->kv_file != NULL;
   p->chunk = o->chunk < o->max_tokens ? o->chunk : o->max_tokens;
   emx_kv_opts kv;
   emx_kv_opts_init(&kv);
@@ -169,6 +171,7 @@ static emx_status create_pool(emx_model *model, const emx_session_opts *o, sessi
   kv.head_dim = c->head_dim;
   kv.page_size = o->page_size;
   kv.layout = EMX_LAYOUT_BHND;
+  kv.file = o->kv_file; /* loses its name at once: the next layer takes the same */
   kv.summaries = o->summaries;
   kv.max_seqs = o->max_sessions;
   /* Every session may leave one page partly filled. */
@@ -382,9 +385,28 @@ static double now(void) {
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+/* attend_prefill where K and V are in a file: the decoder streams them. */
+static emx_status attend_file(emx_session *s, int32_t l, int64_t m, int64_t length) {
+  session_pool *p = s->pool;
+  tensors t = tensors_of(p, l, m);
+  emx_kv_batch batch;
+  emx_kv_batch_init(&batch);
+  batch.batch = 1;
+  batch.seqs = &s->seqs[l];
+  emx_select_desc all;
+  emx_select_desc_init(&all);
+  emx_decode_io io = decode_io(p, &t);
+  io.reports = NULL;
+  size_t size;
+  EMX_TRY(emx_decode_workspace_size(p->model->ctx, p->kv[l], &all, &io, length + m, &size));
+  EMX_TRY(grow(&p->attn_work, &p->attn_size, size, "working memory"));
+  return emx_decode(p->model->ctx, p->kv[l], &batch, &all, &io, p->attn_work, p->attn_size);
+}
+
 /* Appends k, v [m] to layer l and attends densely from q [m] into a. */
 static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t length) {
   session_pool *p = s->pool;
+  if (p->in_file) return attend_file(s, l, m, length);
   emx_ctx *ctx = p->model->ctx;
   tensors t = tensors_of(p, l, m);
   emx_kv_batch batch;

@@ -29,6 +29,13 @@ run 0 decode -f f.safetensors --select gaussian --tau-mode corrected --page 32 -
 run 0 decode -f f.safetensors --select certified --out c.safetensors --json
 all_hold 'all(.select == "certified" and .certified and .delta_bound == 0)'
 cmp -s o.safetensors c.safetensors || die "certified differs from all"
+run 0 decode -f f.safetensors --select certified --kv-file slow --page 64 --out k.safetensors --json
+all_hold 'all(.certified)'
+cmp -s o.safetensors k.safetensors || die "certified from a file differs from all in memory"
+[ ! -e slow ] || die "the file of the keys is still there"
+echo mine >slow
+fails 1 'slow' decode -f f.safetensors --kv-file slow
+[ "$(cat slow)" = mine ] || die "a file that was there has been touched"
 "$TOOL" make n.safetensors f32 1 2 2 40 16 nan
 run 0 decode -f n.safetensors --json
 all_hold 'map(select(.nonfinite)) | length == 1 and .[0].tau == null and .[0].certified == false'

@@ -6,6 +6,9 @@ grep -q 'tokens/s' err || die "statistics"
 cp out greedy
 run 0 generate -m "$MODEL" -p "The licence" -n 20 --select topk --budget 4096
 cmp -s out greedy || die "topk with the full budget says something else"
+run 0 generate -m "$MODEL" -p "The licence" -n 20 --select certified --kv-file slow
+cmp -s out greedy || die "from a file it says something else"
+[ ! -e slow ] || die "the file of the keys is still there"
 printf 'The licence' >prompt
 run 0 generate -m "$MODEL" -f prompt -n 20
 cmp -s out greedy || die "a prompt from a file says something else"
@@ -32,6 +35,7 @@ fails 1 'empty' generate -m "$MODEL" -f nothing
 fails 1 'nowhere' generate -m "$MODEL" -f nowhere
 fails 1 'nowhere' generate -m nowhere -p x
 fails 1 '[0-9] bytes' generate -m "$MODEL" -p x -c 1000000000
+fails 1 'nowhere/slow' generate -m "$MODEL" -p x --kv-file nowhere/slow
 fails 1 'context' generate -m "$MODEL" -p x -n 10 -c 5
 cp -r "$MODEL" broken
 head -c 2000 "$MODEL/model.safetensors" >broken/model.safetensors
