@@ -97,7 +97,8 @@ int session_summarize(const emx_session *s, session_summary *out) {
                            .bytes_share = (double)(t.bytes_k + t.bytes_v + t.bytes_meta) / (double)t.bytes_full,
                            .support_mean = t.support_sum / rows,
                            .delta_bound_max = t.tokens ? t.delta_bound_max : NAN,
-                           .certified_share = (double)t.certified / rows};
+                           .certified_share = (double)t.certified / rows,
+                           .raw = t};
   return CLI_OK;
 }
 json_t *session_json(const session_summary *s, const emx_select_desc *select) {
@@ -105,6 +106,14 @@ json_t *session_json(const session_summary *s, const emx_select_desc *select) {
                         cli_json_real(s->attn_ms_per_tok), "select", cli_select_name(select->kind), "bytes_share",
                         cli_json_real(s->bytes_share), "support_mean", cli_json_real(s->support_mean), "delta_bound_max",
                         cli_json_real(s->delta_bound_max), "certified_share", cli_json_real(s->certified_share));
+  const emx_session_stats *t = &s->raw;
+  json_t *counts = json_pack("{s:I, s:I, s:{s:I, s:I, s:I}, s:I, s:I, s:I}", "rows", (json_int_t)t->rows, "certified",
+                             (json_int_t)t->certified, "paths", cli_path_name(EMX_PATH_ALL), (json_int_t)t->paths[EMX_PATH_ALL],
+                             cli_path_name(EMX_PATH_PAGES), (json_int_t)t->paths[EMX_PATH_PAGES], cli_path_name(EMX_PATH_LADDER),
+                             (json_int_t)t->paths[EMX_PATH_LADDER], "bytes_k", (json_int_t)t->bytes_k, "bytes_v",
+                             (json_int_t)t->bytes_v, "bytes_meta", (json_int_t)t->bytes_meta);
+  if (j && counts) json_object_update(j, counts);
+  json_decref(counts);
   if (j && select->kind == EMX_SELECT_TOPK) json_object_set_new(j, "budget", json_integer(select->budget));
   return j;
 }

@@ -28,10 +28,12 @@ int session_load(emx_session *s, const char *path, const char *label);
 
 typedef struct session_summary {
   double tok_per_s, attn_ms_per_tok, bytes_share, support_mean, delta_bound_max, certified_share;
+  emx_session_stats raw; /* the sums these were made of */
 } session_summary;
 /* NaN where nothing was decoded. */
 int session_summarize(const emx_session *s, session_summary *out);
-/* {"tok_per_s", "budget" (topk), "attn_ms_per_tok", "select", "bytes_share", "support_mean", "delta_bound_max", "certified_share"} */
+/* {"tok_per_s", "budget" (topk), "attn_ms_per_tok", "select", "bytes_share", "support_mean", "delta_bound_max", "certified_share", "rows",
+ * "certified", "paths": {"all", "pages", "ladder"} (rows that took each), "bytes_k", "bytes_v", "bytes_meta"} */
 json_t *session_json(const session_summary *s, const emx_select_desc *select);
 
 /* What ALL expects after each of some tokens, and by how much a selector's expectation differs. */

@@ -152,6 +152,7 @@ typedef struct emx_session_stats {
   int64_t bytes_full;  /* K and V of every visible token, once per row: what a dense softmax decode would read */
   double attn_seconds; /* inside emx_decode */
   double seconds;      /* inside emx_session_decode */
+  int64_t paths[3];    /* rows that took each EMX_PATH_* */
 } emx_session_stats;
 EMX_API emx_status emx_session_get_stats(const emx_session *s, emx_session_stats *stats); /* set struct_size first */
 EMX_API void emx_session_reset_stats(emx_session *s);

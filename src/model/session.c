@@ -463,6 +463,7 @@ static emx_status attend_decode(emx_session *s, int32_t l, emx_session_stats *st
     if (!stats->rows || r->mass > stats->mass_max) stats->mass_max = r->mass;
     if (r->delta_bound > stats->delta_bound_max) stats->delta_bound_max = r->delta_bound;
     stats->rows++;
+    stats->paths[r->path]++;
     stats->certified += (r->flags & EMX_REPORT_CERTIFIED) != 0;
     stats->nonfinite |= (r->flags & EMX_REPORT_NONFINITE) != 0;
     stats->support_sum += r->support;

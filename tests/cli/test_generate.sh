@@ -9,6 +9,11 @@ cmp -s out greedy || die "topk with the full budget says something else"
 run 0 generate -m "$MODEL" -p "The licence" -n 20 --select certified --kv-file slow
 cmp -s out greedy || die "from a file it says something else"
 [ ! -e slow ] || die "the file of the keys is still there"
+run 0 generate -m "$MODEL" -p "The licence" -n 20 --select certified --json # 19 steps, 2 layers, 2 heads; too short for the ladder
+holds '.rows == 76 and .certified == 76 and .paths == {"all": 76, "pages": 0, "ladder": 0} and .bytes_meta == 0'
+holds '.bytes_share * 100 > 40 and .bytes_k > 0 and .bytes_v > 0'
+run 0 generate -m "$MODEL" -p "The licence" -n 20 --select topk --budget 16 --json
+holds '.paths.pages > 0 and .paths.all + .paths.pages == .rows and .certified < .rows and .bytes_meta > 0'
 printf 'The licence' >prompt
 run 0 generate -m "$MODEL" -f prompt -n 20
 cmp -s out greedy || die "a prompt from a file says something else"
