@@ -22,5 +22,6 @@ int bench_decode(int argc, char **argv);
 int bench_map(int argc, char **argv);
 int bench_attn(int argc, char **argv);
 int bench_budgets(int argc, char **argv);
+int bench_file(int argc, char **argv);
 
 #endif

@@ -52,11 +52,12 @@ double bench_read(emx_ctx *ctx, const void *memory, size_t bytes) {
 
 int cmd_bench(int argc, char **argv) {
   static const char usage[] =
-      "Usage: emx bench decode|attn|map|budgets [OPTION...]\n\n"
+      "Usage: emx bench decode|attn|map|budgets|file [OPTION...]\n\n"
       "  decode   one decode step: softmax first, then each selector, against float64 attention\n"
       "  attn     dense attention, forward and backward: softmax first, then alpha-entmax\n"
       "  map      rows of the mapping: softmax first, then alpha-entmax\n"
-      "  budgets  what a byte budget loses on the activations of trained models\n\n"
+      "  budgets  what a byte budget loses on the activations of trained models\n"
+      "  file     one decode step with keys and values in a cold file\n\n"
       "`emx bench decode --help` lists the options.\n";
   if (argc < 2) {
     fputs(usage, stderr);
@@ -78,10 +79,14 @@ int cmd_bench(int argc, char **argv) {
     cli_command = "emx bench budgets";
     return bench_budgets(argc - 1, argv + 1);
   }
+  if (!strcmp(argv[1], "file")) {
+    cli_command = "emx bench file";
+    return bench_file(argc - 1, argv + 1);
+  }
   if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-?")) {
     fputs(usage, stdout);
     return cli_flush();
   }
-  cli_warn("unknown benchmark '%s', expected decode, attn, map or budgets", argv[1]);
+  cli_warn("unknown benchmark '%s', expected decode, attn, map, budgets or file", argv[1]);
   return CLI_USAGE;
 }

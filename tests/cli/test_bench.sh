@@ -66,4 +66,14 @@ fails 2 'loss' bench map --kind budget --pass loss
 fails 2 'alpha' bench map --kind normmax --alpha 1
 fails 2 'budget' bench map --budget 3
 run 1 bench map --kind budget --budget 60 --n 50 --rows 1
+run 0 bench file --kv-file slow --n 20000 --hq 4 --hkv 2 --d 128 --data topics --rounds 2 --select certified,topk --json
+holds '.bytes_kv == 20480000 and .mapped > 0 and .read_bytes >= 0 and .support >= 1 and .keys >= .support'
+all_hold 'length == 3 and (map(.select) == ["all", "certified", "topk"]) and all(.[0, 1]; .equal and .certified)'
+all_hold '(map(.path) | .[0:2]) == ["all", "ladder"] and .[1].read_bytes <= .[0].read_bytes / 4'
+run 0 bench file --kv-file slow --n 300 --rounds 1
+grep -q 'certified' out || die "file: table"
+[ ! -e slow ] || die "the file is still there"
+fails 2 'kv-file' bench file
+fails 2 'data' bench file --kv-file slow --data nothing
+fails 1 'nowhere' bench file --kv-file nowhere/slow
 exit 0

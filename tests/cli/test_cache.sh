@@ -1,7 +1,7 @@
 # Cache files: a restored run goes on as the run that saved would have done, killed or not; what is refused.
 . "$SRC/tests/cli/lib.sh"
 SAMPLED="--temp 1 --top-k 50 --seed 7"
-for options in "" "$SAMPLED" "$SAMPLED --select certified" "$SAMPLED --select topk --budget 32 --kv-dtype f16 --page 32"; do
+for options in "" "$SAMPLED" "$SAMPLED --select certified" "$SAMPLED --select certified --kv-file slow" "$SAMPLED --select topk --budget 32 --kv-dtype f16 --page 32"; do
   run 0 generate -m "$MODEL" -p "The licence" -n 60 $options --json
   cp out whole
   run 0 generate -m "$MODEL" -p "The licence" -n 25 $options --cache-save cache --json
@@ -24,6 +24,15 @@ kill -9 $pid
 wait $pid 2>/dev/null
 run 0 generate -m "$MODEL" -n 60 --cache-load cache $SAMPLED
 [ "$(head -c 60 out)" = "$(cat whole)" ] || die "killed: the restored run says something else"
+
+# killed with its keys in a file: nothing of that is left
+rm cache
+"$EMX" generate -m "$MODEL" -p "The licence" -n 1000000 --cache-save cache --kv-file slow >out 2>err </dev/null &
+pid=$!
+wait_for 60 ten || die "no cache after the prompt"
+kill -9 $pid
+wait $pid 2>/dev/null
+[ ! -e slow ] || die "killed: its file is still there"
 
 # Ctrl-C saves what was printed
 "$EMX" generate -m "$MODEL" -p "The licence" -n 1000000 --cache-save cache $SAMPLED >text 2>err </dev/null &

@@ -9,7 +9,7 @@ grep -q '^emx [0-9]*\.[0-9]*\.[0-9]* (ABI [0-9]*)$' out || die "--version"
 run 2
 run 2 frobnicate
 grep -q "frobnicate" err || die "the unknown command is not named"
-for command in info selftest map decode train generate eval "bench decode" "bench attn" "bench map" "bench budgets" demo; do
+for command in info selftest map decode train generate eval "bench decode" "bench attn" "bench map" "bench budgets" "bench file" demo; do
   run 0 $command --help
   grep -q -- '--threads' out || die "$command --help has no options"
   grep -q "^Usage: emx $command" out || die "$command --help: usage line"

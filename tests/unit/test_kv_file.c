@@ -25,10 +25,14 @@
 static emx_ctx *ctx;
 static char path[64]; /* of the cache's file, in the folder of the test */
 
+static int name_file(void **state) {
+  (void)state;
+  snprintf(path, sizeof path, "kv_file_%ld.tmp", (long)getpid());
+  return 0;
+}
 static int setup(void **state) {
   (void)state;
   emxi_certified_short = 64;
-  snprintf(path, sizeof path, "kv_file_%ld.tmp", (long)getpid());
   return emx_ctx_create(NULL, &ctx);
 }
 static int teardown(void **state) {
@@ -585,10 +589,12 @@ static void test_larger_than_memory(void **state) {
 }
 
 int main(void) {
+  const struct CMUnitTest alone[] = {cmocka_unit_test(test_larger_than_memory)}; /* forks: no threads yet */
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_larger_than_memory), /* forks before other tests have made threads busy */
-      cmocka_unit_test(test_same_bits),          cmocka_unit_test(test_life),
-      cmocka_unit_test(test_refusals),           cmocka_unit_test(test_faults),
+      cmocka_unit_test(test_same_bits),
+      cmocka_unit_test(test_life),
+      cmocka_unit_test(test_refusals),
+      cmocka_unit_test(test_faults),
   };
-  return cmocka_run_group_tests(tests, setup, teardown);
+  return cmocka_run_group_tests(alone, name_file, NULL) | cmocka_run_group_tests(tests, setup, teardown);
 }

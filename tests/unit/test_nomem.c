@@ -121,6 +121,13 @@ static emx_status call_kv(void) {
   return emx_kv_create(ctx, &o, (emx_kv **)&out);
 }
 static void undo_kv(void) { emx_kv_destroy(out); }
+static emx_status call_kv_file(void) { /* the name is free again at once, whether it succeeds or not */
+  emx_kv_opts o = kv_options(8);
+  char name[80];
+  snprintf(name, sizeof name, "%s/slow.tmp", folder);
+  o.file = name;
+  return emx_kv_create(ctx, &o, (emx_kv **)&out);
+}
 
 static emx_status append(emx_kv *to, int32_t seq, int64_t n) {
   static float k[G * 40 * D];
@@ -326,6 +333,7 @@ static void next_logits(float out_logits[V]) {
 static const scenario scenarios[] = {
     {"emx_ctx_create", call_ctx, undo_ctx, 9, false},
     {"emx_kv_create", call_kv, undo_kv, 9, false},
+    {"emx_kv_create, file", call_kv_file, undo_kv, 9, false},
     {"emx_kv_append", call_append, undo_append, 0, false},
     {"emx_seq_create, _fork, _destroy", call_seqs, nothing, 0, false},
     {"emx_entmax_forward", call_map, nothing, 2, false},
