@@ -12,9 +12,11 @@
  *   - emx_status is 0 or negative; results go through out-pointers that stay untouched on failure; emx_last_error() has a
  *     sentence of detail for the calling thread. The library never prints, exits or aborts, and never falls back silently.
  *   - Option and argument structs begin with struct_size; _init (which passes the caller's sizeof to _init_sized) fills in the size and
- *     the defaults; fields are only ever appended, and zero in an appended field means what held before it. Structs that a function
- *     fills need struct_size set first. An option struct may also be written out, {.struct_size = sizeof opts, ...}: what is left out
- *     is zero then, also where the comment at _init names another default.
+ *     the defaults; fields are only ever appended, and zero in an appended field means what held before it. A shorter struct of an
+ *     older header counts as one with zeros behind it; a longer one of a newer header is UNSUPPORTED where it has more than zeros
+ *     there. Structs that a function fills need struct_size set first, nothing else; they get the fields that they have room for. An
+ *     option struct may also be written out, {.struct_size = sizeof opts, ...}: what is left out is zero then, also where the comment
+ *     at _init names another default.
  *   - Tensors are borrowed strided views with a contiguous last dimension. Sizes are size_t, counts int64_t.
  *   - No function allocates unless its name ends in _create, or its comment says so. Working memory is the caller's:
  *     ask for the size, pass a buffer (any alignment; slack to align it is included in the size).

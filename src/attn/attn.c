@@ -271,17 +271,12 @@ emx_status emxi_attn_check_lengths(const emxi_attn *a) {
   return EMX_OK;
 }
 
-static emx_status check(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass) {
-  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "attention: ctx is NULL");
-  EMXI_CHECK_STRUCT(desc, emx_attn_desc);
-  EMXI_CHECK_STRUCT(io, emx_attn_io);
-  if (pass != EMX_PASS_FORWARD && pass != EMX_PASS_BACKWARD)
-    return emxi_fail(EMX_ERR_INVALID, "attention: unknown pass %d", pass);
-  return EMX_OK;
-}
-
 emx_status emx_attn_workspace_size(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, int32_t pass, size_t *bytes) {
-  EMX_TRY(check(ctx, desc, io, pass));
+  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_attn_workspace_size: ctx is NULL");
+  EMXI_READ_STRUCT(desc, emx_attn_desc);
+  EMXI_READ_STRUCT(io, emx_attn_io);
+  if (pass != EMX_PASS_FORWARD && pass != EMX_PASS_BACKWARD)
+    return emxi_fail(EMX_ERR_INVALID, "emx_attn_workspace_size: unknown pass %d", pass);
   if (!bytes) return emxi_fail(EMX_ERR_INVALID, "emx_attn_workspace_size: bytes is NULL");
   emxi_attn a;
   EMX_TRY(resolve_call(ctx, desc, io, pass, true, &a));
@@ -304,11 +299,15 @@ static emx_status run(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io
 }
 emx_status emx_attn_forward(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, void *workspace,
                             size_t workspace_bytes) {
-  EMX_TRY(check(ctx, desc, io, EMX_PASS_FORWARD));
+  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_attn_forward: ctx is NULL");
+  EMXI_READ_STRUCT(desc, emx_attn_desc);
+  EMXI_READ_STRUCT(io, emx_attn_io);
   EMXI_LOCKED(ctx, run(ctx, desc, io, EMX_PASS_FORWARD, workspace, workspace_bytes));
 }
 emx_status emx_attn_backward(emx_ctx *ctx, const emx_attn_desc *desc, const emx_attn_io *io, void *workspace,
                              size_t workspace_bytes) {
-  EMX_TRY(check(ctx, desc, io, EMX_PASS_BACKWARD));
+  if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_attn_backward: ctx is NULL");
+  EMXI_READ_STRUCT(desc, emx_attn_desc);
+  EMXI_READ_STRUCT(io, emx_attn_io);
   EMXI_LOCKED(ctx, run(ctx, desc, io, EMX_PASS_BACKWARD, workspace, workspace_bytes));
 }

@@ -3,6 +3,8 @@
 #ifndef EMXI_BASE_H
 #define EMXI_BASE_H
 
+#include "layouts.h"
+
 #include <emx.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -30,11 +32,27 @@ emxi_fail(emx_status status, const char *format, ...);
     if (emx_try_status_) return emx_try_status_; \
   } while (0)
 
-/* Refuses structs that are too short to be a version of ours, and newer ones that use what we do not know. */
-EMXI_SHARED emx_status emxi_struct_check(const void *p, size_t size, const char *who, const char *type);
-/* Defaults into a caller's struct of `size` bytes, which may be of an older or a newer version. */
+/* -- structs of callers, which may have been compiled with an older or a newer header (docs/design.md, "Versions of structs") */
+
+/* Defaults into a caller's struct of `size` bytes. */
 EMXI_SHARED void emxi_struct_init(void *p, size_t size, const void *defaults, size_t known);
-#define EMXI_CHECK_STRUCT(p, type) EMX_TRY(emxi_struct_check(p, sizeof(type), __func__, #type))
+/* What functions read: `out` [size] is the struct as this version has it, with zeros where p ends earlier. Refused: one shorter than
+ * `first`, the size in the first header that had it, and one with anything in fields that this version does not have. */
+EMXI_SHARED emx_status emxi_struct_read(const void *p, size_t first, size_t size, void *out, const char *who, const char *type);
+/* What functions fill: p says how much of it there is; then as much of `from` [size] goes there, and zeros into the rest. */
+EMXI_SHARED emx_status emxi_struct_check(const void *p, size_t first, const char *who, const char *type);
+EMXI_SHARED void emxi_struct_write(void *p, const void *from, size_t size);
+
+/* Bytes of a struct up to the last field of its first header (layouts.h). */
+#define EMXI_FIRST_SIZE(type) EMXI_FIELD_END(type, EMXI_LAST_##type)
+#define EMXI_FIELD_END(type, field) (offsetof(type, field) + sizeof(((type *)0)->field))
+/* Puts the struct as this version has it in the place of the parameter p. */
+#define EMXI_READ_STRUCT(p, type)                                                                       \
+  type p##_;                                                                                            \
+  _Static_assert(EMXI_FIRST_SIZE(type) % _Alignof(type) == 0, "an old " #type " would end in padding"); \
+  EMX_TRY(emxi_struct_read(p, EMXI_FIRST_SIZE(type), sizeof(type), &p##_, __func__, #type));            \
+  p = &p##_
+#define EMXI_CHECK_STRUCT(p, type) EMX_TRY(emxi_struct_check(p, EMXI_FIRST_SIZE(type), __func__, #type))
 
 /* -- memory: 64-byte aligned. emxi_alloc(0) gives a valid pointer. A request beyond the machine's physical memory is refused at
  * once, so that an absurd size never reaches the OOM killer. */

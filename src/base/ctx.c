@@ -45,7 +45,7 @@ emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out) {
   emx_ctx_opts defaults;
   emx_ctx_opts_init(&defaults);
   if (!opts) opts = &defaults;
-  EMXI_CHECK_STRUCT(opts, emx_ctx_opts);
+  EMXI_READ_STRUCT(opts, emx_ctx_opts);
   if (!out) return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: out is NULL");
   if (opts->device == EMX_DEVICE_CUDA)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_ctx_create: this build has no CUDA back end; use the CPU");
@@ -93,9 +93,9 @@ void emx_ctx_destroy(emx_ctx *ctx) {
 emx_status emx_ctx_get_info(emx_ctx *ctx, emx_ctx_info *info) {
   if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_ctx_get_info: ctx is NULL");
   EMXI_CHECK_STRUCT(info, emx_ctx_info);
-  info->device = ctx->device;
-  info->threads = ctx->threads;
-  ctx->backend->info(ctx, info);
+  emx_ctx_info now = {.device = ctx->device, .threads = ctx->threads};
+  ctx->backend->info(ctx, &now);
+  emxi_struct_write(info, &now, sizeof now);
   return EMX_OK;
 }
 emx_status emx_ctx_sync(emx_ctx *ctx) {

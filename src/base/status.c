@@ -36,25 +36,39 @@ const char *emx_status_name(emx_status status) {
   return names[-status];
 }
 
-emx_status emxi_struct_check(const void *p, size_t size, const char *who, const char *type) {
-  uint32_t have;
+#define STRUCT_MAX 65536 /* no version will be as large: a struct_size that nobody set must not make us read or write that far */
+
+static uint32_t struct_size(const void *p) {
+  uint32_t size;
+  memcpy(&size, p, sizeof size);
+  return size;
+}
+
+emx_status emxi_struct_check(const void *p, size_t first, const char *who, const char *type) {
   if (!p) return emxi_fail(EMX_ERR_INVALID, "%s: the %s is NULL", who, type);
-  memcpy(&have, p, sizeof have);
-  if (have < size)
-    return emxi_fail(EMX_ERR_INVALID, "%s: %s.struct_size is %u, expected %zu: fill the struct with %s_init", who, type, have,
-                     size, type);
-  for (size_t i = size; i < have; i++)
-    if (((const unsigned char *)p)[i])
-      return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: this %s uses fields of a later version than %s", who, type, emx_version());
+  if (struct_size(p) < first || struct_size(p) > STRUCT_MAX)
+    return emxi_fail(EMX_ERR_INVALID, "%s: %s.struct_size is %u, expected %zu or a little more: it is sizeof(%s)", who, type,
+                     struct_size(p), first, type);
   return EMX_OK;
 }
 
+emx_status emxi_struct_read(const void *p, size_t first, size_t size, void *out, const char *who, const char *type) {
+  EMX_TRY(emxi_struct_check(p, first, who, type));
+  for (size_t i = size; i < struct_size(p); i++)
+    if (((const unsigned char *)p)[i])
+      return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: this %s uses fields of a later version than %s", who, type, emx_version());
+  emxi_struct_init(out, size, p, struct_size(p));
+  return EMX_OK;
+}
+
+void emxi_struct_write(void *p, const void *from, size_t size) { emxi_struct_init(p, struct_size(p), from, size); }
+
 void emxi_struct_init(void *p, size_t size, const void *defaults, size_t known) {
-  const uint32_t struct_size = (uint32_t)size;
-  if (!p || size < sizeof struct_size) return;
+  const uint32_t have = (uint32_t)size;
+  if (!p || size < sizeof have) return;
   memset(p, 0, size);
   memcpy(p, defaults, size < known ? size : known);
-  memcpy(p, &struct_size, sizeof struct_size);
+  memcpy(p, &have, sizeof have);
 }
 
 /* ---- memory */

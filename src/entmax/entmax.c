@@ -55,7 +55,6 @@ emx_status emxi_rows_support(emx_ctx *ctx, const emx_tensor *t, emxi_rows *r, co
 
 emx_status emxi_map_check(emx_ctx *ctx, const emx_entmax_desc *desc, const char *who) {
   if (!ctx) return emxi_fail(EMX_ERR_INVALID, "%s: ctx is NULL", who);
-  EMX_TRY(emxi_struct_check(desc, sizeof *desc, who, "emx_entmax_desc"));
   static const char *const names[] = {"", "normmax", "budget"};
   if (desc->kind < EMX_MAP_ENTMAX || desc->kind > EMX_MAP_BUDGET)
     return emxi_fail(EMX_ERR_INVALID, "%s: map kind %d; there are EMX_MAP_ENTMAX, _NORMMAX and _BUDGET", who, desc->kind);
@@ -79,11 +78,6 @@ static emx_status check_alphas(emx_ctx *ctx, const emx_entmax_desc *desc, const 
                      desc->kind == EMX_MAP_ENTMAX ? "1 or " : "");
   }
   return EMX_OK;
-}
-
-static emx_status check(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io, const char *who) {
-  EMX_TRY(emxi_map_check(ctx, desc, who));
-  return emxi_struct_check(io, sizeof *io, who, "emx_entmax_io");
 }
 
 static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io) {
@@ -111,7 +105,9 @@ static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_e
 }
 
 emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io) {
-  EMX_TRY(check(ctx, desc, io, "emx_entmax_forward"));
+  EMXI_READ_STRUCT(desc, emx_entmax_desc);
+  EMXI_READ_STRUCT(io, emx_entmax_io);
+  EMX_TRY(emxi_map_check(ctx, desc, "emx_entmax_forward"));
   EMXI_LOCKED(ctx, forward(ctx, desc, io));
 }
 
@@ -141,6 +137,8 @@ static emx_status backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_
 }
 
 emx_status emx_entmax_backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io) {
-  EMX_TRY(check(ctx, desc, io, "emx_entmax_backward"));
+  EMXI_READ_STRUCT(desc, emx_entmax_desc);
+  EMXI_READ_STRUCT(io, emx_entmax_io);
+  EMX_TRY(emxi_map_check(ctx, desc, "emx_entmax_backward"));
   EMXI_LOCKED(ctx, backward(ctx, desc, io));
 }

@@ -62,8 +62,9 @@ static emx_status loss(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_loss
 
 emx_status emx_entmax_loss(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_loss_io *io) {
   static const char who[] = "emx_entmax_loss";
+  EMXI_READ_STRUCT(desc, emx_entmax_desc);
+  EMXI_READ_STRUCT(io, emx_loss_io);
   EMX_TRY(emxi_map_check(ctx, desc, who));
-  EMX_TRY(emxi_struct_check(io, sizeof *io, who, "emx_loss_io"));
   if (desc->kind == EMX_MAP_BUDGET)
     return emxi_fail(EMX_ERR_UNSUPPORTED,
                      "%s: a target is one class, a budget is several; EMX_MAP_ENTMAX and _NORMMAX have a loss", who);

@@ -21,8 +21,8 @@ emx_status emx_decode_workspace_size(emx_ctx *ctx, const emx_kv *kv, const emx_s
                                      int64_t max_len, size_t *bytes) {
   if (!ctx || !kv || !bytes)
     return emxi_fail(EMX_ERR_INVALID, "emx_decode_workspace_size: %s is NULL", !ctx ? "ctx" : !kv ? "kv" : "bytes");
-  EMXI_CHECK_STRUCT(select, emx_select_desc);
-  EMXI_CHECK_STRUCT(io, emx_decode_io);
+  EMXI_READ_STRUCT(select, emx_select_desc);
+  EMXI_READ_STRUCT(io, emx_decode_io);
   EMXI_LOCKED(ctx, workspace_size(ctx, kv, select, io, max_len, bytes));
 }
 
@@ -51,8 +51,8 @@ static emx_status decode(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, co
 emx_status emx_decode(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select, const emx_decode_io *io,
                       void *workspace, size_t workspace_bytes) {
   if (!ctx || !kv) return emxi_fail(EMX_ERR_INVALID, "emx_decode: %s is NULL", ctx ? "kv" : "ctx");
-  EMXI_CHECK_STRUCT(batch, emx_kv_batch);
-  EMXI_CHECK_STRUCT(select, emx_select_desc);
-  EMXI_CHECK_STRUCT(io, emx_decode_io);
+  EMXI_READ_STRUCT(batch, emx_kv_batch);
+  EMXI_READ_STRUCT(select, emx_select_desc);
+  EMXI_READ_STRUCT(io, emx_decode_io);
   EMXI_LOCKED(ctx, decode(ctx, kv, batch, select, io, workspace, workspace_bytes));
 }

@@ -112,7 +112,7 @@ static emx_status sizes(const emx_ctx *ctx, const emx_kv_opts *opts, const char 
 
 emx_status emx_kv_memory_size(emx_ctx *ctx, const emx_kv_opts *opts, size_t *device_bytes, size_t *host_bytes) {
   if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_kv_memory_size: ctx is NULL");
-  EMXI_CHECK_STRUCT(opts, emx_kv_opts);
+  EMXI_READ_STRUCT(opts, emx_kv_opts);
   size_t device, host;
   EMX_TRY(sizes(ctx, opts, "emx_kv_memory_size", &device, &host));
   if (device_bytes) *device_bytes = device;
@@ -227,7 +227,7 @@ static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
 
 emx_status emx_kv_create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
   if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_kv_create: ctx is NULL");
-  EMXI_CHECK_STRUCT(opts, emx_kv_opts);
+  EMXI_READ_STRUCT(opts, emx_kv_opts);
   if (!out) return emxi_fail(EMX_ERR_INVALID, "emx_kv_create: out is NULL");
   EMXI_LOCKED(ctx, create(ctx, opts, out));
 }
@@ -244,19 +244,19 @@ emx_status emx_kv_get_info(const emx_kv *kv, emx_kv_info *info) {
   if (!kv) return emxi_fail(EMX_ERR_INVALID, "emx_kv_get_info: kv is NULL");
   EMXI_CHECK_STRUCT(info, emx_kv_info);
   emxi_ctx_lock(kv->ctx);
-  *info = (emx_kv_info){.struct_size = info->struct_size,
-                        .dtype = kv->dtype,
-                        .kv_heads = kv->G,
-                        .head_dim = kv->D,
-                        .page_size = kv->P,
-                        .layout = kv->layout,
-                        .summaries = kv->summaries,
-                        .seqs = kv->n_seqs,
-                        .max_pages = kv->max_pages,
-                        .free_pages = kv->n_free,
-                        .bytes_kv = kv->bytes_kv,
-                        .bytes_summary = kv->bytes_summary};
+  const emx_kv_info now = {.dtype = kv->dtype,
+                           .kv_heads = kv->G,
+                           .head_dim = kv->D,
+                           .page_size = kv->P,
+                           .layout = kv->layout,
+                           .summaries = kv->summaries,
+                           .seqs = kv->n_seqs,
+                           .max_pages = kv->max_pages,
+                           .free_pages = kv->n_free,
+                           .bytes_kv = kv->bytes_kv,
+                           .bytes_summary = kv->bytes_summary};
   emxi_ctx_unlock(kv->ctx);
+  emxi_struct_write(info, &now, sizeof now);
   return EMX_OK;
 }
 
@@ -611,7 +611,7 @@ static emx_status check_owner(const emx_ctx *ctx, const emx_kv *kv, const char *
 emx_status emx_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_tensor *k_new, const emx_tensor *v_new,
                          const emx_tensor *n_new) {
   EMX_TRY(check_owner(ctx, kv, "emx_kv_append"));
-  EMXI_CHECK_STRUCT(batch, emx_kv_batch);
+  EMXI_READ_STRUCT(batch, emx_kv_batch);
   const int32_t *n = NULL;
   if (n_new) {
     const int64_t rows[1] = {batch->batch};
@@ -666,7 +666,7 @@ emx_status emx_kv_get_summary(const emx_kv *kv, int32_t page, int32_t kv_head, e
                      kv_head, (long long)kv->max_pages, kv->G);
   emxi_ctx_lock(kv->ctx);
   const int32_t tokens = kv->sum_tokens[page];
-  emx_kv_summary s = {.struct_size = out->struct_size, .valid = tokens > 0, .tokens = tokens, .radius = INFINITY};
+  emx_kv_summary s = {.valid = tokens > 0, .tokens = tokens, .radius = INFINITY};
   s.nonfinite = tokens > 0 && (*emxi_kv_mark(kv, page, kv_head) & EMXI_MARK_NONFINITE);
   if (kv->minmax) {
     s.min = emxi_kv_minmax(kv, page, kv_head);
@@ -677,7 +677,7 @@ emx_status emx_kv_get_summary(const emx_kv *kv, int32_t page, int32_t kv_head, e
     s.m2 = s.mean + kv->D;
     if (tokens > 0) s.radius = s.mean[2 * kv->D];
   }
-  *out = s;
+  emxi_struct_write(out, &s, sizeof s);
   emxi_ctx_unlock(kv->ctx);
   return EMX_OK;
 }

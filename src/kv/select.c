@@ -236,8 +236,8 @@ static emx_status select_pages(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batc
 emx_status emx_select(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select,
                       const emx_decode_io *io, void *workspace, size_t workspace_bytes) {
   if (!ctx || !kv) return emxi_fail(EMX_ERR_INVALID, "emx_select: %s is NULL", ctx ? "kv" : "ctx");
-  EMXI_CHECK_STRUCT(batch, emx_kv_batch);
-  EMXI_CHECK_STRUCT(select, emx_select_desc);
-  EMXI_CHECK_STRUCT(io, emx_decode_io);
+  EMXI_READ_STRUCT(batch, emx_kv_batch);
+  EMXI_READ_STRUCT(select, emx_select_desc);
+  EMXI_READ_STRUCT(io, emx_decode_io);
   EMXI_LOCKED(ctx, select_pages(ctx, kv, batch, select, io, workspace, workspace_bytes));
 }

@@ -346,8 +346,7 @@ emx_status emx_cache_get_info(const char *path, emx_cache_info *info) {
   emx_checkpoint_close(ck);
   close(source.fd);
   if (status) return status;
-  read.struct_size = info->struct_size;
-  *info = read;
+  emxi_struct_write(info, &read, sizeof read);
   return EMX_OK;
 }
 

@@ -63,7 +63,7 @@ static const char *const slope_names[] = {"linear", "exp", "given"};
 static const char *const scale_names[] = {"none", "ssmax", "asentmax", "focal"};
 
 emx_status emx_model_config_check(const emx_model_config *c) {
-  EMXI_CHECK_STRUCT(c, emx_model_config);
+  EMXI_READ_STRUCT(c, emx_model_config);
   for (int i = 0; i < INTEGERS; i++) {
     int32_t v = *integer((emx_model_config *)c, i);
     if (v < integers[i].min || v > integers[i].max)

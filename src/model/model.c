@@ -45,7 +45,7 @@ void emx_model_close(emx_model *model) {
 emx_status emx_model_get_config(const emx_model *model, emx_model_config *config) {
   if (!model) return emxi_fail(EMX_ERR_INVALID, "emx_model_get_config: model is NULL");
   EMXI_CHECK_STRUCT(config, emx_model_config);
-  *config = model->config;
+  emxi_struct_write(config, &model->config, sizeof model->config);
   return EMX_OK;
 }
 

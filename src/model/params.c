@@ -94,8 +94,10 @@ void emxi_param_at(const emx_model_config *c, int64_t i, emxi_param *out) {
 
 int64_t emx_model_config_parameters(const emx_model_config *c) {
   if (emx_model_config_check(c)) return 0;
+  emx_model_config config; /* as this version has it */
+  emxi_struct_init(&config, sizeof config, c, c->struct_size);
   emxi_param last;
-  emxi_param_at(c, emxi_param_tensors(c) - 1, &last);
+  emxi_param_at(&config, emxi_param_tensors(&config) - 1, &last);
   return last.offset + last.count;
 }
 

@@ -53,7 +53,7 @@ static uint64_t cut(const sampler *s, uint64_t floor, bool by_mass, double wante
 }
 
 emx_status emx_sample(const float *logits, int32_t vocab, const emx_sample_opts *opts, int64_t step, int32_t *token) {
-  EMXI_CHECK_STRUCT(opts, emx_sample_opts);
+  EMXI_READ_STRUCT(opts, emx_sample_opts);
   if (!logits || !token || vocab < 1)
     return emxi_fail(EMX_ERR_INVALID, "emx_sample: logits or token is NULL, or the vocabulary of %d is empty", vocab);
   if (!(opts->temperature >= 0) || isinf(opts->temperature))

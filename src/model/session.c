@@ -278,7 +278,7 @@ emx_status emx_session_create(emx_model *model, const emx_session_opts *opts, em
   emx_session_opts defaults;
   emx_session_opts_init(&defaults);
   if (!opts) opts = &defaults;
-  EMXI_CHECK_STRUCT(opts, emx_session_opts);
+  EMXI_READ_STRUCT(opts, emx_session_opts);
   if (!model || !out) return emxi_fail(EMX_ERR_INVALID, "emx_session_create: %s is NULL", model ? "out" : "model");
   if (opts->max_tokens < 1 || opts->max_tokens > INT32_MAX / 2)
     return emxi_fail(EMX_ERR_INVALID, "emx_session_create: max_tokens is %lld, expected 1..%d", (long long)opts->max_tokens,
@@ -338,7 +338,7 @@ int64_t emx_session_length(const emx_session *s) {
 
 emx_status emx_session_set_select(emx_session *s, const emx_select_desc *select) {
   if (!s) return emxi_fail(EMX_ERR_INVALID, "emx_session_set_select: the session is NULL");
-  EMXI_CHECK_STRUCT(select, emx_select_desc);
+  EMXI_READ_STRUCT(select, emx_select_desc);
   EMXI_LOCKED(s->pool->model->ctx, set_select(s, select));
 }
 
@@ -651,7 +651,7 @@ emx_status emx_session_get_stats(const emx_session *s, emx_session_stats *stats)
   if (!s) return emxi_fail(EMX_ERR_INVALID, "emx_session_get_stats: the session is NULL");
   EMXI_CHECK_STRUCT(stats, emx_session_stats);
   emxi_ctx_lock(s->pool->model->ctx);
-  *stats = s->stats;
+  emxi_struct_write(stats, &s->stats, sizeof s->stats);
   emxi_ctx_unlock(s->pool->model->ctx);
   return EMX_OK;
 }

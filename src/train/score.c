@@ -120,6 +120,7 @@ static emx_status evaluate(emxi_net *net, const emx_task_desc *t, int64_t first,
 emx_status emxi_task_evaluate(emx_ctx *ctx, const emx_model_config *c, const emxi_weights *w, const emx_task_desc *t,
                               int64_t first, int64_t n, emx_progress_fn progress, void *user, emx_task_score *score) {
   EMXI_CHECK_STRUCT(score, emx_task_score);
+  EMXI_READ_STRUCT(t, emx_task_desc);
   EMX_TRY(emxi_task_check(t));
   if (first < 0 || n < 1 || first > INT64_MAX - n)
     return emxi_fail(EMX_ERR_INVALID, "task: samples from %lld, %lld of them", (long long)first, (long long)n);
@@ -131,14 +132,14 @@ emx_status emxi_task_evaluate(emx_ctx *ctx, const emx_model_config *c, const emx
   if (batch < 1) batch = 1;
   emxi_net net = {.ctx = ctx, .config = *c, .w = *w, .max_scored = info.max_scored * batch};
   void *memory = NULL;
-  emx_task_score result = {.struct_size = score->struct_size};
+  emx_task_score result = {0};
   net.layers = emxi_calloc((size_t)c->num_layers * sizeof *net.layers);
   emx_status status = net.layers ? take_memory(&net, batch, info.max_tokens, &memory)
                                  : emxi_fail(EMX_ERR_NOMEM, "task: no memory for the layers");
   if (!status) status = evaluate(&net, t, first, n, batch, progress, user, &result);
   emxi_free(memory);
   emxi_free(net.layers);
-  if (!status) *score = result;
+  if (!status) emxi_struct_write(score, &result, sizeof result);
   return status;
 }
 

@@ -53,7 +53,6 @@ void emx_task_desc_init_sized(emx_task_desc *task, size_t size, int32_t kind) {
 static int64_t retrieval_pairs(const emx_task_desc *t, int64_t s) { return (s - 2 - t->answers) / 3; }
 
 emx_status emxi_task_check(const emx_task_desc *t) {
-  EMXI_CHECK_STRUCT(t, emx_task_desc);
   if (t->kind <= EMX_TASK_NONE || t->kind >= KINDS)
     return emxi_fail(EMX_ERR_INVALID, "task: kind is %d, expected EMX_TASK_COPY to EMX_TASK_RETRIEVAL", t->kind);
   if (t->split < EMX_SPLIT_TRAIN || t->split > EMX_SPLIT_TEST)
@@ -75,11 +74,11 @@ static int64_t mqmtar_pairs(int64_t s) {
 }
 
 emx_status emx_task_get_info(const emx_task_desc *t, emx_task_info *info) {
+  EMXI_READ_STRUCT(t, emx_task_desc);
   EMX_TRY(emxi_task_check(t));
   EMXI_CHECK_STRUCT(info, emx_task_info);
   const int64_t s = t->max_length, last = table[t->kind].last_data;
-  emx_task_info r = {.struct_size = info->struct_size,
-                     .vocab_size = (int32_t)last + 6,
+  emx_task_info r = {.vocab_size = (int32_t)last + 6,
                      .pad = (int32_t)last + 1,
                      .bos = (int32_t)last + 2,
                      .eos = (int32_t)last + 3,
@@ -99,7 +98,7 @@ emx_status emx_task_get_info(const emx_task_desc *t, emx_task_info *info) {
     case EMX_TASK_PARITY: r.max_tokens = s + 3, r.max_scored = 2; break;
     default: r.max_tokens = 3 * retrieval_pairs(t, s) + 2 + t->answers, r.max_scored = t->answers;
   }
-  *info = r;
+  emxi_struct_write(info, &r, sizeof r);
   return EMX_OK;
 }
 
@@ -300,6 +299,7 @@ static void retrieval(const emx_task_desc *t, source *r, int64_t s, const emx_ta
 
 emx_status emx_task_sample(const emx_task_desc *t, int64_t index, int32_t *tokens, int32_t *labels, int64_t room, int64_t *n) {
   emx_task_info id = {.struct_size = sizeof id};
+  EMXI_READ_STRUCT(t, emx_task_desc);
   EMX_TRY(emx_task_get_info(t, &id));
   if (!tokens || !labels || !n || index < 0)
     return emxi_fail(EMX_ERR_INVALID, "emx_task_sample: %s", index < 0 ? "the index is negative" : "tokens, labels or n is NULL");

@@ -29,7 +29,6 @@ void emx_train_opts_init_sized(emx_train_opts *opts, size_t size) {
 }
 
 static emx_status check_opts(const emx_train_opts *o) {
-  EMXI_CHECK_STRUCT(o, emx_train_opts);
 #define REQUIRE(condition, ...) \
   if (!(condition)) return emxi_fail(EMX_ERR_INVALID, "trainer options: " __VA_ARGS__)
   REQUIRE(o->save_dtype == EMX_BF16 || o->save_dtype == EMX_F32, "save_dtype is %d, expected EMX_BF16 or EMX_F32", o->save_dtype);
@@ -78,7 +77,9 @@ static emx_status take_data(emx_trainer *t, const emx_train_data *data) {
   if (data->task) {
     if (data->n_files) return emxi_fail(EMX_ERR_INVALID, "trainer: a task and %lld files", (long long)data->n_files);
     if (o->long_length) return emxi_fail(EMX_ERR_INVALID, "trainer: long_length is for text; a task has a range of lengths");
-    t->task = *data->task;
+    const emx_task_desc *task = data->task;
+    EMXI_READ_STRUCT(task, emx_task_desc);
+    t->task = *task;
     return emxi_task_fits(&t->task, &t->config);
   }
   if (t->config.task)
@@ -95,9 +96,11 @@ static emx_status take_data(emx_trainer *t, const emx_train_data *data) {
 /* Everything but the memory of the network. */
 static emx_status open_trainer(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts,
                                const emx_train_data *data, emx_trainer **out) {
+  EMXI_READ_STRUCT(config, emx_model_config);
+  EMXI_READ_STRUCT(opts, emx_train_opts);
+  EMXI_READ_STRUCT(data, emx_train_data);
   EMX_TRY(emx_model_config_check(config));
   EMX_TRY(check_opts(opts));
-  EMX_TRY(emxi_struct_check(data, sizeof *data, "trainer", "emx_train_data"));
   if (config->entmax_alpha > 2)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "trainer: entmax_alpha is %g; gradients exist for 1 to 2", config->entmax_alpha);
   emx_trainer *t = emxi_calloc(sizeof *t);
@@ -277,11 +280,8 @@ static emx_status step(emx_trainer *t, emx_train_stats *stats) {
   const double lr = emxi_learning_rate(o, t->step);
   emxi_adamw_update(t->ctx, &t->adamw, o, lr, t->step + 1, norm > o->clip ? o->clip / norm : 1, t->net.g.data, t->net.w.data);
   t->step++;
-  stats->step = t->step;
-  stats->tokens = tokens;
-  stats->loss = loss;
-  stats->grad_norm = norm;
-  stats->lr = lr;
+  const emx_train_stats done = {.step = t->step, .tokens = tokens, .loss = loss, .grad_norm = norm, .lr = lr};
+  emxi_struct_write(stats, &done, sizeof done);
   return EMX_OK;
 }
 emx_status emx_trainer_step(emx_trainer *t, emx_train_stats *stats) {

@@ -55,6 +55,95 @@ static void test_detail_is_per_thread(void **state) {
   assert_string_equal(emx_last_error(), "here");
 }
 
+/* ---- structs of callers that were compiled with another header */
+
+/* A struct of three versions; the library knows the first two of them. */
+typedef struct toy_1 {
+  uint32_t struct_size;
+  int32_t a;
+  double b;
+} toy_1;
+typedef struct toy {
+  uint32_t struct_size;
+  int32_t a;
+  double b;
+  int64_t c; /* appended */
+} toy;
+typedef struct toy_3 {
+  uint32_t struct_size;
+  int32_t a;
+  double b;
+  int64_t c;
+  int64_t d;
+} toy_3;
+#define EMXI_LAST_toy b
+static emx_status toy_call(const toy *in, toy *seen) {
+  EMXI_READ_STRUCT(in, toy);
+  *seen = *in;
+  return EMX_OK;
+}
+static emx_status toy_ask(toy *out) {
+  const toy now = {.a = 1, .b = 2, .c = 3};
+  EMXI_CHECK_STRUCT(out, toy);
+  emxi_struct_write(out, &now, sizeof now);
+  return EMX_OK;
+}
+
+static void test_struct_versions(void **state) {
+  (void)state;
+  toy seen = {0};
+  struct {
+    toy_1 in;
+    int64_t behind; /* must not be taken for c */
+  } old = {{sizeof old.in, 7, 0.5}, 99};
+  assert_int_equal(toy_call((const toy *)(const void *)&old, &seen), EMX_OK);
+  assert_true(seen.struct_size == sizeof seen && seen.a == 7 && seen.b == 0.5 && seen.c == 0);
+  const toy same = {sizeof same, 8, 1.5, 4};
+  assert_int_equal(toy_call(&same, &seen), EMX_OK);
+  assert_memory_equal(&seen, &same, sizeof same);
+  toy_3 later = {sizeof later, 9, 2.5, 5, 0};
+  assert_int_equal(toy_call((const toy *)(const void *)&later, &seen), EMX_OK);
+  assert_true(seen.struct_size == sizeof seen && seen.a == 9 && seen.c == 5);
+  later.a = 10, later.d = 1; /* asks for what this version does not have */
+  assert_int_equal(toy_call((const toy *)(const void *)&later, &seen), EMX_ERR_UNSUPPORTED);
+  assert_non_null(strstr(emx_last_error(), "toy_call: this toy uses fields of a later version"));
+  static const uint32_t sizes[] = {0, 4, sizeof(toy_1) - 1, UINT32_MAX};
+  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+    old.in.struct_size = sizes[i];
+    assert_int_equal(toy_call((const toy *)(const void *)&old, &seen), EMX_ERR_INVALID);
+    assert_int_equal(toy_ask((toy *)(void *)&old), EMX_ERR_INVALID);
+    assert_non_null(strstr(emx_last_error(), "struct_size"));
+  }
+  assert_int_equal(toy_call(NULL, &seen), EMX_ERR_INVALID);
+  assert_true(seen.a == 9 && old.in.a == 7); /* untouched */
+
+  old.in.struct_size = sizeof old.in;
+  assert_int_equal(toy_ask((toy *)(void *)&old), EMX_OK);
+  assert_true(old.in.struct_size == sizeof old.in && old.in.a == 1 && old.in.b == 2 && old.behind == 99);
+  later = (toy_3){.struct_size = sizeof later, .d = 6}; /* only struct_size need be set */
+  assert_int_equal(toy_ask((toy *)(void *)&later), EMX_OK);
+  assert_true(later.struct_size == sizeof later && later.c == 3 && later.d == 0);
+}
+/* The same through entries of the library, with a struct of a later header. */
+static void test_later_structs(void **state) {
+  (void)state;
+  struct {
+    emx_ctx_opts v1;
+    int64_t appended;
+  } opts = {.v1 = {.struct_size = sizeof opts, .threads = 2}};
+  struct {
+    emx_ctx_info v1;
+    int64_t appended;
+  } info = {.v1 = {.struct_size = sizeof info}, .appended = -1};
+  emx_ctx *ctx = NULL;
+  assert_int_equal(emx_ctx_create(&opts.v1, &ctx), EMX_OK);
+  assert_int_equal(emx_ctx_get_info(ctx, &info.v1), EMX_OK);
+  assert_true(info.v1.threads == 2 && info.v1.struct_size == sizeof info && info.appended == 0);
+  emx_ctx_destroy(ctx);
+  opts.appended = 1;
+  assert_int_equal(emx_ctx_create(&opts.v1, &ctx), EMX_ERR_UNSUPPORTED);
+}
+
 /* ---- memory and arena */
 
 static void test_alloc(void **state) {
@@ -551,6 +640,8 @@ static void test_philox(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_status_names),
                                      cmocka_unit_test(test_detail_is_per_thread),
+                                     cmocka_unit_test(test_struct_versions),
+                                     cmocka_unit_test(test_later_structs),
                                      cmocka_unit_test(test_alloc),
                                      cmocka_unit_test(test_arena),
                                      cmocka_unit_test(test_tensor_view),
