@@ -4,6 +4,7 @@
  * first query's results are compared with float64 attention over the cached, rounded keys. */
 #define _GNU_SOURCE
 #include "bench.h"
+#include "qkv.h"
 #include "workload.h"
 
 #include "base/base.h"
@@ -20,13 +21,13 @@ typedef struct options {
   cli_select select;
   const char *data;
   int64_t n;
-  int hq, hkv, d, page, batch, rounds;
+  int hq, hkv, d, page, batch, rounds, head; /* head: of the file; -1: all */
   int32_t dtype;
-  double alpha;
+  double alpha; /* 0: not given */
   bool alibi;
   uint64_t seed;
 } options;
-enum { KEY_DATA = 1, KEY_N, KEY_HQ, KEY_HKV, KEY_D, KEY_DTYPE, KEY_PAGE, KEY_BATCH, KEY_ROUNDS, KEY_SEED, KEY_ALIBI };
+enum { KEY_DATA = 1, KEY_N, KEY_HQ, KEY_HKV, KEY_D, KEY_DTYPE, KEY_PAGE, KEY_BATCH, KEY_ROUNDS, KEY_SEED, KEY_ALIBI, KEY_HEAD };
 static const struct argp_option option_table[] = {
     {"data", KEY_DATA, "W", 0,
      "iid (default), ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD, or FILE.safetensors with q [T,H,D], k, v [N,G,D]", 1},
@@ -37,8 +38,9 @@ static const struct argp_option option_table[] = {
     {"dtype", KEY_DTYPE, "T", 0, "Of the cache: bf16 (default), f16 or f32", 1},
     {"page", KEY_PAGE, "P", 0, "Tokens a page: 16 (default), 32 or 64", 1},
     {"batch", KEY_BATCH, "B", 0, "Sequences; more than one are ragged, from N down to N/2 tokens (default 1)", 1},
-    {"alpha", 'a', "A", 0, "1 to 4 (default 1.5)", 1},
+    {"alpha", 'a', "A", 0, "1 to 4 (default: the file's entmax_alpha, else 1.5)", 1},
     {"alibi", KEY_ALIBI, NULL, 0, "ALiBi slopes 1/(h+1) on the first half of the heads", 1},
+    {"head", KEY_HEAD, "H", 0, "Only this query head of FILE, with its KV head (default: all)", 1},
     {"rounds", KEY_ROUNDS, "N", 0, "Timed rounds (default 9)", 1},
     {"seed", KEY_SEED, "S", 0, "Seed of the data (default 1)", 1},
     {0}};
@@ -59,6 +61,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_BATCH: o->batch = (int)cli_int(state, "--batch", arg, 1, MAX_BATCH); return 0;
     case 'a': o->alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
     case KEY_ALIBI: o->alibi = true; return 0;
+    case KEY_HEAD: o->head = (int)cli_int(state, "--head", arg, 0, 4095); return 0;
     case KEY_ROUNDS: o->rounds = (int)cli_int(state, "--rounds", arg, 1, 100000); return 0;
     case KEY_SEED: o->seed = cli_seed(state, "--seed", arg); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
@@ -87,7 +90,9 @@ typedef struct bench {
   emx_ctx *ctx;
   emx_kv *kv;
   workload w;
-  float *file_q; /* [H,D] of FILE */
+  float *file_q; /* [T,H,D] of FILE */
+  int64_t file_queries;
+  double alpha;
   float scale, *slopes;
   int B, H, G, D;
   int32_t seqs[MAX_BATCH];
@@ -144,26 +149,32 @@ static emx_status find(const emx_checkpoint *ck, const char *name, int ndim, emx
     return emxi_fail(EMX_ERR_FORMAT, "%s: tensor %s must be f32, f16 or bf16 with %d dimensions", "--data", name, ndim);
   return EMX_OK;
 }
-/* q [T,H,D], k and v [N,G,D]; the last query is the one that is timed. */
+/* q [T,H,D], k and v [N,G,D]; a round takes one of the queries, as if it were the last. */
 static emx_status load_file(bench *b, const emx_checkpoint *ck) {
   emx_tensor q, k, v, slopes;
   EMX_TRY(find(ck, "q", 3, &q));
   EMX_TRY(find(ck, "k", 3, &k));
   EMX_TRY(find(ck, "v", 3, &v));
-  b->H = (int)q.shape[1];
-  b->G = (int)k.shape[1];
+  const int64_t heads = q.shape[1], kv_heads = k.shape[1];
+  if (q.shape[0] < 1 || k.shape[0] < 1 || q.shape[2] != k.shape[2] || memcmp(k.shape, v.shape, 3 * sizeof *k.shape) ||
+      kv_heads < 1 || heads < 1 || heads % kv_heads)
+    return emxi_fail(EMX_ERR_SHAPE, "--data: expected q [T,H,D], k and v [N,G,D] with H a multiple of G and T, N at least 1");
+  const bool one = b->o->head >= 0;
+  if (b->o->head >= heads)
+    return emxi_fail(EMX_ERR_INVALID, "--head is %d, the file's last is %lld", b->o->head, (long long)heads - 1);
+  const int64_t first = one ? b->o->head : 0, first_kv = one ? first / (heads / kv_heads) : 0; /* of the heads that are taken */
+  b->H = one ? 1 : (int)heads;
+  b->G = one ? 1 : (int)kv_heads;
   b->D = (int)k.shape[2];
   b->lengths[0] = b->max_len = k.shape[0];
-  if (q.shape[0] < 1 || k.shape[0] < 1 || q.shape[2] != k.shape[2] || memcmp(k.shape, v.shape, 3 * sizeof *k.shape) || b->G < 1 ||
-      b->H % b->G)
-    return emxi_fail(EMX_ERR_SHAPE, "--data: expected q [T,H,D], k and v [N,G,D] with H a multiple of G and T, N at least 1");
   b->scale = 0;
-  b->file_q = emxi_alloc((size_t)b->H * (size_t)b->D * sizeof *b->file_q);
-  const int64_t row = (int64_t)b->G * b->D;
+  b->file_queries = q.shape[0];
+  const int64_t row = (int64_t)b->G * b->D, wide = (int64_t)b->H * b->D;
+  b->file_q = emxi_alloc((size_t)(b->file_queries * wide) * sizeof *b->file_q);
   float *chunk = emxi_alloc((size_t)(2 * APPEND * row) * sizeof *chunk);
-  emx_status status = b->file_q && chunk ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "no memory for a chunk of keys");
-  for (int64_t i = 0; !status && i < (int64_t)b->H * b->D; i++)
-    b->file_q[i] = (float)cli_element(&q, (q.shape[0] - 1) * b->H * b->D + i);
+  emx_status status = b->file_q && chunk ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "no memory for queries and a chunk of keys");
+  for (int64_t t = 0; !status && t < b->file_queries; t++)
+    for (int64_t i = 0; i < wide; i++) b->file_q[t * wide + i] = (float)cli_element(&q, (t * heads + first) * b->D + i);
   if (!status) status = make_cache(b);
   emx_kv_batch batch;
   emx_kv_batch_init(&batch);
@@ -175,7 +186,9 @@ static emx_status load_file(bench *b, const emx_checkpoint *ck) {
     emx_tensor part[2];
     for (int s = 0; s < 2; s++) { /* [N,G,D] -> [1,G,n,D] by strides */
       float *at = chunk + s * APPEND * row;
-      for (int64_t i = 0; i < n * row; i++) at[i] = (float)cli_element(source[s], from * row + i);
+      for (int64_t t = 0; t < n; t++)
+        for (int64_t i = 0; i < row; i++)
+          at[t * row + i] = (float)cli_element(source[s], ((from + t) * kv_heads + first_kv) * b->D + i);
       part[s] = emx_tensor_view(at, EMX_F32, 4, (int64_t[4]){1, b->G, n, b->D});
       part[s].stride[1] = b->D;
       part[s].stride[2] = row;
@@ -184,10 +197,11 @@ static emx_status load_file(bench *b, const emx_checkpoint *ck) {
   }
   emxi_free(chunk);
   if (status || emx_checkpoint_find(ck, "alibi_slopes", &slopes)) return status; /* slopes are optional */
-  if (slopes.ndim != 1 || slopes.shape[0] != b->H) return emxi_fail(EMX_ERR_SHAPE, "--data: alibi_slopes must be [%d]", b->H);
+  if (slopes.ndim != 1 || slopes.shape[0] != heads)
+    return emxi_fail(EMX_ERR_SHAPE, "--data: alibi_slopes must be [%lld]", (long long)heads);
   b->slopes = emxi_alloc((size_t)b->H * sizeof *b->slopes);
   if (!b->slopes) return emxi_fail(EMX_ERR_NOMEM, "no memory for slopes");
-  for (int h = 0; h < b->H; h++) b->slopes[h] = (float)cli_element(&slopes, h);
+  for (int h = 0; h < b->H; h++) b->slopes[h] = (float)cli_element(&slopes, first + h);
   return EMX_OK;
 }
 
@@ -196,7 +210,8 @@ static void make_queries(bench *b, int round) {
     for (int h = 0; h < b->H; h++) {
       float *q = b->q + ((int64_t)s * b->H + h) * b->D, key[256];
       if (b->file_q) {
-        memcpy(q, b->file_q + (int64_t)h * b->D, (size_t)b->D * sizeof *q);
+        const int64_t t = b->file_queries - 1 - round % b->file_queries; /* the last first */
+        memcpy(q, b->file_q + (t * b->H + h) * b->D, (size_t)b->D * sizeof *q);
         continue;
       }
       int64_t pos = workload_pick(&b->w, round, s, h, b->lengths[s]), at = offset_of(b, &b->k, s, h / (b->H / b->G), pos);
@@ -374,11 +389,11 @@ static emx_status prepare(bench *b) {
   emx_select_desc_init(&m->select);
   m->alpha = 1;
   for (int i = 0; i < o->select.n; i++) {
-    if (o->alpha == 1 && o->select.desc[i].kind == EMX_SELECT_ALL) continue; /* the row above */
+    if (b->alpha == 1 && o->select.desc[i].kind == EMX_SELECT_ALL) continue; /* the row above */
     m = &b->methods[b->n_methods++];
     m->name = cli_select_name(o->select.desc[i].kind);
     m->select = o->select.desc[i];
-    m->alpha = o->alpha;
+    m->alpha = b->alpha;
   }
   for (int i = 0; i < b->n_methods; i++) {
     m = &b->methods[i];
@@ -448,6 +463,7 @@ static int report(bench *b) {
                                   cli_json_real(m->delta), "delta_bound", m->bound, "certified", (int)m->certified);
       if (j && numbers) json_object_update(j, numbers);
       if (j && m->select.kind == EMX_SELECT_TOPK) json_object_set_new(j, "budget", json_integer(m->select.budget));
+      if (j && o->head >= 0) json_object_set_new(j, "head", json_integer(o->head));
       json_decref(numbers);
       code = cli_json_line(j);
     } else {
@@ -484,7 +500,7 @@ int bench_decode(int argc, char **argv) {
                .batch = 1,
                .rounds = 9,
                .dtype = EMX_BF16,
-               .alpha = 1.5,
+               .head = -1,
                .seed = 1};
   cli_select_init(&o.select);
   cli_parse(&argp, argc, argv, &o);
@@ -500,10 +516,16 @@ int bench_decode(int argc, char **argv) {
     cli_warn("--batch is %d, a file holds one sequence", o.batch);
     return CLI_USAGE;
   }
+  if (!file && o.head >= 0) {
+    cli_warn("--head needs --data FILE.safetensors");
+    return CLI_USAGE;
+  }
   int code = cli_context(&o.common, &b.ctx);
   if (code) return code;
+  b.alpha = o.alpha > 0 ? o.alpha : 1.5;
   if (file) {
     CLI_TRY(emx_checkpoint_open(o.data, &ck));
+    if (!(o.alpha > 0) && (code = qkv_alpha(o.data, ck, b.alpha, &b.alpha))) goto done;
     CLI_TRY(load_file(&b, ck));
   } else {
     b.scale = workload_scale(&b.w, b.D);

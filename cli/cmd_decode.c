@@ -2,6 +2,7 @@
  * emx decode: the queries of a file against its keys and values, one token at a time, with the report of every head. */
 #define _GNU_SOURCE
 #include "cli.h"
+#include "qkv.h"
 
 #include "base/base.h"
 
@@ -20,7 +21,7 @@ enum { KEY_OUT = 1, KEY_PAGE, KEY_SCALE, KEY_DTYPE, KEY_KV_FILE };
 static const struct argp_option option_table[] = {
     {"file", 'f', "FILE", 0, "safetensors with q [T,H,D], k and v [N,G,D], optionally alibi_slopes [H] and alphas [H]", 1},
     {"out", KEY_OUT, "FILE", 0, "Write the attention output as tensor o [T,H,D] (f32)", 1},
-    {"alpha", 'a', "A", 0, "1 to 4 (default: the file's alphas, else 1.5)", 1},
+    {"alpha", 'a', "A", 0, "1 to 4 (default: the file's alphas, else its entmax_alpha, else 1.5)", 1},
     {"scale", KEY_SCALE, "S", 0, "Of q.k (default 1/sqrt(D))", 1},
     {"page", KEY_PAGE, "P", 0, "Tokens a page: 16 (default), 32 or 64", 1},
     {"kv-dtype", KEY_DTYPE, "T", 0, "Of the cache: f32, f16 or bf16 (default: that of k)", 1},
@@ -169,7 +170,10 @@ int cmd_decode(int argc, char **argv) {
   }
   emx_decode_io io;
   emx_decode_io_init(&io);
-  if (o.alpha > 0) io.alpha = o.alpha; /* else 1.5 */
+  if (o.alpha > 0)
+    io.alpha = o.alpha;
+  else if ((code = qkv_alpha(o.file, ck, io.alpha, &io.alpha)))
+    goto done;
   io.scale = (float)o.scale;
   io.reports = reports;
   if (!emx_checkpoint_find(ck, "alibi_slopes", &ts)) {

@@ -2,6 +2,7 @@
  * emx eval: bits per byte of a text, its curve against position, and what a selector changes. */
 #define _GNU_SOURCE
 #include "eval.h"
+#include "qkv.h"
 #include "svg.h"
 
 #include "model/model.h"
@@ -129,17 +130,20 @@ static int dump_open(const options *o, const emx_model_config *config, int64_t t
   return CLI_OK;
 }
 static int dump_write(const options *o, const emx_model_config *config, const dump *d) {
-  const int64_t wide[3] = {d->room, d->heads, d->dim}, narrow[3] = {d->room, d->kv_heads, d->dim};
-  const emx_named_tensor tensors[] = {{"q", emx_tensor_view(d->q, EMX_F32, 3, wide)},
-                                      {"k", emx_tensor_view(d->k, EMX_F32, 3, narrow)},
-                                      {"v", emx_tensor_view(d->v, EMX_F32, 3, narrow)},
-                                      {"alibi_slopes", emx_tensor_view(d->slopes, EMX_F32, 1, &d->heads)},
-                                      {"alphas", emx_tensor_view(d->alphas, EMX_F64, 1, &d->heads)}};
-  char layer[16], alpha[32];
-  snprintf(layer, sizeof layer, "%d", d->layer);
-  snprintf(alpha, sizeof alpha, "%.17g", config->entmax_alpha);
-  const char *const metadata[] = {"layer", layer, "entmax_alpha", alpha};
-  return cli_status(emx_checkpoint_write(o->dump, tensors, config->alpha_learned ? 5 : 4, metadata, 2));
+  const qkv x = {.q = d->q,
+                 .k = d->k,
+                 .v = d->v,
+                 .alibi_slopes = d->slopes,
+                 .alphas = config->alpha_learned ? d->alphas : NULL,
+                 .queries = d->room,
+                 .tokens = d->room,
+                 .heads = d->heads,
+                 .kv_heads = d->kv_heads,
+                 .dim = d->dim,
+                 .dtype = EMX_F32,
+                 .layer = d->layer,
+                 .alpha = config->entmax_alpha};
+  return qkv_write(o->dump, &x);
 }
 
 /* Windows of `width` bytes, each from an empty cache; a window's first byte has nothing before it and is not scored. */

@@ -2,6 +2,7 @@
  * emx generate: prefills a prompt into a paged cache and continues it with a selector. */
 #define _GNU_SOURCE
 #include "cli.h"
+#include "qkv.h"
 #include "session.h"
 
 #include <stdlib.h>
@@ -11,11 +12,12 @@ typedef struct options {
   cli_common common;
   cli_select select;
   cli_session session;
-  const char *model, *prompt, *file, *load, *save;
+  const char *model, *prompt, *file, *load, *save, *dump;
   int64_t n;
+  int32_t layer; /* of dump; -1: all */
   emx_sample_opts sample;
 } options;
-enum { KEY_TEMP = 1, KEY_TOP_K, KEY_TOP_P, KEY_SEED, KEY_LOAD, KEY_SAVE };
+enum { KEY_TEMP = 1, KEY_TOP_K, KEY_TOP_P, KEY_SEED, KEY_LOAD, KEY_SAVE, KEY_DUMP, KEY_LAYER };
 static const struct argp_option option_table[] = {
     {"model", 'm', "DIR", 0, "The model folder", 1},
     {"prompt", 'p', "TEXT", 0, "The prompt", 1},
@@ -23,6 +25,12 @@ static const struct argp_option option_table[] = {
     {"predict", 'n', "N", 0, "Tokens to generate (default 128; 0 with --cache-save: only read the prompt)", 1},
     {"cache-load", KEY_LOAD, "FILE", 0, "Go on from a saved cache; a prompt is appended to it", 1},
     {"cache-save", KEY_SAVE, "FILE", 0, "Save the cache after the prompt, and again at the end or at Ctrl-C", 1},
+    {"dump-qkv", KEY_DUMP, "DIR", 0,
+     "Write what every step attended with to DIR/layer-L.safetensors: q [T,H,D] of the T steps, k and v [N,G,D] as the cache "
+     "holds "
+     "them, alibi_slopes [H]. `emx decode -f` replays them with any selector, `emx bench decode --data` times them",
+     1},
+    {"layer", KEY_LAYER, "L", 0, "Only this layer of --dump-qkv, 0 is the first (default: all)", 1},
     {NULL, 0, NULL, 0, "Sampling:", 2},
     {"temp", KEY_TEMP, "T", 0, "Temperature (default 0: the most probable token)", 2},
     {"top-k", KEY_TOP_K, "K", 0, "Only the K most probable tokens (default 0: all)", 2},
@@ -46,6 +54,8 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case 'n': o->n = cli_int(state, "-n", arg, 0, 1 << 30); return 0;
     case KEY_LOAD: o->load = arg; return 0;
     case KEY_SAVE: o->save = arg; return 0;
+    case KEY_DUMP: o->dump = arg; return 0;
+    case KEY_LAYER: o->layer = (int32_t)cli_int(state, "--layer", arg, 0, INT32_MAX); return 0;
     case KEY_TEMP: o->sample.temperature = (float)cli_real(state, "--temp", arg, 0, 100); return 0;
     case KEY_TOP_K: o->sample.top_k = (int32_t)cli_int(state, "--top-k", arg, 0, INT32_MAX); return 0;
     case KEY_TOP_P:
@@ -58,6 +68,9 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
       if (!o->model) argp_error(state, "-m DIR is required");
       if (!o->prompt && !o->file && !o->load) argp_error(state, "one of -p TEXT, -f FILE and --cache-load FILE is required");
       if (!o->n && !o->save) argp_error(state, "-n is 0, expected 1 or more without --cache-save");
+      if (o->dump && o->n < 2) argp_error(state, "--dump-qkv needs -n 2 or more: the first token comes with the prompt");
+      if (o->dump && o->session.kv_file) argp_error(state, "--dump-qkv takes keys and values from memory: no --kv-file");
+      if (o->layer >= 0 && !o->dump) argp_error(state, "--layer needs --dump-qkv");
       if (o->prompt && o->file) argp_error(state, "only one of -p TEXT and -f FILE may be given");
       return 0;
     case ARGP_KEY_SUCCESS:
@@ -106,7 +119,7 @@ int cmd_generate(int argc, char **argv) {
           "done, with the same seed too: what is drawn depends on the seed and the position. It needs the same model; page size "
           "and "
           "dtype are the file's."};
-  options o = {.n = 128};
+  options o = {.n = 128, .layer = -1};
   cli_select_init(&o.select);
   cli_session_init(&o.session);
   o.session.page = 0; /* not given: the file's, or the default */
@@ -117,6 +130,7 @@ int cmd_generate(int argc, char **argv) {
   emx_ctx *ctx = NULL;
   emx_model *model = NULL;
   emx_session *session = NULL;
+  qkv_recorder *recorder = NULL;
   char *prompt = NULL, *text = NULL;
   float *logits = NULL;
   size_t size = 0;
@@ -157,6 +171,7 @@ int cmd_generate(int argc, char **argv) {
     CLI_TRY(emx_session_logits(session, logits));
   }
 
+  if (o.dump && (code = qkv_record(session, &config, o.dump, o.layer, o.n, &recorder))) goto done;
   const int64_t start = emx_session_length(session);
   int64_t made = 0;
   while (made < o.n) {
@@ -176,12 +191,18 @@ int cmd_generate(int argc, char **argv) {
     if (!saved) saved = session_save(session, o.save, "save");
     if (!code) code = saved;
   }
+  if (recorder && (code == CLI_OK || code == CLI_INTERRUPTED)) {
+    if (code) emx_ctx_resume(ctx);
+    const int dumped = qkv_record_write(recorder);
+    if (!code) code = dumped;
+  }
   int stats = code == CLI_OK || code == CLI_INTERRUPTED ? print_stats(&o, session, text, made) : CLI_OK;
   if (!code) code = stats ? stats : cli_flush();
 done:
   free(prompt);
   free(text);
   free(logits);
+  qkv_record_end(recorder);
   emx_session_destroy(session);
   emx_model_close(model);
   emx_ctx_destroy(ctx);

@@ -52,6 +52,44 @@ cp -r "$MODEL" other
 jq '.hidden_size = 128' "$MODEL/config.json" >other/config.json
 fails 1 'other' generate -m other -p x
 
+# Queries, keys and values of every step: decode replays them with the same counts, whatever alpha the model has
+jq '.entmax_alpha = 1.25' "$MODEL/config.json" >config
+cp -r "$MODEL" quarter
+mv config quarter/config.json
+for model in "$MODEL" quarter; do
+  run 0 generate -m $model -p "The licence" -n 20 --dump-qkv dump --kv-dtype bf16 --json
+  cp out told
+  for layer in 0 1; do
+    run 0 decode -f dump/layer-$layer.safetensors --json
+    all_hold 'length == 38 and (map(.certified) | all)' # 19 steps of 2 heads
+    cat out >>replayed
+  done
+  jq -es '(.[0].support_mean * .[0].rows | round) as $support | .[0].bytes_k as $k | .[0].bytes_v as $v | .[1:] |
+    (map(.support) | add) == $support and (map(.bytes_k) | add) == $k and (map(.bytes_v) | add) == $v' told replayed >/dev/null ||
+    die "the replay counts otherwise"
+  rm replayed
+done
+run 0 decode -f dump/layer-0.safetensors --out a.safetensors
+run 0 decode -f dump/layer-0.safetensors --out b.safetensors -a 1.25
+cmp -s a.safetensors b.safetensors || die "the file's alpha is not taken"
+sed 's/"1.25"/"0.25"/' dump/layer-0.safetensors >low.safetensors
+fails 1 "entmax_alpha is '0.25'" decode -f low.safetensors
+fails 1 "entmax_alpha is '0.25'" bench decode --data low.safetensors
+run 0 decode -f dump/layer-0.safetensors --out b.safetensors --select certified
+cmp -s a.safetensors b.safetensors || die "a replay with another selector"
+run 0 bench decode --data dump/layer-1.safetensors --head 1 --rounds 2 --json
+holds '.head == 1 and .hq == 1 and .hkv == 1 and .n == 30 and .rel_err < 1e-5'
+all_hold 'map(.alpha) == [1, 1.25]'
+fails 2 'head' bench decode --head 1
+fails 1 'last is 1' bench decode --data dump/layer-1.safetensors --head 2
+run 0 generate -m "$MODEL" -p "The licence" -n 2 --dump-qkv one --layer 1
+[ "$(ls one)" = layer-1.safetensors ] || die "--layer: $(ls one)"
+fails 2 'dump-qkv' generate -m "$MODEL" -p x -n 1 --dump-qkv dump
+fails 2 'dump-qkv' generate -m "$MODEL" -p x --layer 1
+fails 2 'kv-file' generate -m "$MODEL" -p x --dump-qkv dump --kv-file slow
+fails 1 'last is 1' generate -m "$MODEL" -p x --dump-qkv dump --layer 2
+fails 1 'nowhere/dump' generate -m "$MODEL" -p x --dump-qkv nowhere/dump
+
 # Ctrl-C: what there is stays, exit status 130
 "$EMX" generate -m "$MODEL" -p "The licence" -n 1000000 --select topk --budget 64 >out 2>err </dev/null &
 pid=$!
