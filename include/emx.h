@@ -476,7 +476,7 @@ typedef struct emx_report {
   uint8_t flags;      /* EMX_REPORT_* */
   int64_t bytes_k;    /* keys read for this row (shared reads are counted for each row that shares them) */
   int64_t bytes_v;
-  int64_t bytes_meta; /* summaries */
+  int64_t bytes_meta; /* summaries, and what the check of a page list reads, keys included */
   int64_t reserved;
 } emx_report;
 
@@ -511,7 +511,9 @@ EMX_API emx_status emx_select(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batch
                               const emx_decode_io *io, void *workspace, size_t workspace_bytes);
 /* Appends (if k_new), selects, solves tau, accumulates, reports. V is read for the support only (alpha > 1).
  * Page lists from anyone go through the same certificate as the library's own: bounds from MINMAX if the cache has them, else from
- * MOMENTS, else nothing is known of unread pages and delta_bound is 1. An empty sequence gives zeros, support 0.
+ * MOMENTS, and where reports are wanted from SKETCH as well, down to single keys. That takes as long as a certificate is possible for
+ * PAGES, and for TOPK and GAUSSIAN where it reads no more than the decode itself did. Without any summaries nothing is known of unread
+ * pages and delta_bound is 1. An empty sequence gives zeros, support 0.
  * Errors: INVALID, SHAPE, DTYPE, UNSUPPORTED, STATE, WORKSPACE, CANCELLED, IO (file). A failed call has appended nothing. */
 EMX_API emx_status emx_decode(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select,
                               const emx_decode_io *io, void *workspace, size_t workspace_bytes);

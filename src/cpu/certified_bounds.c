@@ -408,6 +408,92 @@ double emxi_cert_probe(cert_item *it, cert_list *scratch) {
   return tokens ? (double)(blind + most) / (double)tokens : 1;
 }
 
+/* Reads the keys that the codes have left from c->up[from] on: those at or below the limit go, and one above it ends the row's hope in
+ * `open`, and with it, but for `most` bytes, the reading. Keys without a bound are read in any case. */
+static void read_left(cert_item *it, int r, int64_t from, unsigned *open, int64_t most) {
+  const emx_kv *kv = it->d->kv;
+  const cert_query *q = &it->query[r];
+  emxi_sketch_sink *c = &it->own.left[r];
+  _Alignas(64) char row[EMXI_QLD * sizeof(float)];
+  int64_t n = from;
+  for (int64_t i = from; i < c->n; i++, n++) {
+    const int32_t at = c->pos[i];
+    float s[EMXI_GROUP];
+    c->up[n] = c->up[i];
+    c->pos[n] = at;
+    if (!(*open >> r & 1) && it->own.count[r].bytes_k >= most && c->up[i] < INFINITY) continue;
+    if (i + 4 < c->n) emxi_prefetch_key(kv, it->table[c->pos[i + 4] >> it->shift], it->g, c->pos[i + 4] % kv->P);
+    const char *k = emxi_kv_keys(kv, it->table[at >> it->shift], it->g, at % kv->P, 1, row);
+    it->k->dot[emxi_slot(kv->dtype)](it->q + r * EMXI_QLD, EMXI_QLD, 1, k, kv->k_token, 1, kv->D, s, EMXI_GROUP);
+    if (q->x.slope != 0) it->k->kv->bias(s, 1, (float)q->x.slope, (float)(at - (q->visible - 1)));
+    it->own.count[r].bytes_k += emxi_lines((int64_t)kv->D * (int64_t)emx_dtype_size(kv->dtype));
+    const double norm = emxi_cert_norm(it, at), up = (double)s[0] + emxi_cert_slack(it, r, at, norm);
+    if (up < (double)c->up[n] && !overflows(it, norm)) c->up[n] = nextafterf((float)up, INFINITY);
+    if ((double)c->up[n] <= it->own.found[r].limit)
+      n--;
+    else
+      *open &= ~(1u << r);
+  }
+  c->n = n;
+}
+
+void emxi_cert_check(cert_item *it, const int32_t *pages, uint8_t *rows, int64_t n, unsigned open, unsigned few, int64_t most) {
+  const emx_kv *kv = it->d->kv;
+  const emxi_sketch *k = &kv->sketch;
+  const int64_t base = (int64_t)it->g * k->groups, room = it->own.cap - CERT_BLOCK * EMXI_GROUP;
+  scan s = {.it = it, .slot = &it->own};
+  block ring[3];
+  int64_t from[3] = {0}, at = 0, done = 0;
+  for (int i = 0; i < 3; i++) ring[i].n = ring[i].n_exact = 0;
+  bool stop = false;
+  for (int turn = 0; done < n && !stop; turn++) { /* blocks on their way as in emxi_cert_scan */
+    block *listed = &ring[turn % 3], *ready = &ring[(turn + 1) % 3];
+    listed->n = listed->n_exact = 0;
+    from[turn % 3] = at;
+    for (; at < n && listed->n + listed->n_exact <= CERT_BLOCK - 4; at++) {
+      const int64_t first = (int64_t)pages[at] * kv->P;
+      rows[at] &= (uint8_t)(open | few);
+      if (!rows[at]) continue;
+      for (int64_t x = 0; x < kv->P && first + kv->P <= it->length; x += EMXI_GROUP) list_group(it, listed, first + x, rows[at]);
+      for (int r = 0; r < it->rows && first + kv->P > it->length; r++) /* the newest page has no sketch yet: its keys */
+        if (rows[at] >> r & 1) {
+          emxi_sketch_sink *c = &it->own.left[r];
+          const int64_t before = c->n;
+          for (int64_t t = first; t < it->length; t++, c->n++) c->up[c->n] = INFINITY, c->pos[c->n] = (int32_t)t;
+          read_left(it, r, before, &open, few >> r & 1 ? most : 0);
+        }
+    }
+    judge(&s, &ring[(turn + 2) % 3]);
+    if (turn < 2) continue;
+    int64_t high = 0, low = 0, before[CERT_ROWS];
+    for (int r = 0; r < it->rows; r++) before[r] = it->own.left[r].n;
+    for (int i = 0; i < ready->n; i++, high++) {
+      const int x = ready->x[i];
+      const uint32_t *upper = k->high + (base + ready->at[i]) * k->dp, *lower = k->low + (base + ready->at[i]) * k->dp;
+      int32_t dot[CERT_ROWS * EMXI_GROUP];
+      uint16_t mask[CERT_ROWS];
+      if (!it->sk->high(it->q8, it->rows, upper, k->dp, &ready->high[0][x])) continue;
+      low++;
+      for (int r = 0; r < it->rows; r++) ready->want[r].hot[x] = INT32_MAX; /* all that is above the limit goes to the list */
+      it->sk->both(it->q8, it->rows, upper, lower, k->dp, ready->want, x, (int32_t)ready->from[i], it->own.left, dot, mask);
+    }
+    for (int64_t i = 0; i < ready->n_exact; i++) /* groups that nothing describes: their pages keep their bounds */
+      for (int64_t p = done; p < from[(turn + 2) % 3]; p++)
+        if (pages[p] == ready->exact[i] >> it->shift) {
+          open &= ~(unsigned)rows[p];
+          rows[p] = 0;
+        }
+    done = from[(turn + 2) % 3];
+    for (int r = 0; r < it->rows; r++) {
+      it->own.count[r].bytes_meta += (high + low) * k->dp * 4;
+      read_left(it, r, before[r], &open, few >> r & 1 ? most : 0);
+      stop |= it->own.left[r].n > room;
+    }
+    stop |= !(open | few) || emxi_cancelled(it->ctx);
+  }
+  for (; done < n; done++) rows[done] = 0;
+}
+
 void emxi_cert_refine(cert_item *it, int r, emxi_sketch_sink *c) {
   const emxi_sketch *k = &it->d->kv->sketch;
   const emxi_sketch_query *q = &it->query[r].x;

@@ -30,8 +30,7 @@ int64_t emxi_certified_short = (int64_t)1 << 21;
 
 /* ---- exact keys */
 
-/* >= |k|: from the sketch, else from the key. */
-static double key_norm(const cert_item *it, int64_t position) {
+double emxi_cert_norm(const cert_item *it, int64_t position) {
   const emx_kv *kv = it->d->kv;
   if (emxi_sketch_page_valid(kv, it->table[position >> it->shift]) && position / kv->P < it->length / kv->P) {
     const emxi_sketch_group *g = kv->sketch.group + (int64_t)it->g * kv->sketch.groups + emxi_cert_group(it, position);
@@ -48,6 +47,13 @@ static double key_norm(const cert_item *it, int64_t position) {
   return sqrt(s) * (1 + 1e-12);
 }
 
+double emxi_cert_slack(const cert_item *it, int r, int64_t position, double norm) {
+  const cert_query *c = &it->query[r];
+  if (norm < 0) norm = emxi_cert_norm(it, position);
+  const double bias = c->x.slope != 0 ? 0x1p-22 * fabs(c->x.slope * (double)(position - (c->visible - 1))) : 0;
+  return c->x.slack_k * norm + c->x.slack_0 + bias;
+}
+
 static void add(cert_item *it, cert_list *list, int r, float s, int64_t position, double norm) {
   const cert_query *c = &it->query[r];
   if (s == -INFINITY) {
@@ -60,9 +66,7 @@ static void add(cert_item *it, cert_list *list, int r, float s, int64_t position
   }
   const bool below = (double)s <= list->limit;
   if (s == -INFINITY || (below && c->alpha > 1)) return;
-  if (norm < 0) norm = key_norm(it, position);
-  const double bias = c->x.slope != 0 ? 0x1p-22 * fabs(c->x.slope * (double)(position - (c->visible - 1))) : 0;
-  list->slack = fmax(list->slack, c->x.slack_k * norm + c->x.slack_0 + bias);
+  list->slack = fmax(list->slack, emxi_cert_slack(it, r, position, norm));
   if (below) return;
   if (list->n == list->cap) {
     list->full = true;

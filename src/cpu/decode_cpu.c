@@ -45,6 +45,16 @@ void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t r
   const int64_t gauss = d->select.kind == EMX_SELECT_GAUSSIAN ? rows * w->page_ld : 0;
   w->mu = emxi_arena_take(a, gauss, sizeof(float));
   w->sigma = emxi_arena_take(a, gauss, sizeof(float));
+  const bool check = sparse && !d->select_only && d->kv->sketch.dp;
+  const int64_t checked = check ? w->page_ld : 0;
+  w->super_ld = check ? (d->max_len / EMXI_SUPER + 64) / 64 * 64 : 0;
+  w->super = emxi_arena_take(a, 8 * w->super_ld, sizeof(float));
+  w->valid = emxi_arena_take(a, w->super_ld, 1);
+  w->check = emxi_arena_take(a, checked, sizeof(int32_t));
+  w->check_rows = emxi_arena_take(a, checked, 1);
+  w->need = emxi_arena_take(a, checked, 1);
+  w->far = emxi_arena_take(a, check ? rows * EMXI_FAR_LD : 0, sizeof(float));
+  w->far_pos = emxi_arena_take(a, check ? 8 * EMXI_FAR_LD : 0, sizeof(int32_t));
   w->pick = emxi_arena_take(a, w->page_ld, sizeof(float));
   w->spread = emxi_arena_take(a, w->page_ld, sizeof(float));
 }
@@ -347,82 +357,70 @@ static void count_reads(emxi_item *it, int r) {
   }
 }
 
-void emxi_cpu_finish_row(emxi_item *it, int r) {
+void emxi_cpu_solve_row(emxi_item *it, int r) {
   const emxi_decode *d = it->d;
   emxi_row *row = &it->row[r];
-  const double alpha = row->alpha, a = alpha - 1.0, unit = alpha == 1.0 ? 1.0 : a;
-  const bool unread = row->max_unread > -INFINITY;
-  double tau = NAN, mass = 0, delta = 0;
-  int64_t support = 0;
-  bool exact = false;
+  const double alpha = row->alpha, a = alpha - 1.0;
   float *list = row->list;
   int32_t *pos = row->pos;
-
+  row->tau = NAN;
+  if (row->bad) return;
   if (alpha == 1.0) {
-    if (!row->bad) {
-      exact = true;
-      support = row->n;
-      if (row->ladder) {
-        row->m = it->k->max(list, row->n);
-        row->z = gather_softmax(it, r, &support);
-      }
-      mass = support > 0;
-      write_row(it, r, row->z > 0 ? 1.0 / row->z : 0.0, false);
-      if (it->bounds && unread) delta = row->ladder ? row->delta : emxi_cpu_dropped_softmax(it, r);
+    row->exact = true;
+    row->support = row->n;
+    if (row->ladder) {
+      row->m = it->k->max(list, row->n);
+      row->z = gather_softmax(it, r, &row->support);
     }
-  } else {
-    emxi_solution sol = {0};
-    const bool estimated = d->select.tau_mode != EMX_TAU_EXACT && row->has_estimate;
-    if (!row->bad) {
-      for (int64_t i = 0; estimated && i < row->n; i++) row->bad |= list[i] != list[i];
-    }
-    if (!row->bad && estimated) {
-      sol = (emxi_solution){.m = row->m, .support = row->n, .t = row->n ? row->estimate - a * (double)row->m : 0};
-      if (d->select.tau_mode == EMX_TAU_CORRECTED && row->n)
-        sol.t = corrected(it, alpha, list, row->n, sol.m, sol.t, d->select.tau_steps ? d->select.tau_steps : 3);
-      tau = row->n ? sol.t + a * sol.m : row->estimate;
-      mass = gather(it, r, &sol, &support);
-    }
-    if (!row->bad &&
-        (!estimated || (it->bounds && unread))) { /* an estimated threshold still needs the exact one for its bound */
-      sol = emxi_solve(it->k, alpha, list, pos, row->n);
-      if (sol.nonfinite)
-        row->bad = true;
-      else if (!estimated) {
-        exact = true;
-        tau = emxi_tau(&sol, alpha);
-        mass = gather(it, r, &sol, &support);
-      }
-    }
-    if (!row->bad) {
-      write_row(it, r, 1.0, false);
-      if (row->ladder) {
-        delta = row->delta;
-        exact = delta == 0;
-      } else if (it->bounds && unread) {
-        /* tau of the tokens read, rounded down: T2 for the scores' errors, plus what the solver's own arithmetic may have lost */
-        const double solved = emxi_tau(&sol, alpha);
-        const double low = solved - a * row->slack - 1e-9 * fmax(1.0, fabs(solved)) - (double)sol.support * 0x1p-50;
-        if (exact && a * row->max_unread <= low)
-          delta = 0;
-        else {
-          delta = emxi_cpu_dropped(it, r, list, sol.support, low);
-          exact = false;
-        }
-      }
+    row->mass = row->support > 0;
+    write_row(it, r, row->z > 0 ? 1.0 / row->z : 0.0, false);
+    return;
+  }
+  const bool estimated = d->select.tau_mode != EMX_TAU_EXACT && row->has_estimate;
+  for (int64_t i = 0; estimated && i < row->n; i++) row->bad |= list[i] != list[i];
+  if (row->bad) return;
+  if (estimated) {
+    emxi_solution sol = {.m = row->m, .support = row->n, .t = row->n ? row->estimate - a * (double)row->m : 0};
+    if (d->select.tau_mode == EMX_TAU_CORRECTED && row->n)
+      sol.t = corrected(it, alpha, list, row->n, sol.m, sol.t, d->select.tau_steps ? d->select.tau_steps : 3);
+    row->tau = row->n ? sol.t + a * sol.m : row->estimate;
+    row->mass = gather(it, r, &sol, &row->support);
+  }
+  if (!estimated ||
+      (it->bounds && row->max_unread > -INFINITY)) { /* an estimated threshold still needs the exact one for its bound */
+    row->sol = emxi_solve(it->k, alpha, list, pos, row->n);
+    row->bad = row->sol.nonfinite;
+    if (!row->bad && !estimated) {
+      row->exact = true;
+      row->tau = emxi_tau(&row->sol, alpha);
+      row->mass = gather(it, r, &row->sol, &row->support);
     }
   }
+  if (!row->bad) write_row(it, r, 1.0, false);
+}
+
+void emxi_cpu_report_row(emxi_item *it, int r) {
+  const emxi_decode *d = it->d;
+  emxi_row *row = &it->row[r];
+  const double a = row->alpha > 1 ? row->alpha - 1.0 : 1.0;
+  const bool unread = row->max_unread > -INFINITY;
+  double delta = 0;
   if (row->bad) {
-    tau = mass = NAN;
+    row->tau = row->mass = NAN;
+    row->support = 0;
     delta = 1;
-    support = 0;
     write_row(it, r, 0, true);
+  } else if (row->ladder) {
+    delta = row->delta;
+  } else if (it->bounds && unread && !(row->exact && row->alpha > 1 && a * row->max_unread <= emxi_cpu_tau_low(row))) {
+    delta = emxi_cpu_dropped(it, r);
+    row->exact &= row->alpha == 1;
   }
   if (!d->reports) return;
   if (!row->ladder) count_reads(it, r);
-  emx_report rep = {.tau = (float)tau,
-                    .mass = (float)mass,
-                    .support = (int32_t)support,
+  emx_report rep = {.tau = (float)row->tau,
+                    .mass = (float)row->mass,
+                    .support = (int32_t)row->support,
                     .tokens = (int32_t)row->tokens,
                     .pages = (int32_t)row->pages,
                     .select = (uint8_t)d->asked,
@@ -430,14 +428,19 @@ void emxi_cpu_finish_row(emxi_item *it, int r) {
                     .bytes_v = row->bytes_v,
                     .bytes_meta = row->bytes_meta};
   rep.delta_bound = round_up(fmin(delta, 1.0));
-  rep.max_unread = unread ? round_up(unit * row->max_unread) : -INFINITY;
+  rep.max_unread = unread ? round_up(a * row->max_unread) : -INFINITY;
   rep.path = row->ladder ? EMX_PATH_LADDER : row->tokens == row->visible ? EMX_PATH_ALL : EMX_PATH_PAGES;
-  const bool certified = !row->bad && exact && (!unread || (alpha > 1.0 && delta == 0));
+  const bool certified = !row->bad && row->exact && (row->alpha > 1.0 || !unread) && delta == 0;
   rep.flags = (uint8_t)((certified ? EMX_REPORT_CERTIFIED : 0) | (row->bad ? EMX_REPORT_NONFINITE : 0));
   rep.stopped_by = row->ladder                                                 ? row->stopped_by
                    : unread && !certified && d->select.kind == EMX_SELECT_TOPK ? EMX_STOP_BUDGET
                                                                                : EMX_STOP_DONE;
   memcpy(d->reports + (((int64_t)it->b * d->H + row->h) * d->S + row->s) * d->report_stride, &rep, sizeof rep);
+}
+
+void emxi_cpu_finish_row(emxi_item *it, int r) {
+  emxi_cpu_solve_row(it, r);
+  emxi_cpu_report_row(it, r);
 }
 
 /* emx_select: the lists and bounds of the item's rows. */
@@ -533,7 +536,9 @@ static void run_item(void *arg, int64_t i, int32_t worker) {
   }
   emxi_cpu_stream(&it);
   if (emxi_cancelled(it.ctx)) return;
-  for (int r = 0; r < it.rows; r++) emxi_cpu_finish_row(&it, r);
+  for (int r = 0; r < it.rows; r++) emxi_cpu_solve_row(&it, r);
+  emxi_cpu_check_lists(&it);
+  for (int r = 0; r < it.rows; r++) emxi_cpu_report_row(&it, r);
 }
 
 static emx_status run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {

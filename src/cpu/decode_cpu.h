@@ -12,7 +12,9 @@
 #define EMXI_CHUNK 512 /* softmax sums run in float over these many positions, aligned, and in double across them */
 #define EMXI_QLD 256   /* row pitch of q and o in the work memory */
 #define EMXI_SLD (EMXI_BLOCK + 16) /* row pitch of scores: kernels store whole vectors */
-#define EMXI_PREFETCH 8192         /* bytes ahead of the arithmetic: a sixth of a first-level cache */
+#define EMXI_FAR 8192              /* keys of the check of page lists */
+#define EMXI_FAR_LD (EMXI_FAR + 64)
+#define EMXI_PREFETCH 8192 /* bytes ahead of the arithmetic: a sixth of a first-level cache */
 
 /* Online softmax over one chunk: sum of exp(s - m), and the sum of exp(s - m) v next to it in float. */
 typedef struct emxi_partial {
@@ -46,6 +48,15 @@ typedef struct emxi_work {
   float *slack;         /* [rows, page_ld] >= the rounding error of a score of the page */
   float *mu, *sigma;    /* [rows, page_ld] GAUSSIAN */
   float *pick, *spread; /* [page_ld] scratch */
+  /* The check of page lists (certified_lists.c). */
+  int64_t super_ld;
+  float *super;        /* [8, super_ld] bounds of superpages */
+  uint8_t *valid;      /* [super_ld] */
+  int32_t *check;      /* [page_ld] pages that may matter */
+  uint8_t *check_rows; /* [page_ld] to which rows */
+  uint8_t *need;       /* [page_ld] */
+  float *far;          /* [rows, FAR_LD] bounds of keys of pages that were looked at */
+  int32_t *far_pos;    /* [8, FAR_LD] */
 } emxi_work;
 
 typedef struct emxi_row {
@@ -67,10 +78,18 @@ typedef struct emxi_row {
   double estimate;   /* GAUSSIAN: threshold in units of (alpha-1) score */
   double slack;      /* largest error of a score that was read */
   double max_unread; /* in score units; -inf if all was read */
-  bool ladder;       /* CERTIFIED: the list is what matters, the counts are made, delta bounds what was left out */
+  const float *far; /* [n_far] bounds of single keys that were not read; n_below others are at or below `limit`, in score units */
+  int64_t n_far, n_below;
+  double limit;
+  bool ladder; /* CERTIFIED: the list is what matters, the counts are made, delta bounds what was left out */
   double delta;
   uint8_t stopped_by;
   int64_t pages, tokens, bytes_k, bytes_v, bytes_meta;
+  /* the answer */
+  emxi_solution sol; /* alpha > 1: on what was read; list[0..support) is its support */
+  double tau, mass;
+  int64_t support;
+  bool exact; /* tau was solved, not estimated */
 } emxi_row;
 
 typedef struct emxi_item {
@@ -145,11 +164,12 @@ typedef struct emxi_dropped {
 double emxi_cpu_dropped_mass(const emxi_dropped *x);
 /* sum exp(s - m), m >= every s; off by less than 1e-5 of itself plus n 1e-37. */
 double emxi_cpu_exp_sum(const emxi_table *k, const float *s, int64_t n, float m);
-/* The same for the row's unread tokens, from the candidates list[0..n) above tau_low (absolute, units of
- * (alpha-1) score). alpha > 1. */
-double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n, double tau_low);
-/* The same for softmax. */
-double emxi_cpu_dropped_softmax(const emxi_item *it, int r);
+/* The same for the unread tokens of a row whose answer is there. */
+double emxi_cpu_dropped(const emxi_item *it, int r);
+/* The row's tau rounded down: T2 for the scores' errors, plus what the solver's own arithmetic may have lost. alpha > 1. */
+double emxi_cpu_tau_low(const emxi_row *row);
+/* Bounds of what the rows have not read from sketches, where the cache has them (certified_lists.c). */
+void emxi_cpu_check_lists(emxi_item *it);
 
 /* decode_cpu.c */
 void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t rows, bool lists);
@@ -164,7 +184,11 @@ bool emxi_cpu_softmax_block(const emxi_table *k, int d, const float *s, int64_t 
 void emxi_cpu_softmax_merge(int d, emxi_row *row, const emxi_partial *c, const float *part, double *o);
 /* Reads and scores the keys of the item's rows: all of them, or those of the chosen pages. */
 void emxi_cpu_stream(emxi_item *it);
-/* Threshold, values (alpha > 1), output and report of a row whose scores are in. */
+/* Threshold, values (alpha > 1) and output of a row whose scores are in. */
+void emxi_cpu_solve_row(emxi_item *it, int r);
+/* Its report. */
+void emxi_cpu_report_row(emxi_item *it, int r);
+/* Both. */
 void emxi_cpu_finish_row(emxi_item *it, int r);
 
 /* sweep_cpu.c: ALL with one query token per sequence. */

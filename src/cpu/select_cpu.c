@@ -301,7 +301,8 @@ void emxi_cpu_select(emxi_item *it) {
     }
   it->sparse = !all;
   if (!it->sparse || !it->bounds) return;
-  if (d->select.kind == EMX_SELECT_PAGES && kv->summaries) bound_pages(it, (kv->summaries & EMX_SUMMARY_MINMAX) != 0);
+  if (d->select.kind == EMX_SELECT_PAGES && kv->summaries & (EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS))
+    bound_pages(it, (kv->summaries & EMX_SUMMARY_MINMAX) != 0);
   summarise_bounds(it);
 }
 
@@ -371,19 +372,24 @@ double emxi_cpu_dropped_mass(const emxi_dropped *x) {
   return fmin(fmax(1.0 - f + 1e-12 + (double)x->n * 0x1p-50, 0.0), 1.0);
 }
 
-double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n, double tau_low) {
+double emxi_cpu_tau_low(const emxi_row *row) {
+  const double a = row->alpha - 1, tau = emxi_tau(&row->sol, row->alpha);
+  return tau - a * row->slack - 1e-9 * fmax(1.0, fabs(tau)) - (double)row->sol.support * 0x1p-50;
+}
+
+static double dropped_entmax(const emxi_item *it, int r) {
   const emxi_row *row = &it->row[r];
   const emxi_work *w = it->w;
-  const double a = row->alpha - 1.0;
-  if (!n || !(row->max_unread < INFINITY) || !(tau_low > -INFINITY)) return 1;
+  const double a = row->alpha - 1.0, tau_low = emxi_cpu_tau_low(row);
+  if (!row->sol.support || !(row->max_unread < INFINITY) || !(tau_low > -INFINITY)) return 1;
   emxi_dropped x = {.k = it->k,
                     .alpha = row->alpha,
-                    .list = list,
-                    .n = n,
+                    .list = row->list,
+                    .n = row->sol.support,
                     .top = row->m,
                     .tau_low = tau_low,
                     .slack = row->slack,
-                    .far = {{.up = w->pick, .times = it->d->kv->P}}};
+                    .far = {{.up = w->pick, .times = it->d->kv->P}, {.up = row->far, .n = row->n_far, .times = 1}}};
   for (int64_t p = 0; p < it->pages; p++) { /* every unread page is counted with P tokens, which is enough or more */
     const float u = w->upper[r * w->page_ld + p];
     if (!w->chosen[r * w->page_ld + p] && a * (double)u > tau_low) w->pick[x.far[0].n++] = u;
@@ -391,7 +397,7 @@ double emxi_cpu_dropped(const emxi_item *it, int r, const float *list, int64_t n
   return emxi_cpu_dropped_mass(&x);
 }
 
-double emxi_cpu_dropped_softmax(const emxi_item *it, int r) {
+static double dropped_softmax(const emxi_item *it, int r) {
   const emxi_row *row = &it->row[r];
   const emxi_work *w = it->w;
   if (!(row->z > 0) || !(row->max_unread < INFINITY) || !(row->slack < INFINITY)) return 1;
@@ -402,8 +408,15 @@ double emxi_cpu_dropped_softmax(const emxi_item *it, int r) {
       const double e = (double)w->upper[r * w->page_ld + p] - ref;
       unread += e > -60 ? exp(e) : 1e-26;
     }
-  unread *= it->d->kv->P * (1 + 1e-12);
+  unread *= it->d->kv->P;
+  for (int64_t i = 0; i < row->n_far; i++) unread += exp((double)row->far[i] - ref);
+  unread += (double)row->n_below * exp(row->limit - ref);
+  unread *= 1 + 1e-9;
   /* the sum of exponentials is within 2e-6 (k_exps and its float arguments) and the scores within the slack */
   const double read = row->z * exp((double)row->m - ref - row->slack) * (1 - 1e-5);
   return fmin(unread / (unread + read) * (1 + 1e-12), 1.0);
+}
+
+double emxi_cpu_dropped(const emxi_item *it, int r) {
+  return it->row[r].alpha == 1.0 ? dropped_softmax(it, r) : dropped_entmax(it, r);
 }

@@ -56,6 +56,7 @@ static int64_t below(int64_t n) { return (int64_t)(((uint64_t)word() << 16 ^ wor
 static double uniform(void) { return emxi_uniform(word()); }
 
 typedef struct tally {
+  int64_t lists, lists_certified, lists_bounded, softmax, softmax_ladder;
   int64_t decodes, certified, ladder, half, near, long_runs, by_kind[KINDS], ladder_by_kind[KINDS];
   double share;
 } tally;
@@ -65,7 +66,7 @@ typedef struct problem {
   int kind;
   int32_t D, P, G, H, dtype, layout;
   int64_t n;
-  bool alibi;
+  bool alibi, boxes;
   emx_kv *kv;
   int32_t seq;
   float *k, *v; /* [G,n,D] as stored */
@@ -156,7 +157,8 @@ static void open(emx_ctx *ctx, problem *c) {
   o.head_dim = c->D;
   o.page_size = c->P;
   o.layout = c->layout;
-  o.summaries = EMX_SUMMARY_SKETCH | (word() % 2 ? EMX_SUMMARY_RESIDUAL : 0);
+  o.summaries =
+      EMX_SUMMARY_SKETCH | (word() % 2 ? EMX_SUMMARY_RESIDUAL : 0) | (c->boxes ? EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS : 0);
   o.max_seqs = 3;
   o.max_pages = 2 * (c->n / c->P + 2);
   check(emx_kv_create(ctx, &o, &c->kv));
@@ -228,6 +230,149 @@ static double threshold(const double *s, int64_t n, double m, double alpha, doub
   return emxi_oracle_entmax(near, c, alpha, p, &support);
 }
 
+static void decode(emx_ctx *ctx, const problem *c, const emx_select_desc *select, const emx_decode_io *io) {
+  emx_kv_batch batch;
+  emx_kv_batch_init(&batch);
+  batch.batch = 1;
+  batch.seqs = &c->seq;
+  size_t bytes;
+  check(emx_decode_workspace_size(ctx, c->kv, select, io, c->n, &bytes));
+  void *work = malloc(bytes);
+  check(emx_decode(ctx, c->kv, &batch, select, io, work, bytes));
+  free(work);
+}
+
+static int descending(const void *a, const void *b) {
+  const double x = *(const double *)a, y = *(const double *)b;
+  return x < y ? 1 : x > y ? -1 : 0;
+}
+
+/* Softmax with max_delta against float64: what was kept is worth at most what as many of the best keys are, and no element of the output
+ * is further off than the dropped mass times the range of V, which is 2. */
+static void run_softmax(emx_ctx *ctx, const problem *c, emx_decode_io io, const double *z, const double *m, const double *size) {
+  emx_report reports[16];
+  float *o = malloc(sizeof(float) * (size_t)(c->H * c->D));
+  double *p = malloc(sizeof(double) * (size_t)c->n);
+  int64_t qs[4] = {1, c->H, 1, c->D};
+  const emx_tensor to = emx_tensor_view(o, EMX_F32, 4, qs);
+  emx_select_desc select;
+  emx_select_desc_init(&select);
+  select.kind = EMX_SELECT_CERTIFIED;
+  select.max_delta = pow(10, -4 * uniform());
+  io.alpha = 1, io.o = &to, io.reports = reports;
+  decode(ctx, c, &select, &io);
+  for (int h = 0; h < c->H; h++) {
+    const emx_report *r = &reports[h];
+    sum.softmax++;
+    sum.softmax_ladder += r->path == EMX_PATH_LADDER;
+    assert_true(r->delta_bound >= 0 && r->delta_bound <= 1);
+    if (!(m[h] > -INFINITY)) continue;
+    assert_true((double)r->delta_bound <= select.max_delta * (1 + 1e-6));
+    double all = 0, kept = 0, out[256] = {0};
+    for (int64_t j = 0; j < c->n; j++) all += p[j] = exp(z[h * c->n + j] - m[h]);
+    const float *v = c->v + (int64_t)(h / (c->H / c->G)) * c->n * c->D;
+    for (int64_t j = 0; j < c->n; j++)
+      for (int d = 0; d < c->D; d++) out[d] += p[j] / all * (double)v[j * c->D + d];
+    qsort(p, (size_t)c->n, sizeof *p, descending);
+    for (int64_t j = 0; j < r->support; j++) kept += p[j];
+    /* scores, and so the weights' logarithms, are off by this at most; weights below 1e-38 are zero */
+    const double band = expm1(2 * (c->D + 8) * 0x1p-23 * size[h]) + 1e-5;
+    double off = 0;
+    for (int d = 0; d < c->D; d++) off = fmax(off, fabs(out[d] - (double)o[h * c->D + d]));
+    if (!(1 - kept / all <= (double)r->delta_bound + 1e-9) || !(off <= 2 * ((double)r->delta_bound + band)))
+      fail_msg(
+          "softmax: seed %llu case %llu %s n %lld D %d P %d head %d max_delta %g: delta_bound %g, kept %.9g; output off by %g",
+          (unsigned long long)seed, (unsigned long long)stream_now, names[c->kind], (long long)c->n, c->D, c->P, h,
+          select.max_delta, (double)r->delta_bound, kept / all, off);
+  }
+  free(o), free(p);
+}
+
+/* Page lists against float64: those of TOPK and GAUSSIAN, of pages that hold a key near or above the threshold (where nothing may be wrong
+ * with leaving out the others), and at random. `all` and `truth`: what ALL gave. */
+static void run_list(emx_ctx *ctx, const problem *c, emx_decode_io io, const double *z, double stretch, const double *m,
+                     const double *size, const float *all, const emx_report *truth, double *near, double *p) {
+  const int64_t pages = (c->n + c->P - 1) / c->P;
+  const int32_t H = c->H;
+  int32_t *list = malloc(sizeof(int32_t) * (size_t)(H * pages)), n[16];
+  uint8_t *read = malloc((size_t)(H * pages));
+  float *o = malloc(sizeof(float) * (size_t)(H * c->D));
+  emx_report reports[16];
+  int64_t qs[4] = {1, H, 1, c->D}, ls[4] = {1, H, 1, pages}, ns[3] = {1, H, 1};
+  const emx_tensor to = emx_tensor_view(o, EMX_F32, 4, qs), tl = emx_tensor_view(list, EMX_I32, 4, ls),
+                   tn = emx_tensor_view(n, EMX_I32, 3, ns);
+  emx_select_desc select;
+  emx_select_desc_init(&select);
+  io.o = &to, io.reports = reports, io.pages = &tl, io.n_pages = &tn;
+  const int kind = (int)(word() % (c->boxes ? 5 : 3));
+  memset(read, 0, (size_t)(H * pages));
+  if (kind < 3) {
+    select.kind = EMX_SELECT_PAGES;
+    const double margin = kind == 0 ? 0 : pow(10, -4 * uniform());
+    const uint32_t share = 1 + word() % 8;
+    for (int h = 0; h < H; h++) {
+      n[h] = 0;
+      for (int64_t j = 0; j < c->n; j++)
+        read[h * pages + j / c->P] |= kind < 2 && io.alpha > 1 &&
+                                      (io.alpha - 1) * stretch * z[h * c->n + j] > (double)truth[h].tau - margin * (io.alpha - 1);
+      if (kind == 1 && word() % 2) read[h * pages + below(pages)] = 0; /* and one missing */
+      for (int64_t i = 0; i < pages; i++) {
+        read[h * pages + i] |= kind == 2 && word() % 8 < share;
+        if (read[h * pages + i]) list[h * pages + n[h]++] = (int32_t)i;
+      }
+      for (int64_t i = n[h]; i < pages; i++) list[h * pages + i] = -1;
+    }
+  } else {
+    select.kind = kind == 3 || io.alpha == 1 ? EMX_SELECT_TOPK : EMX_SELECT_GAUSSIAN;
+    select.budget = 1 + below(c->n);
+    emx_kv_batch batch;
+    emx_kv_batch_init(&batch);
+    batch.batch = 1;
+    batch.seqs = &c->seq;
+    size_t bytes;
+    check(emx_decode_workspace_size(ctx, c->kv, &select, &io, c->n, &bytes));
+    void *work = malloc(bytes);
+    check(emx_select(ctx, c->kv, &batch, &select, &io, work, bytes));
+    free(work);
+    for (int h = 0; h < H; h++)
+      for (int32_t i = 0; i < n[h]; i++) read[h * pages + list[h * pages + i]] = 1;
+  }
+  decode(ctx, c, &select, &io);
+  for (int h = 0; h < H; h++) {
+    const emx_report *r = &reports[h];
+    const bool sure = r->flags & EMX_REPORT_CERTIFIED;
+    sum.lists++;
+    sum.lists_certified += sure;
+    sum.lists_bounded += !sure && r->delta_bound < 0.5f;
+    assert_true(!sure || r->delta_bound == 0);
+    if (sure && memcmp(all + h * c->D, o + h * c->D, sizeof(float) * (size_t)c->D))
+      fail_msg("list %d: seed %llu case %llu %s n %lld D %d P %d alpha %g head %d: certified, and not ALL's answer", kind,
+               (unsigned long long)seed, (unsigned long long)stream_now, names[c->kind], (long long)c->n, c->D, c->P, io.alpha,
+               h);
+    if (!(m[h] > -INFINITY)) continue;
+    const double a = io.alpha - 1;
+    double *s = p + c->n, top = -INFINITY, dropped = 0, total = 0;
+    for (int64_t j = 0; j < c->n; j++) s[j] = z[h * c->n + j] * stretch;
+    const double tau = a > 0 ? threshold(s, c->n, m[h] * stretch, io.alpha, near, p) : 0;
+    for (int64_t j = 0; j < c->n; j++) {
+      const double y = a * s[j] - tau, w = a > 0 ? y > 0 ? pow(y, 1 / a) : 0 : exp(s[j] - m[h] * stretch);
+      total += w;
+      if (read[h * pages + j / c->P]) continue;
+      top = fmax(top, s[j]);
+      dropped += w;
+    }
+    dropped /= a > 0 ? 1 : total;
+    /* of the reference: scores and tau in double */
+    const double off = 1e-9 + 1e-12 * size[h] * stretch;
+    if (!(dropped <= (double)r->delta_bound + off) || !((a > 0 ? a : 1) * top <= (double)r->max_unread + off))
+      fail_msg(
+          "list %d: seed %llu case %llu %s n %lld D %d P %d alpha %g head %d: dropped %.9g, bound %.9g; unread %.9g, bound %.9g",
+          kind, (unsigned long long)seed, (unsigned long long)stream_now, names[c->kind], (long long)c->n, c->D, c->P, io.alpha,
+          h, dropped, (double)r->delta_bound, (a > 0 ? a : 1) * top, (double)r->max_unread);
+  }
+  free(list), free(read), free(o);
+}
+
 static void run_problem(emx_ctx *ctx, problem *c) {
   const int64_t cells = c->G * c->n * c->D;
   c->k = malloc(sizeof(float) * (size_t)cells);
@@ -237,7 +382,7 @@ static void run_problem(emx_ctx *ctx, problem *c) {
   const int H = c->H, D = c->D;
   float *q = malloc(sizeof(float) * (size_t)(H * D)), *o = malloc(sizeof(float) * (size_t)(2 * H * D));
   double *s = malloc(sizeof(double) * (size_t)(c->n * H)), *near = malloc(sizeof(double) * (size_t)c->n),
-         *p = malloc(sizeof(double) * (size_t)c->n), m[16], size[16];
+         *p = malloc(sizeof(double) * 2 * (size_t)c->n), m[16], size[16];
   emx_report reports[2][16];
   for (int turn = 0; turn < 8 && sum.decodes < want; turn++) {
     emxi_normals(seed, stream_now << 8 | (uint64_t)(210 + turn), q, H * D);
@@ -266,10 +411,6 @@ static void run_problem(emx_ctx *ctx, problem *c) {
       const emx_tensor tq = emx_tensor_view(q, EMX_F32, 4, qs), ts = emx_tensor_view(c->slopes, EMX_F32, 1, hs);
       io.q = &tq;
       io.alibi_slopes = c->alibi ? &ts : NULL;
-      emx_kv_batch batch;
-      emx_kv_batch_init(&batch);
-      batch.batch = 1;
-      batch.seqs = &c->seq;
       for (int way = 0; way < 2; way++) {
         emx_select_desc select;
         emx_select_desc_init(&select);
@@ -277,12 +418,10 @@ static void run_problem(emx_ctx *ctx, problem *c) {
         const emx_tensor to = emx_tensor_view(o + way * H * D, EMX_F32, 4, qs);
         io.o = &to;
         io.reports = reports[way];
-        size_t bytes;
-        check(emx_decode_workspace_size(ctx, c->kv, &select, &io, c->n, &bytes));
-        void *work = malloc(bytes);
-        check(emx_decode(ctx, c->kv, &batch, &select, &io, work, bytes));
-        free(work);
+        decode(ctx, c, &select, &io);
       }
+      run_list(ctx, c, io, s, stretch, m, size, o, reports[0], near, p);
+      if (x == turn % 5 && stretch == 1) run_softmax(ctx, c, io, s, m, size);
       for (int h = 0; h < H; h++) {
         const emx_report *r = &reports[1][h], *all = &reports[0][h];
         sum.decodes++;
@@ -347,6 +486,9 @@ static void report(const char *when) {
       when, (long long)sum.decodes, isa, (unsigned long long)seed, (long long)shortest, (long long)longest,
       (long long)sum.certified, (long long)sum.ladder, (long long)sum.half, sum.share / (double)sum.certified,
       (long long)sum.near, (long long)sum.long_runs);
+  printf("  page lists: %lld decodes, %lld certified, %lld bounded below a half; softmax: %lld decodes, ladder in %lld\n",
+         (long long)sum.lists, (long long)sum.lists_certified, (long long)sum.lists_bounded, (long long)sum.softmax,
+         (long long)sum.softmax_ladder);
   fflush(stdout);
 }
 
@@ -373,6 +515,7 @@ static void test_campaign(void **state) {
     c.dtype = (int32_t[]){EMX_F32, EMX_F16, EMX_BF16}[below(3)];
     c.layout = (int32_t)below(2);
     c.n = (int64_t)((double)shortest * pow((double)longest / (double)shortest, uniform()) + 0.5);
+    c.boxes = word() % 2;
     c.alibi = word() % 4 == 0 && c.kind != AT_TAU; /* where the scale differs by alpha */
     for (int h = 0; c.alibi && h < c.H; h++) c.slopes[h] = h % 3 == 1 ? 0 : ldexpf(h % 3 ? -1 : 1, -1 - h % 6);
     run_problem(ctx, &c);

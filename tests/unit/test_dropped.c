@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * What was left out, and what reports say about it: softmax with max_delta. */
+ * What was left out, and what reports say about it: softmax with max_delta; page lists that sketches check. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -107,7 +107,101 @@ static void test_softmax(void **state) {
   assert_true(ladder > 60 && loose > 10);
 }
 
+/* ---- page lists. What a report claims about the pages outside a list against float64: the mass of those tokens, and whether the answer
+ * is ALL's. */
+enum { SUPPORT, ALL_BUT_ONE, RANDOM, HALF, TOPK, GAUSSIAN, LISTS };
+
+/* Fills the rows' lists: pages with a weight (and the best one taken away), some at random, the newer half. */
+static void make_lists(decode_case *c, int kind) {
+  uint32_t w[4];
+  const int64_t pages = (c->len[0] + c->P - 1) / c->P, ld = c->tp.shape[3];
+  double o[256];
+  int64_t support;
+  for (int h = 0; h < c->H; h++) {
+    int32_t *list = c->pages + h * ld, n = 0;
+    uint8_t read[N / 16 + 1] = {0};
+    case_reference(c, 0, h, 0, NULL, s, p, o, &support);
+    int64_t best = 0;
+    for (int64_t j = 0; j < c->len[0]; j++) best = p[j] > p[best] ? j : best;
+    for (int64_t j = 0; j < c->len[0]; j++) read[j / c->P] |= kind <= ALL_BUT_ONE && p[j] > 0;
+    if (kind == ALL_BUT_ONE) read[best / c->P] = 0;
+    for (int64_t i = 0; i < pages; i++) {
+      emxi_philox(c->seed, 77, (uint64_t)(h * pages + i), w);
+      if (read[i] || (kind == RANDOM && w[0] % 3 == 0) || (kind == HALF && i >= pages / 2)) list[n++] = (int32_t)i;
+    }
+    for (int64_t i = n; i < ld; i++) list[i] = -1;
+    c->n_pages[h] = n;
+  }
+}
+
+static void test_lists(void **state) {
+  (void)state;
+  static float all[4 * 64];
+  int certified[LISTS][2] = {{0}}, useful = 0;
+  for (int i = 0; i < 36; i++) {
+    static const double alphas[] = {1.5, 2, 4. / 3, 1.25, 1.75, 3, 1};
+    decode_case c = {.G = 1 + i % 2,
+                     .H = 4,
+                     .D = i % 3 ? 64 : 20,
+                     .P = 16 << i % 3,
+                     .dtype = (int[]){EMX_BF16, EMX_F16, EMX_F32}[i / 3 % 3],
+                     .len = {i % 9 == 8 ? 40 + i : 1300 + 53 * i},
+                     .alpha = alphas[i % 7],
+                     .alibi = i % 5 == 3,
+                     .seed = (uint64_t)i,
+                     .scale = i % 4 == 1 ? 0.7f : 0,
+                     .data = (int[]){DATA_IID, DATA_AR, DATA_TOPIC, DATA_OUTLIER, DATA_NEEDLE, DATA_FLAT, DATA_HUGE}[i / 2 % 7]};
+    for (int sketch = 0; sketch < 2; sketch++) {
+      c.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS | (sketch ? EMX_SUMMARY_SKETCH : 0);
+      decode_case x = c;
+      case_open(&x, ctx);
+      emx_select_desc desc = case_desc(EMX_SELECT_ALL, 0);
+      CASE_OK(case_decode(&x, &desc));
+      memcpy(all, x.o_data, sizeof(float) * (size_t)(x.H * x.D));
+      for (int kind = 0; kind < LISTS; kind++) {
+        if (kind == GAUSSIAN && x.alpha == 1) continue;
+        desc = case_desc(kind == TOPK ? EMX_SELECT_TOPK : kind == GAUSSIAN ? EMX_SELECT_GAUSSIAN : EMX_SELECT_PAGES, 500);
+        if (kind < TOPK)
+          make_lists(&x, kind);
+        else
+          CASE_OK(case_select(&x, &desc));
+        CASE_OK(case_decode(&x, &desc));
+        for (int h = 0; h < x.H; h++) {
+          const emx_report *r = &x.reports[h];
+          uint8_t out[N / 16 + 1];
+          double o[256], dropped = 0, top = -INFINITY, size = 1;
+          int64_t support;
+          const bool sure = r->flags & EMX_REPORT_CERTIFIED;
+          memset(out, 1, sizeof out);
+          for (int q = 0; q < x.n_pages[h]; q++) out[x.pages[h * x.tp.shape[3] + q]] = 0;
+          case_reference(&x, 0, h, 0, NULL, s, p, o, &support);
+          for (int64_t j = 0; j < x.len[0]; j++) {
+            size = fmax(size, fabs(s[j]));
+            if (!out[j / x.P]) continue;
+            dropped += p[j];
+            top = fmax(top, (x.alpha == 1 ? 1 : x.alpha - 1) * s[j]);
+          }
+          /* weights carry the rounding of scores of this size: case_tolerance of one element, here of up to all of them */
+          const double off = 8 * case_tolerance(&x, size);
+          assert_true(dropped <= (double)r->delta_bound + off);
+          assert_true(top <= (double)r->max_unread + 1e-5 * size);
+          assert_true(sure == (r->delta_bound == 0) && (!sure || x.alpha > 1 || top == -INFINITY));
+          if (sure) assert_memory_equal(all + h * x.D, (float *)x.o_data + h * x.D, sizeof(float) * (size_t)x.D);
+          certified[kind][sketch] += sure;
+          useful += sketch && !sure && (double)r->delta_bound < fmin(0.9, 2 * dropped + 0.05);
+        }
+      }
+      case_close(&x);
+    }
+  }
+  /* sketches see what boxes do not; a list that holds the support is lucky but where scores lie closer to tau than their rounding */
+  for (int k = 0; k < LISTS; k++) assert_true(certified[k][1] >= certified[k][0]);
+  assert_true(certified[SUPPORT][1] > 120 && certified[SUPPORT][1] > certified[SUPPORT][0] + 60 &&
+              certified[ALL_BUT_ONE][1] == 0);
+  assert_true(useful > 100);
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_softmax)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_softmax), cmocka_unit_test(test_lists)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }
