@@ -319,6 +319,8 @@ static void bound_chunk(void *arg, int64_t i, int32_t worker) {
 
 static void read_range(cert_item *it, int64_t from, int64_t to) {
   const int32_t P = it->d->kv->P;
+  for (int64_t p = from; it->d->kv->file && p < to; p = (p / P + 1) * P)
+    emxi_kv_file_expect_keys(it->d->kv, it->table[p / P], it->g, p % P, (p / P + 1) * P < to ? P - p % P : to - p);
   while (from < to) {
     const int64_t end = (from / P + 1) * P < to ? (from / P + 1) * P : to;
     emxi_cert_read(it, &it->own, -1, from, end - from, -1);

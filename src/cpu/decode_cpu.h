@@ -134,7 +134,7 @@ static inline void emxi_prefetch_rows(const char *p, int64_t token_stride, const
 /* One key that will be read. */
 static inline void emxi_prefetch_key(const emx_kv *kv, int32_t page, int32_t head, int64_t token) {
   if (kv->file)
-    emxi_kv_file_expect_key(kv, page, head, token);
+    emxi_kv_file_expect_keys(kv, page, head, token, 1);
   else
     emxi_prefetch(emxi_kv_k(kv, page, head, token), (size_t)kv->D * emx_dtype_size(kv->dtype));
 }

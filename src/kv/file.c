@@ -142,7 +142,7 @@ void emxi_kv_file_expect_values(const emx_kv *kv, int32_t head, const int64_t *o
                         POSIX_FADV_WILLNEED);
   }
 }
-void emxi_kv_file_expect_key(const emx_kv *kv, int32_t page, int32_t head, int64_t token) {
+void emxi_kv_file_expect_keys(const emx_kv *kv, int32_t page, int32_t head, int64_t token, int64_t n) {
   (void)posix_fadvise(kv->file->fd, offset_of(kv, false, element_of(kv, page, head, token)),
-                      (off_t)((size_t)kv->D * emx_dtype_size(kv->dtype)), POSIX_FADV_WILLNEED);
+                      (off_t)((size_t)(n * kv->D) * emx_dtype_size(kv->dtype)), POSIX_FADV_WILLNEED);
 }

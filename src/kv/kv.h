@@ -126,10 +126,10 @@ EMXI_SHARED void emxi_kv_file_write(const emx_kv *kv, bool values, int32_t page,
                                     const char *rows);
 /* Whole pages, [n,G,P,D]. */
 void emxi_kv_file_pages(const emx_kv *kv, bool values, const int32_t *pages, int64_t n, char *out);
-/* Values of a head at these offsets (elements, as of head 0), D apart; and word that they will be wanted, and that a key will be. */
+/* Values of a head at these offsets (elements, as of head 0), D apart; and word that they will be wanted, and that keys will be. */
 void emxi_kv_file_values(const emx_kv *kv, int32_t head, const int64_t *offset, int64_t n, char *rows);
 void emxi_kv_file_expect_values(const emx_kv *kv, int32_t head, const int64_t *offset, int64_t n);
-void emxi_kv_file_expect_key(const emx_kv *kv, int32_t page, int32_t head, int64_t token);
+void emxi_kv_file_expect_keys(const emx_kv *kv, int32_t page, int32_t head, int64_t token, int64_t n);
 /* Keys [token, token + n) of (page, head), kv->k_token elements apart: where they lie, or read into rows (n * D elements). */
 static inline const char *emxi_kv_keys(const emx_kv *kv, int32_t page, int32_t head, int64_t token, int64_t n, char *rows) {
   return kv->file ? emxi_kv_file_read(kv, false, page, head, token, n, rows) : emxi_kv_k(kv, page, head, token);
