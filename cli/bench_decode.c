@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include "bench.h"
 #include "qkv.h"
+#include "svg.h"
 #include "workload.h"
 
 #include "base/base.h"
@@ -14,23 +15,40 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_BATCH = 64, CHECKED_HEADS = 4, APPEND = 512 };
+enum { MAX_BATCH = 64, CHECKED_HEADS = 4, APPEND = 512, MAX_FILES = 16, EVERY_HEAD = -2 };
 
 typedef struct options {
   cli_common common;
   cli_select select;
-  const char *data;
+  const char *data[MAX_FILES], *svg;
+  int n_data;
   int64_t n;
-  int hq, hkv, d, page, batch, rounds, head; /* head: of the file; -1: all */
+  int hq, hkv, d, page, batch, rounds, head; /* head: of a file; -1: all together, or EVERY_HEAD */
   int32_t dtype;
   double alpha; /* 0: not given */
   bool alibi;
   uint64_t seed;
 } options;
-enum { KEY_DATA = 1, KEY_N, KEY_HQ, KEY_HKV, KEY_D, KEY_DTYPE, KEY_PAGE, KEY_BATCH, KEY_ROUNDS, KEY_SEED, KEY_ALIBI, KEY_HEAD };
+enum {
+  KEY_DATA = 1,
+  KEY_N,
+  KEY_HQ,
+  KEY_HKV,
+  KEY_D,
+  KEY_DTYPE,
+  KEY_PAGE,
+  KEY_BATCH,
+  KEY_ROUNDS,
+  KEY_SEED,
+  KEY_ALIBI,
+  KEY_HEAD,
+  KEY_SVG
+};
 static const struct argp_option option_table[] = {
     {"data", KEY_DATA, "W", 0,
-     "iid (default), ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD, or FILE.safetensors with q [T,H,D], k, v [N,G,D]", 1},
+     "iid (default), ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD, or FILE.safetensors with q [T,H,D], k, v [N,G,D], up to "
+     "16 files",
+     1},
     {"n", KEY_N, "N", 0, "Cached tokens (default 131072)", 1},
     {"hq", KEY_HQ, "H", 0, "Query heads (default 8)", 1},
     {"hkv", KEY_HKV, "G", 0, "KV heads (default 8)", 1},
@@ -40,10 +58,16 @@ static const struct argp_option option_table[] = {
     {"batch", KEY_BATCH, "B", 0, "Sequences; more than one are ragged, from N down to N/2 tokens (default 1)", 1},
     {"alpha", 'a', "A", 0, "1 to 4 (default: the file's entmax_alpha, else 1.5)", 1},
     {"alibi", KEY_ALIBI, NULL, 0, "ALiBi slopes 1/(h+1) on the first half of the heads", 1},
-    {"head", KEY_HEAD, "H", 0, "Only this query head of FILE, with its KV head (default: all)", 1},
+    {"head", KEY_HEAD, "H", 0, "Only this query head of FILE, with its KV head, or `each` of them by itself (default: together)",
+     1},
+    {"svg", KEY_SVG, "FILE", 0, "Draw bytes and time of the last selector, of softmax's, a row a file; with --head each", 1},
     {"rounds", KEY_ROUNDS, "N", 0, "Timed rounds (default 9)", 1},
     {"seed", KEY_SEED, "S", 0, "Seed of the data (default 1)", 1},
     {0}};
+static bool is_file(const char *data) {
+  const size_t n = strlen(data);
+  return n > 12 && !strcmp(data + n - 12, ".safetensors");
+}
 static error_t parse(int key, char *arg, struct argp_state *state) {
   options *o = state->input;
   switch (key) {
@@ -51,7 +75,11 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
       state->child_inputs[0] = &o->select;
       state->child_inputs[1] = &o->common;
       return 0;
-    case KEY_DATA: o->data = arg; return 0;
+    case KEY_DATA:
+      if (o->n_data == MAX_FILES) argp_error(state, "at most %d --data", MAX_FILES);
+      o->data[o->n_data++] = arg;
+      return 0;
+    case KEY_SVG: o->svg = arg; return 0;
     case KEY_N: o->n = cli_int(state, "--n", arg, 1, INT32_MAX / 2); return 0;
     case KEY_HQ: o->hq = (int)cli_int(state, "--hq", arg, 1, 4096); return 0;
     case KEY_HKV: o->hkv = (int)cli_int(state, "--hkv", arg, 1, 4096); return 0;
@@ -61,11 +89,24 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_BATCH: o->batch = (int)cli_int(state, "--batch", arg, 1, MAX_BATCH); return 0;
     case 'a': o->alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
     case KEY_ALIBI: o->alibi = true; return 0;
-    case KEY_HEAD: o->head = (int)cli_int(state, "--head", arg, 0, 4095); return 0;
+    case KEY_HEAD: o->head = strcmp(arg, "each") ? (int)cli_int(state, "--head", arg, 0, 4095) : EVERY_HEAD; return 0;
     case KEY_ROUNDS: o->rounds = (int)cli_int(state, "--rounds", arg, 1, 100000); return 0;
     case KEY_SEED: o->seed = cli_seed(state, "--seed", arg); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
+      if (!o->n_data) o->data[o->n_data++] = "iid";
+      for (int i = 0; i < o->n_data; i++) {
+        workload w;
+        if (is_file(o->data[i])) {
+          if (o->batch > 1) argp_error(state, "--batch is %d, a file holds one sequence", o->batch);
+          continue;
+        }
+        if (!workload_parse(o->data[i], o->seed, &w))
+          argp_error(state, "--data is '%s', expected iid, ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD or FILE.safetensors",
+                     o->data[i]);
+        if (o->head != -1) argp_error(state, "--head needs --data FILE.safetensors");
+      }
+      if (o->svg && o->head != EVERY_HEAD) argp_error(state, "--svg needs --head each");
       if (o->hq % o->hkv) argp_error(state, "--hq %d is not a multiple of --hkv %d", o->hq, o->hkv);
       return 0;
   }
@@ -87,6 +128,8 @@ typedef struct method {
 
 typedef struct bench {
   const options *o;
+  const char *data;
+  int head; /* of a file, or -1 */
   emx_ctx *ctx;
   emx_kv *kv;
   workload w;
@@ -150,7 +193,7 @@ static emx_status find(const emx_checkpoint *ck, const char *name, int ndim, emx
   return EMX_OK;
 }
 /* q [T,H,D], k and v [N,G,D]; a round takes one of the queries, as if it were the last. */
-static emx_status load_file(bench *b, const emx_checkpoint *ck) {
+static emx_status load_file(bench *b, const emx_checkpoint *ck, int64_t *file_heads) {
   emx_tensor q, k, v, slopes;
   EMX_TRY(find(ck, "q", 3, &q));
   EMX_TRY(find(ck, "k", 3, &k));
@@ -159,10 +202,10 @@ static emx_status load_file(bench *b, const emx_checkpoint *ck) {
   if (q.shape[0] < 1 || k.shape[0] < 1 || q.shape[2] != k.shape[2] || memcmp(k.shape, v.shape, 3 * sizeof *k.shape) ||
       kv_heads < 1 || heads < 1 || heads % kv_heads)
     return emxi_fail(EMX_ERR_SHAPE, "--data: expected q [T,H,D], k and v [N,G,D] with H a multiple of G and T, N at least 1");
-  const bool one = b->o->head >= 0;
-  if (b->o->head >= heads)
-    return emxi_fail(EMX_ERR_INVALID, "--head is %d, the file's last is %lld", b->o->head, (long long)heads - 1);
-  const int64_t first = one ? b->o->head : 0, first_kv = one ? first / (heads / kv_heads) : 0; /* of the heads that are taken */
+  const bool one = b->head >= 0;
+  if (b->head >= heads) return emxi_fail(EMX_ERR_INVALID, "--head is %d, the file's last is %lld", b->head, (long long)heads - 1);
+  const int64_t first = one ? b->head : 0, first_kv = one ? first / (heads / kv_heads) : 0; /* of the heads that are taken */
+  *file_heads = heads;
   b->H = one ? 1 : (int)heads;
   b->G = one ? 1 : (int)kv_heads;
   b->D = (int)k.shape[2];
@@ -442,7 +485,8 @@ static int report(bench *b) {
   const double read_gbps = 1e-9 * (double)(pool_bytes(&b->k) + pool_bytes(&b->v)) / cli_median(b->read_s, o->rounds);
   int code = CLI_OK;
   if (!o->common.json) {
-    printf("%s, n %lld, %d/%d heads of %d, %s, page %d, batch %d; read rate %.1f GB/s\n", o->data, (long long)b->max_len, b->H,
+    if (b->head >= 0) printf("head %d of ", b->head);
+    printf("%s, n %lld, %d/%d heads of %d, %s, page %d, batch %d; read rate %.1f GB/s\n", b->data, (long long)b->max_len, b->H,
            b->G, b->D, emx_dtype_name(o->dtype), o->page, b->B, read_gbps);
     printf("%-10s %-6s %9s %9s %8s %10s %11s %7s %9s %9s %11s %s\n", "select", "path", "ms", "min", "mad", "vs_softmax", "bytes",
            "GB/s", "rel_err", "delta", "delta_bound", "certified");
@@ -454,7 +498,7 @@ static int report(bench *b) {
                  gbps = 1e-6 * bytes / t.median;
     const double rel_err = sqrt(m->err_sq / m->ref_sq);
     if (o->common.json) {
-      json_t *j = json_pack("{s:s, s:s, s:I, s:i, s:i, s:i, s:s, s:i, s:i, s:f, s:s, s:s}", "device", "cpu", "data", o->data, "n",
+      json_t *j = json_pack("{s:s, s:s, s:I, s:i, s:i, s:i, s:s, s:i, s:i, s:f, s:s, s:s}", "device", "cpu", "data", b->data, "n",
                             (json_int_t)b->max_len, "hq", b->H, "hkv", b->G, "d", b->D, "dtype", emx_dtype_name(o->dtype), "page",
                             o->page, "batch", b->B, "alpha", m->alpha, "select", m->name, "path", cli_path_name(m->path));
       json_t *numbers = json_pack("{s:f, s:f, s:f, s:o, s:I, s:f, s:f, s:o, s:o, s:f, s:b}", "ms", t.median, "ms_min", t.min,
@@ -463,7 +507,7 @@ static int report(bench *b) {
                                   cli_json_real(m->delta), "delta_bound", m->bound, "certified", (int)m->certified);
       if (j && numbers) json_object_update(j, numbers);
       if (j && m->select.kind == EMX_SELECT_TOPK) json_object_set_new(j, "budget", json_integer(m->select.budget));
-      if (j && o->head >= 0) json_object_set_new(j, "head", json_integer(o->head));
+      if (j && b->head >= 0) json_object_set_new(j, "head", json_integer(b->head));
       json_decref(numbers);
       code = cli_json_line(j);
     } else {
@@ -474,6 +518,94 @@ static int report(bench *b) {
     }
   }
   return code ? code : cli_flush();
+}
+
+/* What --svg shows. */
+enum { MAX_HEADS = 64 };
+typedef struct picture {
+  double bytes[MAX_FILES][MAX_HEADS], time[MAX_FILES][MAX_HEADS]; /* of softmax's */
+  int rows, heads;
+  int64_t n;
+} picture;
+static int draw(const options *o, const picture *p) {
+  char rows[MAX_FILES][24], columns[MAX_HEADS][8], panels[2][40], title[96];
+  const char *row[MAX_FILES], *column[MAX_HEADS], *panel[2] = {panels[0], panels[1]};
+  double values[2 * MAX_FILES * MAX_HEADS], floor[MAX_FILES] = {0};
+  const char *select = cli_select_name(o->select.desc[o->select.n - 1].kind);
+  for (int i = 0; i < p->rows; i++) {
+    const char *slash = strrchr(o->data[i], '/'), *name = slash ? slash + 1 : o->data[i];
+    const int length = (int)strlen(name) - 12; /* .safetensors */
+    snprintf(rows[i], sizeof rows[i], "%.*s", length < 16 ? length : 16, name);
+    row[i] = rows[i];
+    for (int h = 0; h < p->heads; h++) {
+      values[i * p->heads + h] = p->bytes[i][h];
+      values[(p->rows + i) * p->heads + h] = p->time[i][h];
+    }
+  }
+  for (int h = 0; h < p->heads; h++) {
+    snprintf(columns[h], sizeof columns[h], "%d", h);
+    column[h] = columns[h];
+  }
+  snprintf(panels[0], sizeof panels[0], "%s: bytes", select);
+  snprintf(panels[1], sizeof panels[1], "%s: time", select);
+  snprintf(title, sizeof title, "Bytes and time of a decode, %% of softmax's, %lld tokens", (long long)p->n);
+  const svg_heat heat = {.title = title,
+                         .x_label = "query head",
+                         .panels = panel,
+                         .rows = row,
+                         .columns = column,
+                         .n_panels = 2,
+                         .n_rows = p->rows,
+                         .n_columns = p->heads,
+                         .values = values,
+                         .floor = floor};
+  return svg_write_heat(o->svg, &heat);
+}
+
+/* One cache: a file's heads together or one of them, or generated data. heads: of the file. */
+static int bench_cache(const options *o, emx_ctx *ctx, const char *data, int head, int64_t *heads, picture *p) {
+  bench b = {.o = o, .data = data, .head = head, .ctx = ctx, .B = o->batch, .H = o->hq, .G = o->hkv, .D = o->d, .max_len = o->n};
+  emx_checkpoint *ck = NULL;
+  int code = CLI_OK;
+  b.alpha = o->alpha > 0 ? o->alpha : 1.5;
+  if (is_file(data)) {
+    CLI_TRY(emx_checkpoint_open(data, &ck));
+    if (!(o->alpha > 0) && (code = qkv_alpha(data, ck, b.alpha, &b.alpha))) goto done;
+    CLI_TRY(load_file(&b, ck, heads));
+  } else {
+    workload_parse(data, o->seed, &b.w);
+    b.scale = workload_scale(&b.w, b.D);
+    for (int i = 0; i < b.B; i++) b.lengths[i] = o->n - (b.B > 1 ? o->n / 2 * i / (b.B - 1) : 0);
+    CLI_TRY(make_cache(&b));
+    CLI_TRY(fill_synthetic(&b));
+  }
+  CLI_TRY(prepare(&b));
+  CLI_TRY(measure(&b));
+  const method *softmax = &b.methods[0], *last = &b.methods[b.n_methods - 1];
+  if (head >= 0 && head < MAX_HEADS) {
+    p->n = b.max_len;
+    p->bytes[p->rows][head] = last->bytes / softmax->bytes;
+    p->time[p->rows][head] = 1 / bench_ratio(softmax->ms, last->ms, o->rounds);
+  }
+  code = report(&b);
+done:
+  for (int i = 0; i < b.n_methods; i++) emxi_free(b.methods[i].ms), emxi_free(b.methods[i].reports);
+  emxi_free(b.work), emxi_free(b.q), emxi_free(b.out), emxi_free(b.read_s), emxi_free(b.slopes), emxi_free(b.file_q);
+  emx_kv_destroy(b.kv);
+  emx_checkpoint_close(ck);
+  return code;
+}
+/* One --data, with every head by itself if that is asked for. */
+static int bench_data(const options *o, emx_ctx *ctx, const char *data, picture *p) {
+  int64_t heads = 0;
+  if (o->head != EVERY_HEAD) return bench_cache(o, ctx, data, o->head, &heads, p);
+  int code = bench_cache(o, ctx, data, 0, &heads, p);
+  for (int h = 1; h < heads && !code; h++) code = bench_cache(o, ctx, data, h, &heads, p);
+  if (!code && o->svg && (heads > MAX_HEADS || (p->rows && heads != p->heads)))
+    code = cli_fail("%s has %lld heads: --svg draws up to %d, and as many in every file", data, (long long)heads, MAX_HEADS);
+  p->heads = (int)heads;
+  p->rows++;
+  return code;
 }
 
 int bench_decode(int argc, char **argv) {
@@ -491,56 +623,17 @@ int bench_decode(int argc, char **argv) {
           "within a round; rel_err: L2 error of the first query against float64 attention of the same alpha; delta: true mass of "
           "the "
           "tokens not read, delta_bound: what the library vouches for."};
-  options o = {.data = "iid",
-               .n = 131072,
-               .hq = 8,
-               .hkv = 8,
-               .d = 64,
-               .page = 16,
-               .batch = 1,
-               .rounds = 9,
-               .dtype = EMX_BF16,
-               .head = -1,
-               .seed = 1};
+  options o = {
+      .n = 131072, .hq = 8, .hkv = 8, .d = 64, .page = 16, .batch = 1, .rounds = 9, .dtype = EMX_BF16, .head = -1, .seed = 1};
   cli_select_init(&o.select);
   cli_parse(&argp, argc, argv, &o);
 
-  bench b = {.o = &o, .B = o.batch, .H = o.hq, .G = o.hkv, .D = o.d, .max_len = o.n};
-  emx_checkpoint *ck = NULL;
-  const bool file = strlen(o.data) > 12 && !strcmp(o.data + strlen(o.data) - 12, ".safetensors");
-  if (!file && !workload_parse(o.data, o.seed, &b.w)) {
-    cli_warn("--data is '%s', expected iid, ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD or FILE.safetensors", o.data);
-    return CLI_USAGE;
-  }
-  if (file && o.batch > 1) {
-    cli_warn("--batch is %d, a file holds one sequence", o.batch);
-    return CLI_USAGE;
-  }
-  if (!file && o.head >= 0) {
-    cli_warn("--head needs --data FILE.safetensors");
-    return CLI_USAGE;
-  }
-  int code = cli_context(&o.common, &b.ctx);
-  if (code) return code;
-  b.alpha = o.alpha > 0 ? o.alpha : 1.5;
-  if (file) {
-    CLI_TRY(emx_checkpoint_open(o.data, &ck));
-    if (!(o.alpha > 0) && (code = qkv_alpha(o.data, ck, b.alpha, &b.alpha))) goto done;
-    CLI_TRY(load_file(&b, ck));
-  } else {
-    b.scale = workload_scale(&b.w, b.D);
-    for (int i = 0; i < b.B; i++) b.lengths[i] = o.n - (b.B > 1 ? o.n / 2 * i / (b.B - 1) : 0);
-    CLI_TRY(make_cache(&b));
-    CLI_TRY(fill_synthetic(&b));
-  }
-  CLI_TRY(prepare(&b));
-  CLI_TRY(measure(&b));
-  code = report(&b);
-done:
-  for (int i = 0; i < b.n_methods; i++) emxi_free(b.methods[i].ms), emxi_free(b.methods[i].reports);
-  emxi_free(b.work), emxi_free(b.q), emxi_free(b.out), emxi_free(b.read_s), emxi_free(b.slopes), emxi_free(b.file_q);
-  emx_kv_destroy(b.kv);
-  emx_ctx_destroy(b.ctx);
-  emx_checkpoint_close(ck);
+  emx_ctx *ctx = NULL;
+  picture p = {0};
+  int code = cli_check_out(o.svg);
+  if (code || (code = cli_context(&o.common, &ctx))) return code;
+  for (int i = 0; i < o.n_data && !code; i++) code = bench_data(&o, ctx, o.data[i], &p);
+  if (!code && o.svg) code = draw(&o, &p);
+  emx_ctx_destroy(ctx);
   return code;
 }

@@ -161,7 +161,9 @@ static void draw_heat(FILE *f, const svg_heat *h) {
     for (int r = 0; r < h->n_rows; r++)
       for (int c = 0; c < h->n_columns; c++) {
         const double v = h->values[(p * h->n_rows + r) * h->n_columns + c], raw = (v - h->floor[r]) / (1 - h->floor[r]),
-                     u = raw > 0 ? raw : 0;
+                     u = raw < 0   ? 0
+                         : raw < 1 ? raw
+                                   : 1;
         char label[16];
         /* from white to the first colour of the line charts */
         fprintf(f, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"rgb(%.0f,%.0f,%.0f)\" stroke=\"#ccc\"/>\n",

@@ -26,7 +26,7 @@ int svg_write(const char *path, const svg_chart *chart);
 /* Several below one another. */
 int svg_write_charts(const char *path, const svg_chart *charts, int n);
 
-/* Shares in [0, 1] as tables side by side: white at a row's floor and below it, blue at 1, the number in the cell. */
+/* Shares as tables side by side: white at a row's floor and below it, blue at 1 and above, the number in the cell. */
 typedef struct svg_heat {
   const char *title, *x_label;
   const char *const *panels, *const *rows, *const *columns; /* names */

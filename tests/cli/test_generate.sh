@@ -80,6 +80,11 @@ cmp -s a.safetensors b.safetensors || die "a replay with another selector"
 run 0 bench decode --data dump/layer-1.safetensors --head 1 --rounds 2 --json
 holds '.head == 1 and .hq == 1 and .hkv == 1 and .n == 30 and .rel_err < 1e-5'
 all_hold 'map(.alpha) == [1, 1.25]'
+run 0 bench decode --data dump/layer-0.safetensors --data dump/layer-1.safetensors --head each --rounds 2 --svg heads.svg --json
+all_hold 'map([.data, .head]) == [["0", 0], ["0", 0], ["0", 1], ["0", 1], ["1", 0], ["1", 0], ["1", 1], ["1", 1]
+  | ["dump/layer-\(.[0]).safetensors", .[1]]]'
+grep -q '>layer-1<' heads.svg && grep -q '>all: bytes<' heads.svg || die "the picture"
+fails 2 'head each' bench decode --data dump/layer-0.safetensors --head 1 --svg heads.svg
 fails 2 'head' bench decode --head 1
 fails 1 'last is 1' bench decode --data dump/layer-1.safetensors --head 2
 run 0 generate -m "$MODEL" -p "The licence" -n 2 --dump-qkv one --layer 1
