@@ -117,7 +117,7 @@ static emx_status check_attention(emx_ctx *ctx, const golden *want, golden_repor
 
 /* One decode step of two heads. Whatever was selected: a certified head must have the answer of reading everything; a head that is not
  * certified must bound the true weight of the pages it did not read; ALL, CERTIFIED, and the head whose weight is in one page must be
- * certified. CERTIFIED leaves out tokens, not pages, and has no page lists: its answer alone is compared. */
+ * certified. CERTIFIED leaves out tokens, not pages: its answer alone is compared. */
 static emx_status check_selector(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const float *q, int row, int32_t kind,
                                  const golden *want, double *answer, double *certificate) {
   enum { H = 2, M = GOLDEN_DECODE_PAGES };

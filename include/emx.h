@@ -425,7 +425,7 @@ enum {
   EMX_SELECT_GAUSSIAN = 2, /* threshold estimated from page means and spreads (EntmaxKV's second selector, eq. 19) */
   EMX_SELECT_CERTIFIED =
       3,               /* exact without reading every key: tokens whose sound score bound lies below the threshold are left out.
-                             * Needs EMX_SUMMARY_SKETCH; emx_decode only. alpha = 1: with max_delta, for no weight of softmax is
+                             * Needs EMX_SUMMARY_SKETCH. alpha = 1: with max_delta, for no weight of softmax is
                              * zero; heads without it take ALL's path */
   EMX_SELECT_PAGES = 4 /* emx_decode only: the caller's page lists */
 };
@@ -506,7 +506,9 @@ EMX_API void emx_decode_io_init_sized(emx_decode_io *io, size_t size); /* alpha 
 /* Working memory of emx_select and emx_decode for sequences of at most max_len tokens. */
 EMX_API emx_status emx_decode_workspace_size(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select,
                                              const emx_decode_io *io, int64_t max_len, size_t *bytes);
-/* Page lists and the bound of what they leave out, nothing else. TOPK and GAUSSIAN need their summaries (else STATE). */
+/* Page lists and the bound of what they leave out, nothing else. TOPK and GAUSSIAN need their summaries (else STATE). CERTIFIED: the pages
+ * of all keys that emx_decode would read, hence all that hold a token with weight (every page, where it would take ALL's path); a decode
+ * with that list has CERTIFIED's answer, and its report is certified where CERTIFIED's is. Not with a cache in a file (UNSUPPORTED). */
 EMX_API emx_status emx_select(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select,
                               const emx_decode_io *io, void *workspace, size_t workspace_bytes);
 /* Appends (if k_new), selects, solves tau, accumulates, reports. V is read for the support only (alpha > 1).

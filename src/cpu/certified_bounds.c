@@ -421,6 +421,10 @@ static void read_left(cert_item *it, int r, int64_t from, unsigned *open, int64_
     float s[EMXI_GROUP];
     c->up[n] = c->up[i];
     c->pos[n] = at;
+    if ((double)c->up[n] <= it->own.found[r].limit) {
+      n--;
+      continue;
+    }
     if (!(*open >> r & 1) && it->own.count[r].bytes_k >= most && c->up[i] < INFINITY) continue;
     if (i + 4 < c->n) emxi_prefetch_key(kv, it->table[c->pos[i + 4] >> it->shift], it->g, c->pos[i + 4] % kv->P);
     const char *k = emxi_kv_keys(kv, it->table[at >> it->shift], it->g, at % kv->P, 1, row);
@@ -440,7 +444,7 @@ static void read_left(cert_item *it, int r, int64_t from, unsigned *open, int64_
 void emxi_cert_check(cert_item *it, const int32_t *pages, uint8_t *rows, int64_t n, unsigned open, unsigned few, int64_t most) {
   const emx_kv *kv = it->d->kv;
   const emxi_sketch *k = &kv->sketch;
-  const int64_t base = (int64_t)it->g * k->groups, room = it->own.cap - CERT_BLOCK * EMXI_GROUP;
+  const int64_t base = (int64_t)it->g * k->groups, room = it->own.cap - CERT_BLOCK * EMXI_GROUP - EMXI_SUPER;
   scan s = {.it = it, .slot = &it->own};
   block ring[3];
   int64_t from[3] = {0}, at = 0, done = 0;
@@ -486,6 +490,11 @@ void emxi_cert_check(cert_item *it, const int32_t *pages, uint8_t *rows, int64_t
     done = from[(turn + 2) % 3];
     for (int r = 0; r < it->rows; r++) {
       it->own.count[r].bytes_meta += (high + low) * k->dp * 4;
+      emxi_sketch_sink *c = &it->own.left[r], left = {.up = c->up + before[r], .pos = c->pos + before[r], .n = c->n - before[r]};
+      if (k->row && (open | few) >> r & 1) {
+        emxi_cert_refine(it, r, &left);
+        it->own.count[r].bytes_meta += left.n * emxi_lines(k->dp / 2);
+      }
       read_left(it, r, before[r], &open, few >> r & 1 ? most : 0);
       stop |= it->own.left[r].n > room;
     }

@@ -595,6 +595,13 @@ static bool collect(const job *j, cert_item *it, cert_slot *all, int r, emxi_row
   return true;
 }
 
+/* emx_select: the pages of the keys that the row's ladder has read. */
+static void choose_pages(const cert_item *it, emxi_item *e, int r) {
+  uint8_t *chosen = e->w->chosen + r * e->w->page_ld;
+  const int64_t per = CERT_CHUNK / it->d->kv->P;
+  for (int64_t p = 0; p < e->pages; p++) chosen[p] = it->slots[p / per].pages[r][p % per >> 3] >> (p & 7) & 1;
+}
+
 static void finish_item(void *arg, int64_t i, int32_t worker) {
   const job *j = arg;
   cert_item *it = &j->items[i];
@@ -603,6 +610,17 @@ static void finish_item(void *arg, int64_t i, int32_t worker) {
   cert_slot all = {0};
   for (int r = 0; r < it->rows && !it->all; r++)
     if (!collect(j, it, &all, r, &e.row[r], &j->scratch[worker], &j->heap[worker])) it->all = true;
+  if (j->d->select_only) {
+    e.sparse = !it->all;
+    for (int r = 0; r < it->rows; r++) {
+      if (it->all)
+        e.row[r].max_unread = -INFINITY;
+      else
+        choose_pages(it, &e, r);
+    }
+    emxi_cpu_write_lists(&e);
+    return;
+  }
   if (it->all) {
     emxi_cpu_stream(&e);
     if (emxi_cancelled(j->ctx)) return;
@@ -627,6 +645,14 @@ static void finish_item(void *arg, int64_t i, int32_t worker) {
   }
 }
 
+/* ALL's path for the whole call. */
+static emx_status run_all(const job *j, emxi_arena *arena) {
+  emxi_decode d = j->all;
+  if (!d.select_only) return emxi_cpu_sweep(j->ctx, &d, arena);
+  d.asked = EMX_SELECT_ALL;
+  return emxi_cpu_decode_run(j->ctx, &d, arena);
+}
+
 emx_status emxi_cpu_certified(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
   const int64_t group = d->H / d->kv->G;
   job j = {.ctx = ctx, .d = d, .all = *d, .rows = (int32_t)(group < CERT_ROWS ? group : CERT_ROWS)};
@@ -635,7 +661,7 @@ emx_status emxi_cpu_certified(emx_ctx *ctx, const emxi_decode *d, emxi_arena *ar
   j.blocks = (int32_t)((group + j.rows - 1) / j.rows);
   const emxi_arena before = *arena;
   emxi_arena other = before;
-  EMX_TRY(before.base ? EMX_OK : emxi_cpu_sweep(ctx, &j.all, &other));
+  EMX_TRY(before.base ? EMX_OK : run_all(&j, &other));
   carve(&j, arena);
   if (!arena->base) {
     if (other.used > arena->used) arena->used = other.used;
@@ -645,7 +671,7 @@ emx_status emxi_cpu_certified(emx_ctx *ctx, const emxi_decode *d, emxi_arena *ar
   const int64_t total = (int64_t)d->B * d->kv->G * j.blocks;
   if (d->max_len * d->kv->D < emxi_certified_short) {
     *arena = before;
-    return emxi_cpu_sweep(ctx, &j.all, arena);
+    return run_all(&j, arena);
   }
   EMX_TRY(emxi_arena_check(arena, "emx_decode"));
   const int64_t most_slots = j.n_slots, most_items = j.n_items;
@@ -674,7 +700,7 @@ emx_status emxi_cpu_certified(emx_ctx *ctx, const emxi_decode *d, emxi_arena *ar
     for (int64_t i = 0; i < j.n_items; i++) all &= j.items[i].all;
     if (all) { /* nothing here is sparse: all heads together are faster than head by head */
       *arena = before;
-      return emxi_cpu_sweep(ctx, &j.all, arena);
+      return run_all(&j, arena);
     }
     EMX_TRY(emxi_parallel(ctx, j.n_slots, scan_chunk, &j));
     EMX_TRY(emxi_parallel(ctx, j.n_items, finish_item, &j));

@@ -21,8 +21,8 @@
 
 void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t rows, bool with_lists) {
   const int64_t pages = emxi_kv_pages_of(d->kv, d->max_len);
-  const bool lists = with_lists && (d->per_head || d->alpha > 1.0 || d->asked == EMX_SELECT_CERTIFIED) && !d->select_only,
-             sparse = d->select.kind != EMX_SELECT_ALL;
+  const bool ladder = with_lists && d->asked == EMX_SELECT_CERTIFIED, sparse = d->select.kind != EMX_SELECT_ALL,
+             lists = ladder || (with_lists && (d->per_head || d->alpha > 1.0) && !d->select_only);
   *w = (emxi_work){0};
   w->q = emxi_arena_take(a, rows * EMXI_QLD, sizeof(float));
   w->o = emxi_arena_take(a, rows * EMXI_QLD, sizeof(double));
@@ -36,17 +36,18 @@ void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t r
   w->list_ld = lists ? (d->max_len + 64 + 15) / 16 * 16 : 0;
   w->list = emxi_arena_take(a, rows * w->list_ld, sizeof(float));
   w->pos = emxi_arena_take(a, rows * w->list_ld, sizeof(int32_t));
-  w->page_ld = sparse ? (pages + 63) / 64 * 64 : 0;
+  w->page_ld = sparse || ladder ? (pages + 63) / 64 * 64 : 0;
   w->chosen = emxi_arena_take(a, rows * w->page_ld, 1);
-  w->any = emxi_arena_take(a, w->page_ld, 1);
-  w->usable = emxi_arena_take(a, w->page_ld, 1);
-  w->upper = emxi_arena_take(a, rows * w->page_ld, sizeof(float));
-  w->slack = emxi_arena_take(a, rows * w->page_ld, sizeof(float));
-  const int64_t gauss = d->select.kind == EMX_SELECT_GAUSSIAN ? rows * w->page_ld : 0;
+  const int64_t judged = sparse ? w->page_ld : 0;
+  w->any = emxi_arena_take(a, judged, 1);
+  w->usable = emxi_arena_take(a, judged, 1);
+  w->upper = emxi_arena_take(a, rows * judged, sizeof(float));
+  w->slack = emxi_arena_take(a, rows * judged, sizeof(float));
+  const int64_t gauss = d->select.kind == EMX_SELECT_GAUSSIAN ? rows * judged : 0;
   w->mu = emxi_arena_take(a, gauss, sizeof(float));
   w->sigma = emxi_arena_take(a, gauss, sizeof(float));
   const bool check = sparse && !d->select_only && d->kv->sketch.dp;
-  const int64_t checked = check ? w->page_ld : 0;
+  const int64_t checked = check ? judged : 0;
   w->super_ld = check ? (d->max_len / EMXI_SUPER + 64) / 64 * 64 : 0;
   w->super = emxi_arena_take(a, 8 * w->super_ld, sizeof(float));
   w->valid = emxi_arena_take(a, w->super_ld, 1);
@@ -55,8 +56,8 @@ void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t r
   w->need = emxi_arena_take(a, checked, 1);
   w->far = emxi_arena_take(a, check ? rows * EMXI_FAR_LD : 0, sizeof(float));
   w->far_pos = emxi_arena_take(a, check ? 8 * EMXI_FAR_LD : 0, sizeof(int32_t));
-  w->pick = emxi_arena_take(a, w->page_ld, sizeof(float));
-  w->spread = emxi_arena_take(a, w->page_ld, sizeof(float));
+  w->pick = emxi_arena_take(a, judged, sizeof(float));
+  w->spread = emxi_arena_take(a, judged, sizeof(float));
 }
 
 /* ---- reading keys */
@@ -443,8 +444,7 @@ void emxi_cpu_finish_row(emxi_item *it, int r) {
   emxi_cpu_report_row(it, r);
 }
 
-/* emx_select: the lists and bounds of the item's rows. */
-static void write_lists(const emxi_item *it) {
+void emxi_cpu_write_lists(const emxi_item *it) {
   const emxi_decode *d = it->d;
   for (int r = 0; r < it->rows; r++) {
     const emxi_row *row = &it->row[r];
@@ -525,7 +525,7 @@ static void run_item(void *arg, int64_t i, int32_t worker) {
   it.page_z = j->page_z;
   if (d->select.kind != EMX_SELECT_ALL) emxi_cpu_select(&it);
   if (d->select_only) {
-    write_lists(&it);
+    emxi_cpu_write_lists(&it);
     return;
   }
   for (int r = 0; r < it.rows; r++) {

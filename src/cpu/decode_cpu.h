@@ -173,6 +173,8 @@ void emxi_cpu_check_lists(emxi_item *it);
 
 /* decode_cpu.c */
 void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t rows, bool lists);
+/* emx_select: the lists and bounds of the item's rows. */
+void emxi_cpu_write_lists(const emxi_item *it);
 /* An item of sequence b, KV head g and rows from first_row on, its queries loaded. */
 void emxi_cpu_open_item(emxi_item *it, emx_ctx *ctx, const emxi_decode *d, emxi_work *w, int32_t b, int32_t g, int32_t first_row,
                         int32_t rows);

@@ -125,8 +125,8 @@ emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_
     if (io->alibi_slopes->dtype != EMX_F32) return emxi_fail(EMX_ERR_DTYPE, "%s: alibi_slopes must be f32", who);
     d->slopes = io->alibi_slopes->data;
   }
-  if (select_only && select->kind == EMX_SELECT_CERTIFIED)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: CERTIFIED leaves out tokens, not pages; it is for emx_decode", who);
+  if (select_only && select->kind == EMX_SELECT_CERTIFIED && kv->file)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: CERTIFIED reads keys, which are in a file; there it is for emx_decode", who);
   if (select_only && select->kind == EMX_SELECT_PAGES)
     return emxi_fail(EMX_ERR_INVALID, "%s: PAGES is for emx_decode, the lists are what this call makes", who);
   if (select_only || select->kind == EMX_SELECT_PAGES) {

@@ -288,7 +288,7 @@ static void run_softmax(emx_ctx *ctx, const problem *c, emx_decode_io io, const 
   free(o), free(p);
 }
 
-/* Page lists against float64: those of TOPK and GAUSSIAN, of pages that hold a key near or above the threshold (where nothing may be wrong
+/* Page lists against float64: those of CERTIFIED, TOPK and GAUSSIAN, of pages that hold a key near or above the threshold (where nothing may be wrong
  * with leaving out the others), and at random. `all` and `truth`: what ALL gave. */
 static void run_list(emx_ctx *ctx, const problem *c, emx_decode_io io, const double *z, double stretch, const double *m,
                      const double *size, const float *all, const emx_report *truth, double *near, double *p) {
@@ -304,7 +304,7 @@ static void run_list(emx_ctx *ctx, const problem *c, emx_decode_io io, const dou
   emx_select_desc select;
   emx_select_desc_init(&select);
   io.o = &to, io.reports = reports, io.pages = &tl, io.n_pages = &tn;
-  const int kind = (int)(word() % (c->boxes ? 5 : 3));
+  const int kind = (int)(word() % (c->boxes ? 6 : 4));
   memset(read, 0, (size_t)(H * pages));
   if (kind < 3) {
     select.kind = EMX_SELECT_PAGES;
@@ -323,7 +323,7 @@ static void run_list(emx_ctx *ctx, const problem *c, emx_decode_io io, const dou
       for (int64_t i = n[h]; i < pages; i++) list[h * pages + i] = -1;
     }
   } else {
-    select.kind = kind == 3 || io.alpha == 1 ? EMX_SELECT_TOPK : EMX_SELECT_GAUSSIAN;
+    select.kind = kind == 3 ? EMX_SELECT_CERTIFIED : kind == 4 ? EMX_SELECT_TOPK : EMX_SELECT_GAUSSIAN;
     select.budget = 1 + below(c->n);
     emx_kv_batch batch;
     emx_kv_batch_init(&batch);
@@ -336,6 +336,7 @@ static void run_list(emx_ctx *ctx, const problem *c, emx_decode_io io, const dou
     free(work);
     for (int h = 0; h < H; h++)
       for (int32_t i = 0; i < n[h]; i++) read[h * pages + list[h * pages + i]] = 1;
+    if (kind == 3) select.kind = EMX_SELECT_PAGES;
   }
   decode(ctx, c, &select, &io);
   for (int h = 0; h < H; h++) {
@@ -345,6 +346,11 @@ static void run_list(emx_ctx *ctx, const problem *c, emx_decode_io io, const dou
     sum.lists_certified += sure;
     sum.lists_bounded += !sure && r->delta_bound < 0.5f;
     assert_true(!sure || r->delta_bound == 0);
+    if (kind == 3 && !sure && !(r->flags & EMX_REPORT_NONFINITE))
+      fail_msg(
+          "list of CERTIFIED, not certified: seed %llu case %llu %s n %lld D %d P %d alpha %g head %d: %.9g unread, tau %.9g",
+          (unsigned long long)seed, (unsigned long long)stream_now, names[c->kind], (long long)c->n, c->D, c->P, io.alpha, h,
+          (double)r->max_unread, (double)r->tau);
     if (sure && memcmp(all + h * c->D, o + h * c->D, sizeof(float) * (size_t)c->D))
       fail_msg("list %d: seed %llu case %llu %s n %lld D %d P %d alpha %g head %d: certified, and not ALL's answer", kind,
                (unsigned long long)seed, (unsigned long long)stream_now, names[c->kind], (long long)c->n, c->D, c->P, io.alpha,

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * What was left out, and what reports say about it: softmax with max_delta; page lists that sketches check. */
+ * What was left out, and what reports say about it: softmax with max_delta; page lists that sketches check, those of CERTIFIED among
+ * them. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -201,7 +202,60 @@ static void test_lists(void **state) {
   assert_true(useful > 100);
 }
 
+/* The pages that CERTIFIED would read: a decode with them has the same answer and is certified. */
+static void test_certified_lists(void **state) {
+  (void)state;
+  static float want[2 * 6 * 64];
+  int sparse = 0;
+  for (int i = 0; i < 45; i++) {
+    static const double alphas[] = {1.5, 2, 4. / 3, 1.25, 1.75, 3};
+    decode_case c = {
+        .B = 1 + i % 2,
+        .G = 2,
+        .H = 6,
+        .D = i % 3 ? 64 : 20,
+        .P = 16 << i / 2 % 3,
+        .dtype = (int[]){EMX_BF16, EMX_F16, EMX_F32}[i / 3 % 3],
+        .len = {1500 + 53 * i, i % 4 ? 700 : 0},
+        .alpha = alphas[i % 6],
+        .alibi = i % 5 == 3,
+        .seed = (uint64_t)i,
+        .summaries = EMX_SUMMARY_SKETCH | (i % 2 ? EMX_SUMMARY_RESIDUAL : 0) | (i % 4 == 1 ? EMX_SUMMARY_MINMAX : 0),
+        .scale = i % 4 == 1 ? 0.7f : 0,
+        .data = (int[]){DATA_IID, DATA_AR, DATA_TOPIC, DATA_OUTLIER, DATA_NEEDLE, DATA_FLAT, DATA_HUGE, DATA_EQUAL}[i % 8]};
+    case_open(&c, ctx);
+    emx_select_desc desc = case_desc(EMX_SELECT_CERTIFIED, 0);
+    CASE_OK(case_decode(&c, &desc));
+    memcpy(want, c.o_data, sizeof(float) * (size_t)(c.B * c.H * c.D));
+    emx_report first[12];
+    memcpy(first, c.reports, sizeof(emx_report) * (size_t)(c.B * c.H));
+    /* the workspace that a decode asks for is enough, and the lists go up to the sequence's end */
+    CASE_OK(case_select(&c, &desc));
+    desc.kind = EMX_SELECT_PAGES;
+    for (int r = 0; r < c.B * c.H; r++) {
+      const int64_t pages = (c.len[r / c.H] + c.P - 1) / c.P;
+      assert_true(first[r].flags == EMX_REPORT_CERTIFIED && c.n_pages[r] <= pages && (c.n_pages[r] > 0) == (pages > 0));
+      assert_int_equal(c.n_pages[r], first[r].path == EMX_PATH_ALL ? pages : first[r].pages);
+      assert_true(first[r].path == EMX_PATH_ALL ? c.bound[r] == -INFINITY : c.bound[r] == first[r].max_unread);
+      sparse += c.n_pages[r] < pages;
+    }
+    CASE_OK(case_decode(&c, &desc));
+    for (int r = 0; r < c.B * c.H; r++)
+      assert_true(c.reports[r].flags == EMX_REPORT_CERTIFIED && c.reports[r].support == first[r].support &&
+                  c.reports[r].max_unread <= c.reports[r].tau);
+    assert_memory_equal(want, c.o_data, sizeof(float) * (size_t)(c.B * c.H * c.D));
+    case_close(&c);
+  }
+  assert_true(sparse > 100);
+  decode_case c = {.D = 32, .len = {300}, .summaries = EMX_SUMMARY_SKETCH, .file = "test_dropped.kv"};
+  case_open(&c, ctx);
+  const emx_select_desc desc = case_desc(EMX_SELECT_CERTIFIED, 0);
+  fails(case_select(&c, &desc), EMX_ERR_UNSUPPORTED, "in a file");
+  case_close(&c);
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_softmax), cmocka_unit_test(test_lists)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_softmax), cmocka_unit_test(test_lists),
+                                     cmocka_unit_test(test_certified_lists)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }
