@@ -46,8 +46,8 @@ enum {
 };
 static const struct argp_option option_table[] = {
     {"data", KEY_DATA, "W", 0,
-     "iid (default), ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD, or FILE.safetensors with q [T,H,D], k, v [N,G,D], up to "
-     "16 files",
+     "iid (default), ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD, or FILE.safetensors with q [T,H,D], k, v [N,G,D], "
+     "optionally alibi_slopes [H] and alphas [H]; up to 16 files",
      1},
     {"n", KEY_N, "N", 0, "Cached tokens (default 131072)", 1},
     {"hq", KEY_HQ, "H", 0, "Query heads (default 8)", 1},
@@ -56,7 +56,7 @@ static const struct argp_option option_table[] = {
     {"dtype", KEY_DTYPE, "T", 0, "Of the cache: bf16 (default), f16 or f32", 1},
     {"page", KEY_PAGE, "P", 0, "Tokens a page: 16 (default), 32 or 64", 1},
     {"batch", KEY_BATCH, "B", 0, "Sequences; more than one are ragged, from N down to N/2 tokens (default 1)", 1},
-    {"alpha", 'a', "A", 0, "1 to 4 (default: the file's entmax_alpha, else 1.5)", 1},
+    {"alpha", 'a', "A", 0, "1 to 4 (default: the file's alphas or entmax_alpha, else 1.5)", 1},
     {"alibi", KEY_ALIBI, NULL, 0, "ALiBi slopes 1/(h+1) on the first half of the heads", 1},
     {"head", KEY_HEAD, "H", 0, "Only this query head of FILE, with its KV head, or `each` of them by itself (default: together)",
      1},
@@ -116,7 +116,8 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
 typedef struct method {
   const char *name; /* softmax, or the selector's */
   emx_select_desc select;
-  double alpha;
+  double alpha; /* of all heads, unless `alphas` has each head's */
+  const double *alphas;
   double *ms;                   /* [rounds] */
   emx_report *reports;          /* [B,H], of the last round run */
   double bytes;                 /* sum over the timed rounds */
@@ -137,12 +138,13 @@ typedef struct bench {
   int64_t file_queries;
   double alpha;
   float scale, *slopes;
+  double *alphas; /* [H] of FILE, or NULL */
   int B, H, G, D;
   int32_t seqs[MAX_BATCH];
   int64_t lengths[MAX_BATCH], max_len;
   emx_tensor k, v; /* pool views [M,G,P,D] */
   float *q, *out;  /* [B,H,D] */
-  emx_tensor tq, to, ts;
+  emx_tensor tq, to, ts, ta;
   void *work;
   size_t work_bytes;
   method methods[CLI_MAX_SELECT + 1];
@@ -192,9 +194,17 @@ static emx_status find(const emx_checkpoint *ck, const char *name, int ndim, emx
     return emxi_fail(EMX_ERR_FORMAT, "%s: tensor %s must be f32, f16 or bf16 with %d dimensions", "--data", name, ndim);
   return EMX_OK;
 }
+/* One number a query head of the file; no data where it has none. */
+static emx_status find_heads(const emx_checkpoint *ck, const char *name, int64_t heads, emx_tensor *t) {
+  if (emx_checkpoint_find(ck, name, t))
+    t->data = NULL;
+  else if (t->ndim != 1 || t->shape[0] != heads || t->dtype == EMX_I32)
+    return emxi_fail(EMX_ERR_SHAPE, "--data: %s must be [%lld], floating", name, (long long)heads);
+  return EMX_OK;
+}
 /* q [T,H,D], k and v [N,G,D]; a round takes one of the queries, as if it were the last. */
 static emx_status load_file(bench *b, const emx_checkpoint *ck, int64_t *file_heads) {
-  emx_tensor q, k, v, slopes;
+  emx_tensor q, k, v, slopes, alphas;
   EMX_TRY(find(ck, "q", 3, &q));
   EMX_TRY(find(ck, "k", 3, &k));
   EMX_TRY(find(ck, "v", 3, &v));
@@ -239,12 +249,18 @@ static emx_status load_file(bench *b, const emx_checkpoint *ck, int64_t *file_he
     status = emx_kv_append(b->ctx, b->kv, &batch, &part[0], &part[1], NULL);
   }
   emxi_free(chunk);
-  if (status || emx_checkpoint_find(ck, "alibi_slopes", &slopes)) return status; /* slopes are optional */
-  if (slopes.ndim != 1 || slopes.shape[0] != heads)
-    return emxi_fail(EMX_ERR_SHAPE, "--data: alibi_slopes must be [%lld]", (long long)heads);
-  b->slopes = emxi_alloc((size_t)b->H * sizeof *b->slopes);
-  if (!b->slopes) return emxi_fail(EMX_ERR_NOMEM, "no memory for slopes");
-  for (int h = 0; h < b->H; h++) b->slopes[h] = (float)cli_element(&slopes, first + h);
+  EMX_TRY(status);
+  EMX_TRY(find_heads(ck, "alibi_slopes", heads, &slopes));
+  EMX_TRY(find_heads(ck, "alphas", heads, &alphas));
+  if (b->o->alpha > 0) alphas.data = NULL; /* --alpha says otherwise */
+  if (slopes.data) b->slopes = emxi_alloc((size_t)b->H * sizeof *b->slopes);
+  if (alphas.data) b->alphas = emxi_alloc((size_t)b->H * sizeof *b->alphas);
+  if ((slopes.data && !b->slopes) || (alphas.data && !b->alphas))
+    return emxi_fail(EMX_ERR_NOMEM, "no memory for slopes and alphas");
+  for (int h = 0; h < b->H; h++) {
+    if (b->slopes) b->slopes[h] = (float)cli_element(&slopes, first + h);
+    if (b->alphas) b->alphas[h] = cli_element(&alphas, first + h);
+  }
   return EMX_OK;
 }
 
@@ -269,6 +285,7 @@ static emx_decode_io make_io(bench *b, const method *m) {
   emx_decode_io io;
   emx_decode_io_init(&io);
   io.alpha = m->alpha;
+  io.alphas = m->alphas ? &b->ta : NULL;
   io.scale = b->scale;
   io.q = &b->tq;
   io.o = &b->to;
@@ -289,21 +306,23 @@ static emx_status run(bench *b, method *m) {
   return emx_decode(b->ctx, b->kv, &batch, &m->select, &io, b->work, b->work_bytes);
 }
 
+static double alpha_of(const method *m, int h) { return m->alphas ? m->alphas[h] : m->alpha; }
+
 /* Bytes that came from memory: the heads of a group read the same keys (and for softmax the same values) together. */
 static double bytes_moved(const bench *b, const method *m) {
   double total = 0;
   const int group = b->H / b->G;
   for (int row = 0; row < b->B * b->G; row++) {
-    int64_t k = 0, v = 0;
+    int64_t k = 0, v = 0, v_all = 0;
     for (int h = 0; h < group; h++) {
       const emx_report *r = &m->reports[row * group + h];
       if (r->bytes_k + r->bytes_meta > k) k = r->bytes_k + r->bytes_meta;
-      if (m->alpha > 1)
+      if (alpha_of(m, row % b->G * group + h) > 1)
         v += r->bytes_v;
-      else if (r->bytes_v > v)
-        v = r->bytes_v;
+      else if (r->bytes_v > v_all)
+        v_all = r->bytes_v;
     }
-    total += (double)(k + v);
+    total += (double)(k + v + v_all);
   }
   return total;
 }
@@ -395,7 +414,7 @@ static emx_status check(bench *b) {
     cli_progress_text(&progress, i, heads, NULL);
     for (int m = 0; m < b->n_methods && !status; m++) {
       method *t = &b->methods[m];
-      if (m == 0 || t->alpha != b->methods[m - 1].alpha) dense_head(b, h, t->alpha, &d);
+      if (m == 0 || alpha_of(t, h) != alpha_of(t - 1, h)) dense_head(b, h, alpha_of(t, h), &d);
       for (int x = 0; x < b->D; x++) {
         t->err_sq += pow(outs[((int64_t)m * b->H + h) * b->D + x] - d.o[x], 2);
         t->ref_sq += d.o[x] * d.o[x];
@@ -426,17 +445,19 @@ static emx_status prepare(bench *b) {
   b->tq = emx_tensor_view(b->q, EMX_F32, 4, (int64_t[4]){b->B, b->H, 1, b->D});
   b->to = emx_tensor_view(b->out, EMX_F32, 4, (int64_t[4]){b->B, b->H, 1, b->D});
   b->ts = emx_tensor_view(b->slopes, EMX_F32, 1, (int64_t[1]){b->H});
+  b->ta = emx_tensor_view(b->alphas, EMX_F64, 1, (int64_t[1]){b->H});
   /* softmax over everything comes first: it is what the others are compared with */
   method *m = &b->methods[b->n_methods++];
   m->name = "softmax";
   emx_select_desc_init(&m->select);
   m->alpha = 1;
   for (int i = 0; i < o->select.n; i++) {
-    if (b->alpha == 1 && o->select.desc[i].kind == EMX_SELECT_ALL) continue; /* the row above */
+    if (b->alpha == 1 && !b->alphas && o->select.desc[i].kind == EMX_SELECT_ALL) continue; /* the row above */
     m = &b->methods[b->n_methods++];
     m->name = cli_select_name(o->select.desc[i].kind);
     m->select = o->select.desc[i];
     m->alpha = b->alpha;
+    m->alphas = b->alphas;
   }
   for (int i = 0; i < b->n_methods; i++) {
     m = &b->methods[i];
@@ -506,6 +527,12 @@ static int report(bench *b) {
                                   gbps, "read_gbps", read_gbps, "rel_err", cli_json_real(rel_err), "delta",
                                   cli_json_real(m->delta), "delta_bound", m->bound, "certified", (int)m->certified);
       if (j && numbers) json_object_update(j, numbers);
+      if (j && m->alphas) {
+        json_t *alphas = json_array();
+        for (int h = 0; h < b->H; h++) json_array_append_new(alphas, json_real(m->alphas[h]));
+        json_object_set_new(j, "alpha", json_null());
+        json_object_set_new(j, "alphas", alphas);
+      }
       if (j && m->select.kind == EMX_SELECT_TOPK) json_object_set_new(j, "budget", json_integer(m->select.budget));
       if (j && b->head >= 0) json_object_set_new(j, "head", json_integer(b->head));
       json_decref(numbers);
@@ -590,7 +617,8 @@ static int bench_cache(const options *o, emx_ctx *ctx, const char *data, int hea
   code = report(&b);
 done:
   for (int i = 0; i < b.n_methods; i++) emxi_free(b.methods[i].ms), emxi_free(b.methods[i].reports);
-  emxi_free(b.work), emxi_free(b.q), emxi_free(b.out), emxi_free(b.read_s), emxi_free(b.slopes), emxi_free(b.file_q);
+  emxi_free(b.work), emxi_free(b.q), emxi_free(b.out), emxi_free(b.read_s), emxi_free(b.slopes), emxi_free(b.alphas),
+      emxi_free(b.file_q);
   emx_kv_destroy(b.kv);
   emx_checkpoint_close(ck);
   return code;

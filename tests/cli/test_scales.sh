@@ -51,6 +51,14 @@ done
 jq -c "select(.head == 0)" out >one
 jq -c "select(.head == 0)" learned | cmp -s - one && die "head 0 is decoded with the alpha of head 3"
 
+# and so does the benchmark, whose float64 check has each head's alpha; sums of 32 products in float, of keys that are bf16 in both
+run 0 bench decode --data layer.safetensors --rounds 2 --select all,certified --json
+all_hold 'length == 3 and .[0].alpha == 1 and (.[0] | has("alphas") | not) and all(.rel_err < 1e-5)'
+alphas=[$(od -An -v -t f8 -j $((8 + header + at)) -N 32 layer.safetensors | xargs | tr ' ' ,)]
+all_hold ".[1:] | all(.alpha == null and ([.alphas, $alphas] | transpose | all((.[0] - .[1]) | fabs < 1e-8)))"
+run 0 bench decode --data layer.safetensors --rounds 2 --select all --alpha 2 --json
+all_hold '.[1].alpha == 2 and (.[1] | has("alphas") | not) and .[1].rel_err < 1e-5'
+
 # a resumed training has the scale and the positions of the first
 again() { # TEXT OPTIONS...
   local text=$1
