@@ -40,11 +40,14 @@ static emx_status decode(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, co
   }
   EMX_TRY(emxi_decode_bind(&d, batch, added, who));
   EMX_TRY(emxi_decode_arena(ctx, &d, workspace, workspace_bytes, who, &arena));
+  const int32_t mapped = kv->sketch.mapped;
   if (io->k_new) EMX_TRY(emxi_kv_append(ctx, kv, batch, io->k_new, io->v_new, NULL, io->layout, who));
   d.added = added;
   emx_status status = ctx->backend->decode_run(ctx, &d, &arena);
-  if (status && io->k_new && batch->seqs)
+  if (status && io->k_new && batch->seqs) {
     for (int32_t b = 0; b < d.B; b++) emxi_kv_truncate(kv, batch->seqs[b], kv->seqs[batch->seqs[b]].length - added);
+    kv->sketch.mapped = mapped;
+  }
   return status;
 }
 

@@ -536,11 +536,11 @@ static emx_status reserve(emx_kv *kv, const emx_kv_batch *batch, const int32_t *
   return EMX_OK;
 }
 
-/* Takes back what reserve gave. */
 /* The append has been written: its copies have replaced the shared pages. */
 static void commit(emx_kv *kv, int32_t n_copies) {
   for (int32_t c = 0; c < n_copies; c++) release(kv, kv->copies[c].from);
 }
+/* Takes back what reserve gave. */
 static void unreserve(emx_kv *kv, const emx_kv_batch *batch, int32_t n_copies) {
   for (int32_t b = 0; b < batch->batch; b++) emxi_kv_truncate(kv, batch->seqs[b], kv->seqs[batch->seqs[b]].length);
   for (int32_t c = 0; c < n_copies; c++) {
@@ -581,7 +581,9 @@ emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, c
     const emxi_kv_copy *copy = &kv->copies[c];
     kv->sum_tokens[copy->to] = kv->sum_tokens[copy->from] == copy->tokens ? copy->tokens : 0;
   }
+  const int32_t mapped = kv->sketch.mapped;
   emx_status status = ctx->backend->kv_write(ctx, &w);
+  if (status) kv->sketch.mapped = mapped; /* a cache learns from keys that it holds how to sketch */
   for (int32_t b = 0; b < batch->batch; b++) {
     int64_t length;
     const int32_t *table = emxi_kv_entry(kv, batch, b, &length), more = n ? n[b] : t;
@@ -637,7 +639,9 @@ static emx_status summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, cons
     if (kv->stamp[pages[i]] == kv->stamp_now) return emxi_fail(EMX_ERR_INVALID, "%s: page %d is listed twice", who, pages[i]);
     kv->stamp[pages[i]] = kv->stamp_now;
   }
+  const int32_t mapped = kv->sketch.mapped;
   emx_status status = ctx->backend->kv_summarize(ctx, kv, pages, tokens, n);
+  if (status) kv->sketch.mapped = mapped;
   for (int64_t i = 0; i < n; i++) {
     kv->sum_tokens[pages[i]] = status ? 0 : tokens ? tokens[i] : kv->P;
     if (kv->sketch.number) kv->sketch.number[pages[i]] = 0;

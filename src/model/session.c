@@ -7,6 +7,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include "base/num.h"
 #include "cache.h"
+#include "kv/kv.h"
 #include "model.h"
 #include "nn.h"
 #include "scale.h"
@@ -351,14 +352,16 @@ static emx_status cut(emx_session *s, int64_t length) {
   }
   return EMX_OK;
 }
-/* After a failure: back to where the session was. Returns the failure. */
-static emx_status roll_back(emx_session *s, emx_status failure) {
+/* After a failure: back to where the session was, and what the caches had learned from its keys (`mapped`, before the call; one number,
+ * for all layers hold the same tokens). Returns the failure. */
+static emx_status roll_back(emx_session *s, int32_t mapped, emx_status failure) {
   char detail[256];
   size_t n = strlen(emx_last_error());
   n = n < sizeof detail ? n : sizeof detail - 1;
   memcpy(detail, emx_last_error(), n);
   detail[n] = 0;
   if (cut(s, s->length)) return emxi_fail(EMX_ERR_INTERNAL, "session: cannot undo (%s)", detail);
+  for (int32_t l = 0; l < s->pool->model->config.num_layers; l++) s->pool->kv[l]->sketch.mapped = mapped;
   return failure;
 }
 
@@ -615,8 +618,9 @@ static emx_status prefill(emx_session *s, const int32_t *tokens, int64_t n, floa
   if (n < 1 || !tokens)
     return emxi_fail(EMX_ERR_INVALID, "emx_session_prefill: %s", tokens ? "n is not positive" : "tokens is NULL");
   EMX_TRY(check_tokens(s, tokens, n, "emx_session_prefill"));
+  const int32_t mapped = s->pool->kv[0]->sketch.mapped;
   emx_status status = run_prefill(s, tokens, n, nll, logits, progress, user);
-  return status ? roll_back(s, status) : EMX_OK;
+  return status ? roll_back(s, mapped, status) : EMX_OK;
 }
 emx_status emx_session_prefill(emx_session *s, const int32_t *tokens, int64_t n, float *nll, float *logits,
                                emx_progress_fn progress, void *user) {
@@ -629,10 +633,11 @@ static emx_status decode(emx_session *s, int32_t token, float *logits) {
   const emx_model_config *c = &p->model->config;
   EMX_TRY(check_tokens(s, &token, 1, "emx_session_decode"));
   emx_session_stats stats = s->stats;
+  const int32_t mapped = p->kv[0]->sketch.mapped;
   double start = now();
   emx_status status = forward(s, &token, 1, s->length, &stats);
   if (!status) status = head(p, p->h, 1);
-  if (status) return roll_back(s, status);
+  if (status) return roll_back(s, mapped, status);
   memcpy(logits, p->logits, (size_t)c->vocab_size * sizeof *logits);
   memcpy(s->last, p->h, (size_t)c->hidden_size * sizeof *s->last);
   s->last_known = true;

@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "decode_case.h"
+#include "kv/kv.h"
 #include "one_context.h"
 
 /* Every row of an ALL decode against the dense oracle. Scores carry float rounding, about 1e-6 of their size, and so does tau; a
@@ -483,6 +484,17 @@ static void test_cancel_midway(void **state) {
   assert_memory_equal(&before, &now, sizeof now);
   CASE_OK(case_decode(&c, &all));
   check_all(&c);
+  case_close(&c);
+  /* the page that the append completed was the first: what its keys had taught the cache goes with it */
+  c = (decode_case){.G = 2, .H = 4, .D = 32, .len = {16}, .seed = 5, .in_decode = true, .summaries = EMX_SUMMARY_SKETCH};
+  case_open(&c, cancelling);
+  tasks_left = 2 + 2; /* writes, sketches */
+  fails(case_decode(&c, &all), EMX_ERR_CANCELLED, "cancelled");
+  emx_ctx_resume(cancelling);
+  tasks_left = -1;
+  assert_int_equal(c.kv->sketch.mapped, 0);
+  CASE_OK(case_decode(&c, &all));
+  assert_int_equal(c.kv->sketch.mapped, 1);
   case_close(&c);
   emx_ctx_destroy(cancelling);
 }

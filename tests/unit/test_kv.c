@@ -10,6 +10,7 @@
 #include "base/base.h"
 #include "base/num.h"
 #include "check.h"
+#include "kv/kv.h"
 #include "one_context.h"
 
 static emx_kv_opts options(int32_t dtype, int32_t G, int32_t D, int32_t P, int32_t layout, int64_t pages) {
@@ -363,8 +364,9 @@ static void test_cancel_midway(void **state) {
   co.parallel_for = cancel_midway;
   OK(emx_ctx_create(&co, &cancelling));
   ctx = cancelling;
-  for (int after = 0; after < 4; after++) { /* two copies, two writes */
+  for (int after = 0; after < 6; after++) { /* two copies, two writes, two sketches */
     emx_kv_opts o = options(EMX_BF16, 2, 16, 16, EMX_LAYOUT_BHND, 4);
+    o.summaries |= EMX_SUMMARY_SKETCH;
     emx_kv *kv;
     int32_t a, b;
     uint32_t ids[40];
@@ -382,9 +384,11 @@ static void test_cancel_midway(void **state) {
     tasks_left = -1;
     OK(emx_kv_get_info(kv, &now));
     assert_memory_equal(&before, &now, sizeof now);
+    assert_int_equal(kv->sketch.mapped, 0); /* nothing was learned from keys that are not there */
     holds(kv, a, ids, 10);
     holds(kv, b, ids, 10);
     OK(append(kv, b, ids + 10, 20));
+    assert_int_equal(kv->sketch.mapped, 1);
     OK(append(kv, a, ids + 10, 2));
     holds(kv, a, ids, 12);
     holds(kv, b, ids, 30);
