@@ -58,6 +58,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case 'n': o->n = cli_int(state, "-n", arg, 1, 1 << 20); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
+      if (o->ruler.show && !o->ruler.n_tasks && !o->task.task.kind) argp_error(state, "--show needs --ruler or --task");
       if (!o->n_models && !o->ruler.show) argp_error(state, "-m DIR is required");
       if (o->ruler.n_tasks && !o->task.task.kind) {
         const char *other = o->bucket ? "--curve" : o->dump ? "--dump" : o->n ? "-n" : o->session.ctx ? "-c" : NULL;
@@ -374,7 +375,7 @@ int cmd_eval(int argc, char **argv) {
   else
     code = cli_context(&o.common, &ctx);
   if (o.ruler.n_tasks || o.task.task.kind) {
-    const eval_common e = {ctx, o.models, o.n_models, &o.session, &o.select, &o.cells, o.svg, o.common.json};
+    const eval_common e = {ctx, o.models, o.n_models, &o.session, &o.select, &o.cells, o.svg, o.ruler.show, o.common.json};
     if (!code) code = o.task.task.kind ? eval_task(&e, &o.task) : eval_ruler(&e, &o.ruler, text, size);
     free(text);
     emx_ctx_destroy(ctx);

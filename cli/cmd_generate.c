@@ -80,7 +80,43 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
   return ARGP_ERR_UNKNOWN;
 }
 
-static int print_stats(const options *o, const emx_session *s, const char *text, int64_t tokens) {
+/* The prompt's tokens: its bytes, or for a model of a task the numbers that it spells. */
+static int prompt_tokens(const emx_model_config *config, const char *text, size_t size, int32_t **out, int64_t *n) {
+  *n = (int64_t)size;
+  if (!config->task) return session_tokens(config, text, size, out);
+  int32_t *tokens = malloc((size / 2 + 1) * sizeof *tokens); /* a digit and a blank each */
+  if (!tokens) return cli_nomem((size / 2 + 1) * sizeof *tokens, "the tokens");
+  *n = 0;
+  for (const char *at = text + strspn(text, " \t\r\n"); at < text + size; at += strspn(at, " \t\r\n")) {
+    char *end;
+    const long token = strtol(at, &end, 10);
+    const size_t length = strcspn(at, " \t\r\n");
+    if (end == at || end != at + length || token < 0 || token >= config->vocab_size) {
+      free(tokens);
+      return cli_fail("'%.*s' is no token of task %s, expected numbers from 0 to %d", length < 40 ? (int)length : 40, at,
+                      emx_task_name(config->task), config->vocab_size - 1);
+    }
+    tokens[(*n)++] = (int32_t)token;
+    at = end;
+  }
+  *out = tokens;
+  if (!*n) return cli_fail("the prompt has no tokens");
+  return CLI_OK;
+}
+/* What was made, as text. */
+static char *text_of(const emx_model_config *config, const int32_t *tokens, int64_t n, size_t *size) {
+  char *text = malloc((size_t)n * (config->task ? 12 : 1) + 1);
+  *size = 0;
+  for (int64_t i = 0; text && i < n; i++) {
+    if (config->task)
+      *size += (size_t)sprintf(text + *size, i ? " %d" : "%d", tokens[i]);
+    else
+      text[(*size)++] = (char)tokens[i];
+  }
+  return text;
+}
+
+static int print_stats(const options *o, const emx_session *s, const char *text, size_t size, int64_t tokens) {
   session_summary sum;
   int code = session_summarize(s, &sum);
   if (code) return code;
@@ -88,7 +124,7 @@ static int print_stats(const options *o, const emx_session *s, const char *text,
     json_t *j = session_json(&sum, &o->select.desc[0]);
     if (j) {
       json_object_set_new(j, "tokens", json_integer(tokens));
-      json_object_set_new(j, "text", cli_json_text(text, (size_t)tokens));
+      json_object_set_new(j, "text", cli_json_text(text, size));
     }
     return cli_json_line(j);
   }
@@ -113,7 +149,9 @@ int cmd_generate(int argc, char **argv) {
       .children = children,
       .doc =
           "Continues a prompt. The text goes to standard output as it is made, statistics to standard error; "
-          "with --json only one object at the end.\v"
+          "with --json only one object at the end. Prompt and text of a model of a task are token numbers (`emx eval --task T "
+          "--show` "
+          "prints such prompts).\v"
           "A saved cache holds the prompt and what was generated. A run that loads it goes on as the run that saved it would "
           "have "
           "done, with the same seed too: what is drawn depends on the seed and the position. It needs the same model; page size "
@@ -132,6 +170,8 @@ int cmd_generate(int argc, char **argv) {
   emx_session *session = NULL;
   qkv_recorder *recorder = NULL;
   char *prompt = NULL, *text = NULL;
+  int32_t *given = NULL, *made = NULL; /* tokens */
+  int64_t n_given = 0, n_made = 0;
   float *logits = NULL;
   size_t size = 0;
   int code = CLI_OK;
@@ -150,22 +190,23 @@ int cmd_generate(int argc, char **argv) {
   emx_model_config config = {.struct_size = sizeof config};
   emx_cache_info info = {.struct_size = sizeof info};
   CLI_TRY(emx_model_get_config(model, &config));
+  if (size && (code = prompt_tokens(&config, o.file ? prompt : o.prompt, size, &given, &n_given))) goto done;
   if (o.load) CLI_TRY(emx_cache_get_info(o.load, &info));
   cli_session defaults;
   cli_session_init(&defaults);
   if (!o.session.page) o.session.page = o.load ? info.page_size : defaults.page;
   if (!o.session.kv_dtype) o.session.kv_dtype = o.load ? info.dtype : defaults.kv_dtype;
-  if ((code = session_open(model, &o.session, &o.select, info.tokens + (int64_t)size + o.n, &session))) goto done;
+  if ((code = session_open(model, &o.session, &o.select, info.tokens + n_given + o.n, &session))) goto done;
   CLI_TRY(emx_session_set_select(session, o.select.desc));
   logits = malloc((size_t)config.vocab_size * sizeof *logits);
-  text = malloc((size_t)o.n + 1);
-  if (!logits || !text) {
-    code = cli_nomem((size_t)o.n, "the text");
+  made = malloc(((size_t)o.n + 1) * sizeof *made);
+  if (!logits || !made) {
+    code = cli_nomem(((size_t)o.n + 1) * sizeof *made, "the text");
     goto done;
   }
   if (o.load && (code = session_load(session, o.load, "load"))) goto done;
-  if (size) {
-    if ((code = session_prefill(session, &config, o.file ? prompt : o.prompt, size, NULL, logits, "prefill"))) goto done;
+  if (given) {
+    if ((code = session_prefill_tokens(session, given, n_given, NULL, logits, "prefill"))) goto done;
     if (o.save && (code = session_save(session, o.save, "save"))) goto done;
   } else {
     CLI_TRY(emx_session_logits(session, logits));
@@ -173,21 +214,22 @@ int cmd_generate(int argc, char **argv) {
 
   if (o.dump && (code = qkv_record(session, &config, o.dump, o.layer, o.n, &recorder))) goto done;
   const int64_t start = emx_session_length(session);
-  int64_t made = 0;
-  while (made < o.n) {
+  while (n_made < o.n) {
     int32_t token;
-    CLI_TRY(emx_sample(logits, config.vocab_size, &o.sample, start + made, &token));
-    text[made++] = (char)token;
-    if (!o.common.json && (putchar(token) == EOF || (code = cli_flush()))) break;
-    if (made == o.n) break;
+    CLI_TRY(emx_sample(logits, config.vocab_size, &o.sample, start + n_made, &token));
+    made[n_made++] = token;
+    if (!o.common.json) {
+      const bool lost = config.task ? printf(n_made > 1 ? " %d" : "%d", token) < 0 : putchar(token) == EOF;
+      if (lost || (code = cli_flush())) break;
+    }
+    if (n_made == o.n) break;
     if ((code = cli_status(emx_session_decode(session, token, logits)))) break;
   }
   if (!o.common.json && o.n) putchar('\n');
-  if (o.save && made && (code == CLI_OK || code == CLI_INTERRUPTED)) { /* with the last token, which nothing was drawn after */
+  if (o.save && n_made && (code == CLI_OK || code == CLI_INTERRUPTED)) { /* with the last token, which nothing was drawn after */
     if (code) emx_ctx_resume(ctx);
     int saved = CLI_OK;
-    if (emx_session_length(session) < start + made)
-      saved = cli_status(emx_session_decode(session, (unsigned char)text[made - 1], logits));
+    if (emx_session_length(session) < start + n_made) saved = cli_status(emx_session_decode(session, made[n_made - 1], logits));
     if (!saved) saved = session_save(session, o.save, "save");
     if (!code) code = saved;
   }
@@ -196,11 +238,16 @@ int cmd_generate(int argc, char **argv) {
     const int dumped = qkv_record_write(recorder);
     if (!code) code = dumped;
   }
-  int stats = code == CLI_OK || code == CLI_INTERRUPTED ? print_stats(&o, session, text, made) : CLI_OK;
-  if (!code) code = stats ? stats : cli_flush();
+  if (code == CLI_OK || code == CLI_INTERRUPTED) {
+    text = text_of(&config, made, n_made, &size);
+    const int stats = text ? print_stats(&o, session, text, size, n_made) : cli_nomem((size_t)n_made, "the text");
+    if (!code) code = stats ? stats : cli_flush();
+  }
 done:
   free(prompt);
   free(text);
+  free(given);
+  free(made);
   free(logits);
   qkv_record_end(recorder);
   emx_session_destroy(session);

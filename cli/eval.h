@@ -42,6 +42,7 @@ typedef struct eval_common {
   const cli_select *select;
   const eval_cells *cells;
   const char *svg; /* NULL: no picture */
+  bool show;       /* the samples instead */
   bool json;
 } eval_common;
 /* text: the haystack; NULL: the one built in. */

@@ -52,7 +52,8 @@ static const struct argp_option ruler_options[] = {
      61},
     {"depth", KEY_DEPTH, "P,...", 0,
      "Where the needle of niah, multikey and passkey lies, in percent of the text (default: anywhere)", 61},
-    {"show", KEY_SHOW, NULL, 0, "Print the prompts of --ruler, their choices and answers, and ask no model", 61},
+    {"show", KEY_SHOW, NULL, 0, "Print the prompts of --ruler, their choices and answers, or those of --task, and ask no model",
+     61},
     {0}};
 static error_t parse_ruler(int key, char *arg, struct argp_state *state) {
   eval_ruler_options *o = state->input;
@@ -81,7 +82,7 @@ static error_t parse_ruler(int key, char *arg, struct argp_state *state) {
       return 0;
     case KEY_SHOW: o->show = true; return 0;
     case ARGP_KEY_SUCCESS:
-      if ((o->n_depth || o->show) && !o->n_tasks) argp_error(state, "%s needs --ruler", o->show ? "--show" : "--depth");
+      if (o->n_depth && !o->n_tasks) argp_error(state, "--depth needs --ruler");
       return 0;
   }
   return ARGP_ERR_UNKNOWN;

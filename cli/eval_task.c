@@ -3,6 +3,8 @@
 #include "eval.h"
 #include "svg.h"
 
+#include <stdlib.h>
+
 enum { KEY_TASK = 1340, KEY_P_WRITE };
 static const struct argp_option option_table[] = {
     {"task", KEY_TASK, "TASK", 0,
@@ -64,7 +66,48 @@ done:
   return code;
 }
 
+/* A line a sample: the tokens up to the one that must be answered, as `emx generate` takes them; with --json all tokens and labels. */
+static int show(const eval_common *e, const emx_task_desc *kind) {
+  const int64_t samples = e->cells->samples ? e->cells->samples : 1;
+  int32_t *tokens = NULL;
+  int code = CLI_OK;
+  for (int i = 0; i < e->cells->n_len && !code; i++) {
+    emx_task_desc task = *kind;
+    emx_task_info info = {.struct_size = sizeof info};
+    task.split = EMX_SPLIT_TEST;
+    task.seed = e->cells->seed;
+    task.min_length = task.max_length = e->cells->len[i];
+    CLI_TRY(emx_task_get_info(&task, &info));
+    free(tokens);
+    tokens = malloc(2 * (size_t)info.max_tokens * sizeof *tokens);
+    if (!tokens) return cli_nomem(2 * (size_t)info.max_tokens * sizeof *tokens, "a sample");
+    int32_t *labels = tokens + info.max_tokens;
+    for (int64_t sample = 0; sample < samples && !code; sample++) {
+      int64_t n, at = 0;
+      CLI_TRY(emx_task_sample(&task, sample, tokens, labels, info.max_tokens, &n));
+      if (!e->json) {
+        do printf(at ? " %d" : "%d", tokens[at]);
+        while (labels[at] == EMX_UNSCORED && ++at < n);
+        putchar('\n');
+        continue;
+      }
+      json_t *all = json_array(), *answers = json_array();
+      for (; at < n; at++) {
+        json_array_append_new(all, json_integer(tokens[at]));
+        json_array_append_new(answers, labels[at] == EMX_UNSCORED ? json_null() : json_integer(labels[at]));
+      }
+      code =
+          cli_json_line(json_pack("{s:s, s:I, s:I, s:o, s:o}", "task", emx_task_name(task.kind), "length",
+                                  (json_int_t)task.max_length, "sample", (json_int_t)sample, "tokens", all, "labels", answers));
+    }
+  }
+done:
+  free(tokens);
+  return code;
+}
+
 int eval_task(const eval_common *e, const eval_task_options *o) {
+  if (e->show) return show(e, &o->task);
   double exact[EVAL_MAX_MODELS][EVAL_MAX_CELLS], x[EVAL_MAX_CELLS];
   svg_series series[EVAL_MAX_MODELS];
   for (int i = 0; i < e->cells->n_len; i++) x[i] = (double)e->cells->len[i];

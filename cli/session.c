@@ -59,12 +59,15 @@ int session_prefill(emx_session *s, const emx_model_config *config, const char *
                     const char *label) {
   int32_t *tokens = NULL;
   int code = session_tokens(config, text, n, &tokens);
-  if (code) return code;
+  if (!code) code = session_prefill_tokens(s, tokens, (int64_t)n, nll, logits, label);
+  free(tokens);
+  return code;
+}
+int session_prefill_tokens(emx_session *s, const int32_t *tokens, int64_t n, float *nll, float *logits, const char *label) {
   cli_progress progress;
   cli_progress_init(&progress, label);
-  code = cli_status(emx_session_prefill(s, tokens, (int64_t)n, nll, logits, label ? cli_progress_show : NULL, &progress));
+  int code = cli_status(emx_session_prefill(s, tokens, n, nll, logits, label ? cli_progress_show : NULL, &progress));
   cli_progress_end(&progress);
-  free(tokens);
   return code;
 }
 

@@ -22,6 +22,8 @@ int session_open(emx_model *model, const cli_session *opts, const cli_select *se
 int session_prefill(emx_session *s, const emx_model_config *config, const char *text, size_t n, float *nll, float *logits,
                     const char *label);
 
+int session_prefill_tokens(emx_session *s, const int32_t *tokens, int64_t n, float *nll, float *logits, const char *label);
+
 /* Cache files, with a progress bar. */
 int session_save(emx_session *s, const char *path, const char *label);
 int session_load(emx_session *s, const char *path, const char *label);

@@ -31,6 +31,23 @@ run 0 eval -m whole -m half --task flipflop --len 8 --samples 10
 run 0 info -m whole
 grep -q 'flipflop' out || die "info does not name the task"
 
+# Samples as prompts: numbers in, numbers out; the prompt ends where the first label is asked for
+run 0 eval --task retrieval --len 31,40 --samples 2 --seed 3 --show --json
+holds '(.tokens | length) == (.labels | length) and .tokens[0] == 5502 and (.labels | map(values) | length) == 2'
+cp out samples
+run 0 eval --task retrieval --len 31,40 --samples 2 --seed 3 --show
+[ "$(jq -r '.tokens[:(.labels | map(. != null) | index(true)) + 1] | join(" ")' samples)" = "$(cat out)" ] || die "the prompts differ"
+run 0 eval --task flipflop --len 16 --samples 1 --show
+cp out prompt
+run 0 generate -m whole -f prompt -n 5
+grep -qxE '[0-9]+( [0-9]+){4}' out || die "five numbers"
+cp out five
+run 0 generate -m whole -f prompt -n 5 --select certified --json
+holds '.tokens == 5 and .text == "'"$(cat five)"'"'
+run 0 generate -m whole -f prompt -n 2 --cache-save cache
+run 0 generate -m whole --cache-load cache -n 3
+[ "$(cut -d' ' -f3- five)" = "$(cat out)" ] || die "a saved cache goes on otherwise"
+
 # Ctrl-C
 "$EMX" eval -m whole --task flipflop --len 4096 --samples 1000000 >out 2>err </dev/null &
 pid=$!
@@ -41,7 +58,10 @@ fails 1 'flipflop, not copy' eval -m whole --task copy --len 8
 fails 1 'lengths 3' eval -m whole --task flipflop --len 3
 fails 1 'of text, not of task copy' eval -m "$MODEL" --task copy --len 8
 fails 1 'nowhere' eval -m nowhere --task copy --len 8
-fails 1 'task flipflop, not bytes' generate -m whole -p x
+fails 1 "'x' is no token of task flipflop" generate -m whole -p "1 x"
+fails 1 "'99' is no token of task flipflop" generate -m whole -p 99
+fails 1 "'0x1' is no token of task flipflop" generate -m whole -p 0x1
+fails 1 "no tokens" generate -m whole -p "  "
 fails 1 'task flipflop, not bytes' eval -m whole -f "$SRC/LICENSE"
 fails 2 'no task' eval -m whole --task sums --len 8
 fails 2 'needs --len' eval -m whole --task flipflop
