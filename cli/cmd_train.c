@@ -206,32 +206,30 @@ static char *path_in(const char *folder, const char *name) {
   return asprintf(&path, "%s/%s", folder, name) < 0 ? NULL : path;
 }
 
-/* Makes the folder, refuses one that another run writes or that holds a training unless it is continued, and finds out early whether it
- * can be written. *lock keeps other runs out until it is closed; the lock is the folder's own, so a killed run leaves nothing behind. */
-static int open_folder(const options *o, int *lock) {
-  if (mkdir(o->out, 0777) && errno != EEXIST) return cli_fail("cannot make %s: %s", o->out, strerror(errno));
+/* Refuses a folder that another run writes, that holds a training unless it is continued, or that cannot be written. Called before the
+ * trainer is made, when a new training makes nothing yet, and after it. *lock keeps other runs out until it is closed; the lock is the
+ * folder's own, so a killed run leaves nothing behind. */
+static int open_folder(const options *o, bool make, int *lock) {
+  if (*lock >= 0) return CLI_OK;
+  if (make && mkdir(o->out, 0777) && errno != EEXIST) return cli_fail("cannot make %s: %s", o->out, strerror(errno));
   *lock = open(o->out, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (*lock < 0 && errno == ENOENT && !o->resume && !make) return CLI_OK;
   if (*lock < 0) return cli_fail("cannot open %s: %s", o->out, strerror(errno));
   if (flock(*lock, LOCK_EX | LOCK_NB)) {
     if (errno == EWOULDBLOCK) return cli_fail("another emx train is running in %s", o->out);
     fprintf(stderr, "emx train: %s cannot be locked (%s): see to it that no other training writes there\n", o->out,
             strerror(errno));
   }
-  char *state = path_in(o->out, "trainer.safetensors"), *model = path_in(o->out, "model.safetensors"),
-       *journal = path_in(o->out, "log.jsonl");
+  char *state = path_in(o->out, "trainer.safetensors"), *model = path_in(o->out, "model.safetensors");
   int code = CLI_OK;
-  if (!state || !model || !journal)
+  if (!state || !model)
     code = cli_nomem(4096, "a path");
   else if (!o->resume && (!access(state, F_OK) || !access(model, F_OK)))
     code = cli_fail("%s already holds a model: continue it with --resume, or choose another folder", o->out);
-  else {
-    FILE *f = fopen(journal, "a");
-    if (!f) code = cli_fail("cannot write %s: %s", journal, strerror(errno));
-    if (f) fclose(f);
-  }
+  else if (access(o->out, W_OK | X_OK))
+    code = cli_fail("cannot write to %s: %s", o->out, strerror(errno));
   free(state);
   free(model);
-  free(journal);
   return code;
 }
 
@@ -505,7 +503,7 @@ int cmd_train(int argc, char **argv) {
   FILE *journal = NULL;
   int64_t step = 0;
   int code, lock = -1;
-  if ((code = load_texts(&o.train)) || (code = load_texts(&o.valid)) || (code = open_folder(&o, &lock))) goto done;
+  if ((code = load_texts(&o.train)) || (code = load_texts(&o.valid)) || (code = open_folder(&o, false, &lock))) goto done;
   for (int64_t i = 0; i < o.valid.n; i++)
     if (o.valid.sizes[i] <= o.opts.length) {
       code = cli_fail("%s has %lld bytes, validation needs more than --length %lld", o.valid.paths[i],
@@ -525,7 +523,7 @@ int cmd_train(int argc, char **argv) {
   } else {
     CLI_TRY(emx_trainer_create(ctx, &o.config, &o.opts, &data, &trainer));
   }
-  if ((code = log_open(&o, step, &journal))) goto done;
+  if ((code = open_folder(&o, true, &lock)) || (code = log_open(&o, step, &journal))) goto done;
   cli_on_interrupt(ctx, true);
   int64_t total = 0;
   for (int64_t i = 0; i < o.train.n; i++) total += o.train.sizes[i];

@@ -61,13 +61,16 @@ run 0 info -m early
 fails 1 'resume' train -o whole "${DATA[@]}" $SHAPE --steps 160
 fails 1 'layers' train -o whole "${DATA[@]}" $SHAPE --steps 160 --resume --layers 3
 fails 1 'lr' train -o whole "${DATA[@]}" $SHAPE --steps 160 --resume --lr 0.1
-fails 1 'trainer.safetensors' train -o empty "${DATA[@]}" $SHAPE --steps 9 --resume
+fails 1 'empty' train -o empty "${DATA[@]}" $SHAPE --steps 9 --resume
 : >nothing.txt
 fails 1 'empty' train -o new --data nothing.txt $SHAPE
 fails 1 'nowhere' train -o new --data nowhere.txt $SHAPE
 echo short >short.txt
 fails 1 'window' train -o new --data short.txt $SHAPE
 fails 1 'short.txt' train -o new "${DATA[@]}" --valid short.txt $SHAPE
+mkdir bare
+fails 1 'window' train -o bare --data short.txt $SHAPE
+[ -z "$(ls bare)" ] || die "a training that did not start left $(ls bare)"
 : >file
 fails 1 'file' train -o file/inside "${DATA[@]}" $SHAPE --steps 2
 fails 1 'file' train -o file "${DATA[@]}" $SHAPE --steps 2
@@ -77,4 +80,5 @@ if [ "$(id -u)" != 0 ]; then # root may write anywhere
 fi
 fails 2 'multiple' train -o new "${DATA[@]}" $SHAPE --steps 2 --kv-heads 2 --heads 3
 fails 1 'bytes' train -o new "${DATA[@]}" $SHAPE --steps 2 --hidden 65536 --ffn 65536 --layers 1000
+[ ! -e new ] && [ ! -e empty ] || die "a training that did not start made its folder"
 exit 0
