@@ -4,6 +4,7 @@
 #include "eval.h"
 #include "svg.h"
 
+#include "model/model.h"
 #include "train/ruler.h"
 
 #include <stdlib.h>
@@ -342,6 +343,9 @@ static int run_model(const eval_common *e, int m, const cli_select *select, cons
     goto done;
   }
   r.then = r.now + r.vocab;
+  if (!e->json && m == 0) /* nothing can be wrong with the call any more */
+    printf("%-14s %-10s %8s %6s %-12s %7s %7s %7s %7s %7s %7s %8s %9s\n", "model", "task", "length", "depth", "select", "exact",
+           "found", "choice", "gain", "+-", "chance", "margin", "K+V read");
   for (int row = 0; row < g->n_rows; row++)
     for (int l = 0; l < g->n_len; l++) {
       cell c = g->rows[row];
@@ -428,12 +432,13 @@ int eval_ruler(const eval_common *e, const eval_ruler_options *o, const char *te
       if ((code = make_sample(e, &c, text, size, 0, &q))) return code;
       emxi_ruler_free(&q);
     }
+  for (int m = 0; m < e->n_models; m++) {
+    emx_model_config config;
+    if ((code = cli_status(emxi_config_read(e->models[m], &config))) || (code = session_check_bytes(&config))) return code;
+  }
   const size_t cells = (size_t)e->n_models * (size_t)select.n * (size_t)g.n_rows * (size_t)g.n_len;
   g.gain = malloc(cells * sizeof *g.gain);
   if (!g.gain) return cli_nomem(cells * sizeof *g.gain, "the grid");
-  if (!e->json)
-    printf("%-14s %-10s %8s %6s %-12s %7s %7s %7s %7s %7s %7s %8s %9s\n", "model", "task", "length", "depth", "select", "exact",
-           "found", "choice", "gain", "+-", "chance", "margin", "K+V read");
   for (int m = 0; m < e->n_models && !code; m++) code = run_model(e, m, &select, len, &g, text, size);
   if (!code && e->svg) code = draw_grid(e, &select, len, &g);
   free(g.gain);

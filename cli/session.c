@@ -39,8 +39,14 @@ int session_open(emx_model *model, const cli_session *opts, const cli_select *se
   return cli_status(emx_session_create(model, &o, out));
 }
 
-int session_tokens(const emx_model_config *config, const char *text, size_t n, int32_t **out) {
+int session_check_bytes(const emx_model_config *config) {
   if (config->task) return cli_fail("the model's tokens are those of task %s, not bytes", emx_task_name(config->task));
+  return CLI_OK;
+}
+
+int session_tokens(const emx_model_config *config, const char *text, size_t n, int32_t **out) {
+  int code = session_check_bytes(config);
+  if (code) return code;
   int32_t *tokens = malloc((n + 1) * sizeof *tokens);
   if (!tokens) return cli_nomem(n * sizeof *tokens, "the tokens");
   for (size_t i = 0; i < n; i++) {

@@ -55,6 +55,8 @@ int session_reference_open(emx_session *base, const int32_t *tokens, int64_t n, 
 int session_reference_compare(session_reference *r, const emx_select_desc *select, session_difference *out);
 void session_reference_close(session_reference *r);
 
+/* An error for a model of a task, whose tokens are not bytes. */
+int session_check_bytes(const emx_model_config *config);
 /* n bytes as tokens, for free(); CLI_ERROR names the first byte that is no token of the model. */
 int session_tokens(const emx_model_config *config, const char *text, size_t n, int32_t **out);
 

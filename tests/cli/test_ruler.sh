@@ -53,8 +53,8 @@ fails 2 'not about --ruler' eval -m "$MODEL" --ruler niah --curve 50
 fails 2 '-m DIR' eval --ruler niah
 fails 1 'at least' eval -m "$MODEL" --ruler niah --len 1000,100 # before any row
 run 0 train -o task --task parity $SHAPE --length 8..16 --steps 3
-run 1 eval -m task --ruler niah
-grep -q 'task parity' err || die "a model of a task"
+fails 1 'task parity' eval -m task --ruler niah
+fails 1 'task parity' eval -m "$MODEL" -m task --ruler niah
 fails 1 'nowhere' eval -m "$MODEL" --ruler niah -f nowhere
 "$EMX" eval -m "$MODEL" --ruler niah --len 4000 --samples 100000 --json >out 2>err &
 sleep 0.5
