@@ -12,6 +12,7 @@ if(TARGET man)
 endif()
 install(FILES LICENSE README.md CHANGELOG.md DESTINATION ${CMAKE_INSTALL_DOCDIR})
 install(DIRECTORY docs examples DESTINATION ${CMAKE_INSTALL_DOCDIR})
+install(DIRECTORY bench/results DESTINATION ${CMAKE_INSTALL_DOCDIR}/bench) # the raw rows that docs/performance.md names
 
 # ---- CMake package: libentmax::entmax, libentmax::model; with COMPONENTS static also libentmax::entmax_static, ::model_static
 include(CMakePackageConfigHelpers)

@@ -28,6 +28,11 @@ lib=$(dirname "$pc")
 for file in include/emx.h include/emx_model.h bin/emx share/man/man1/emx.1 share/man/man1/emx-decode.1 share/doc/libentmax/LICENSE share/doc/libentmax/examples/decode.c; do
   [ -s "$prefix/$file" ] || fail "$file was not installed"
 done
+# Every relative link of the installed documentation leads to an installed file.
+doc="$prefix/share/doc/libentmax"
+grep -oE '\]\([^):# ]+' "$doc"/*.md "$doc"/docs/*.md | while IFS= read -r link; do
+  [ -e "$(dirname "${link%%:*}")/${link#*](}" ] || fail "a dead link: $link"
+done
 for name in libentmax libentmax_model; do
   [ -f "$lib/$name.a" ] || fail "no $name.a"
   [ "$(readlink "$lib/$name.so")" = "$(cd "$lib" && echo $name.so.[0-9])" ] || fail "$name.so does not link to the soname"
