@@ -1,21 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0
  * emx bench decode: one query token per sequence against a paged cache. Softmax (alpha = 1) is the first method, then every selector.
  * Each round runs every method once on the same fresh query, and streams the cache through all workers once for the read rate. The
- * first query's results are compared with float64 attention over the cached, rounded keys. */
+ * first query's results are compared with float64 attention over the cached, rounded keys.
+ * On a GPU the pool of the CPU's cache is copied there, and a round's time is that of DEVICE_RUNS decodes in a row. */
 #define _GNU_SOURCE
 #include "bench.h"
 #include "qkv.h"
 #include "svg.h"
 #include "workload.h"
 
-#include "base/base.h"
+#include "base/backend.h"
 #include "base/num.h"
 #include "entmax/entmax.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_BATCH = 64, CHECKED_HEADS = 4, APPEND = 512, MAX_FILES = 16, EVERY_HEAD = -2 };
+enum { MAX_BATCH = 64, CHECKED_HEADS = 4, APPEND = 512, MAX_FILES = 16, EVERY_HEAD = -2, DEVICE_RUNS = 16, DEVICE_BLOCKS = 16 };
 
 typedef struct options {
   cli_common common;
@@ -26,7 +27,8 @@ typedef struct options {
   int hq, hkv, d, page, batch, rounds, head; /* head: of a file; -1: all together, or EVERY_HEAD */
   int32_t dtype;
   double alpha; /* 0: not given */
-  bool alibi;
+  bool alibi, cuda;
+  int32_t device_index;
   uint64_t seed;
 } options;
 enum {
@@ -42,7 +44,8 @@ enum {
   KEY_SEED,
   KEY_ALIBI,
   KEY_HEAD,
-  KEY_SVG
+  KEY_SVG,
+  KEY_DEVICE
 };
 static const struct argp_option option_table[] = {
     {"data", KEY_DATA, "W", 0,
@@ -61,6 +64,7 @@ static const struct argp_option option_table[] = {
     {"head", KEY_HEAD, "H", 0, "Only this query head of FILE, with its KV head, or `each` of them by itself (default: together)",
      1},
     {"svg", KEY_SVG, "FILE", 0, "Draw bytes and time of the last selector, of softmax's, a row a file; with --head each", 1},
+    {"device", KEY_DEVICE, "WHERE", 0, "cpu (default), cuda or cuda:N", 1},
     {"rounds", KEY_ROUNDS, "N", 0, "Timed rounds (default 9)", 1},
     {"seed", KEY_SEED, "S", 0, "Seed of the data (default 1)", 1},
     {0}};
@@ -88,6 +92,13 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_PAGE: o->page = cli_page(state, arg); return 0;
     case KEY_BATCH: o->batch = (int)cli_int(state, "--batch", arg, 1, MAX_BATCH); return 0;
     case 'a': o->alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
+    case KEY_DEVICE: {
+      char end;
+      o->cuda = strcmp(arg, "cpu") != 0;
+      if (o->cuda && strcmp(arg, "cuda") && (sscanf(arg, "cuda:%d%c", &o->device_index, &end) != 1 || o->device_index < 0))
+        argp_error(state, "--device is '%s', expected cpu, cuda or cuda:N", arg);
+      return 0;
+    }
     case KEY_ALIBI: o->alibi = true; return 0;
     case KEY_HEAD: o->head = strcmp(arg, "each") ? (int)cli_int(state, "--head", arg, 0, 4095) : EVERY_HEAD; return 0;
     case KEY_ROUNDS: o->rounds = (int)cli_int(state, "--rounds", arg, 1, 100000); return 0;
@@ -150,6 +161,13 @@ typedef struct bench {
   method methods[CLI_MAX_SELECT + 1];
   int n_methods;
   double *read_s;
+  /* On a GPU: its context, a cache over a copy of the pool, and copies of the tensors; blocks is all its memory. */
+  emx_ctx *gpu;
+  emx_kv *gpu_kv;
+  emx_tensor gpu_q, gpu_o, gpu_slopes, gpu_table, gpu_lengths;
+  emx_report *gpu_reports;
+  void *gpu_work, *blocks[DEVICE_BLOCKS];
+  int n_blocks;
 } bench;
 
 /* ---- data */
@@ -169,7 +187,7 @@ static emx_status make_cache(bench *b) {
   kv.kv_heads = b->G;
   kv.head_dim = b->D;
   kv.page_size = o->page;
-  kv.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS | cli_sketches(&o->select);
+  kv.summaries = o->cuda ? 0 : EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS | cli_sketches(&o->select);
   kv.max_seqs = b->B;
   for (int i = 0; i < b->B; i++) kv.max_pages += (b->lengths[i] + o->page - 1) / o->page;
   EMX_TRY(emx_kv_create(b->ctx, &kv, &b->kv));
@@ -300,10 +318,114 @@ static emx_kv_batch make_batch(const bench *b) {
   batch.seqs = b->seqs;
   return batch;
 }
-static emx_status run(bench *b, method *m) {
+
+/* ---- on a GPU */
+
+/* Device memory of the bench; what `from` holds (NULL: nothing) is copied there. */
+static emx_status upload(bench *b, const void *from, size_t bytes, void **out) {
+  void *p;
+  if (b->n_blocks == DEVICE_BLOCKS) return emxi_fail(EMX_ERR_INTERNAL, "more than %d blocks of device memory", DEVICE_BLOCKS);
+  EMX_TRY(b->gpu->backend->memory_alloc(b->gpu, bytes, &p));
+  *out = b->blocks[b->n_blocks++] = p;
+  return from ? b->gpu->backend->memory_copy(b->gpu, p, from, bytes) : EMX_OK;
+}
+/* The same tensor in device memory. */
+static emx_status upload_tensor(bench *b, const emx_tensor *t, emx_tensor *out) {
+  size_t bytes = emx_dtype_size(t->dtype);
+  for (int d = 0; d < t->ndim; d++) bytes *= (size_t)t->shape[d];
+  *out = *t;
+  out->device = EMX_DEVICE_CUDA;
+  out->device_index = b->o->device_index;
+  return upload(b, t->data, bytes, &out->data);
+}
+static emx_status prepare_gpu(bench *b) {
+  const options *o = b->o;
+  const int64_t columns = (b->max_len + o->page - 1) / o->page;
+  emx_tensor k, v;
+  EMX_TRY(upload_tensor(b, &b->k, &k));
+  EMX_TRY(upload_tensor(b, &b->v, &v));
+  emx_kv_opts kv;
+  emx_kv_opts_init(&kv);
+  kv.dtype = o->dtype;
+  kv.kv_heads = b->G;
+  kv.head_dim = b->D;
+  kv.page_size = o->page;
+  kv.max_seqs = 1;
+  kv.max_pages = b->k.shape[0];
+  kv.k_pool = &k;
+  kv.v_pool = &v;
+  EMX_TRY(emx_kv_create(b->gpu, &kv, &b->gpu_kv));
+  int32_t *table = emxi_calloc((size_t)(b->B * columns) * sizeof *table), lengths[MAX_BATCH];
+  if (!table) return emxi_fail(EMX_ERR_NOMEM, "no memory for block tables");
+  emx_status status = EMX_OK;
+  for (int i = 0; i < b->B && !status; i++) {
+    const int32_t *pages;
+    int64_t n = 0;
+    lengths[i] = (int32_t)b->lengths[i];
+    status = emx_seq_block_table(b->kv, b->seqs[i], &pages, &n);
+    if (!status) memcpy(table + i * columns, pages, (size_t)n * sizeof *table);
+  }
+  const emx_tensor tables = emx_tensor_view(table, EMX_I32, 2, (int64_t[2]){b->B, columns}),
+                   counts = emx_tensor_view(lengths, EMX_I32, 1, (int64_t[1]){b->B});
+  if (!status) status = upload_tensor(b, &tables, &b->gpu_table);
+  if (!status) status = upload_tensor(b, &counts, &b->gpu_lengths);
+  emxi_free(table);
+  EMX_TRY(status);
+  EMX_TRY(upload_tensor(b, &b->tq, &b->gpu_q));
+  EMX_TRY(upload_tensor(b, &b->to, &b->gpu_o));
+  if (b->slopes) EMX_TRY(upload_tensor(b, &b->ts, &b->gpu_slopes));
+  void *reports = NULL;
+  EMX_TRY(upload(b, NULL, (size_t)(b->B * b->H) * sizeof(emx_report), &reports));
+  b->gpu_reports = reports;
+  return EMX_OK;
+}
+static emx_status run_gpu(bench *b, method *m, int times, double *seconds) {
+  const size_t cells = (size_t)(b->B * b->H * b->D) * sizeof(float);
+  emx_decode_io io = make_io(b, m);
+  io.q = &b->gpu_q;
+  io.o = &b->gpu_o;
+  io.alibi_slopes = b->slopes ? &b->gpu_slopes : NULL;
+  io.reports = b->gpu_reports;
+  emx_kv_batch batch;
+  emx_kv_batch_init(&batch);
+  batch.batch = b->B;
+  batch.block_table = &b->gpu_table;
+  batch.seq_lens = &b->gpu_lengths;
+  batch.max_len = b->max_len;
+  EMX_TRY(b->gpu->backend->memory_copy(b->gpu, b->gpu_q.data, b->q, cells));
+  const double start = cli_seconds();
+  for (int i = 0; i < times; i++) EMX_TRY(emx_decode(b->gpu, b->gpu_kv, &batch, &m->select, &io, b->gpu_work, b->work_bytes));
+  EMX_TRY(emx_ctx_sync(b->gpu));
+  *seconds = (cli_seconds() - start) / times;
+  EMX_TRY(b->gpu->backend->memory_copy(b->gpu, b->out, b->gpu_o.data, cells));
+  return b->gpu->backend->memory_copy(b->gpu, m->reports, b->gpu_reports, (size_t)(b->B * b->H) * sizeof(emx_report));
+}
+static emx_status make_workspace(bench *b) {
+  for (int i = 0; i < b->n_methods; i++) {
+    emx_decode_io io = make_io(b, &b->methods[i]);
+    size_t bytes;
+    if (b->gpu) io.q = &b->gpu_q;
+    EMX_TRY(emx_decode_workspace_size(b->gpu ? b->gpu : b->ctx, b->gpu ? b->gpu_kv : b->kv, &b->methods[i].select, &io,
+                                      b->max_len, &bytes));
+    if (bytes > b->work_bytes) b->work_bytes = bytes;
+  }
+  if (b->gpu) return upload(b, NULL, b->work_bytes, &b->gpu_work);
+  b->work = emxi_alloc(b->work_bytes);
+  return b->work ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "no memory for a workspace of %zu bytes", b->work_bytes);
+}
+
+static emx_status timed(bench *b, method *m, double *seconds) {
+  if (b->gpu) return run_gpu(b, m, DEVICE_RUNS, seconds);
   emx_decode_io io = make_io(b, m);
   emx_kv_batch batch = make_batch(b);
-  return emx_decode(b->ctx, b->kv, &batch, &m->select, &io, b->work, b->work_bytes);
+  const double start = cli_seconds();
+  EMX_TRY(emx_decode(b->ctx, b->kv, &batch, &m->select, &io, b->work, b->work_bytes));
+  *seconds = cli_seconds() - start;
+  return EMX_OK;
+}
+static emx_status run(bench *b, method *m) {
+  double seconds;
+  return b->gpu ? run_gpu(b, m, 1, &seconds) : timed(b, m, &seconds);
 }
 
 static double alpha_of(const method *m, int h) { return m->alphas ? m->alphas[h] : m->alpha; }
@@ -465,13 +587,9 @@ static emx_status prepare(bench *b) {
     m->reports = emxi_calloc(rows * sizeof *m->reports);
     m->certified = true;
     if (!m->ms || !m->reports) return emxi_fail(EMX_ERR_NOMEM, "no memory for reports");
-    emx_decode_io io = make_io(b, m);
-    size_t bytes;
-    EMX_TRY(emx_decode_workspace_size(b->ctx, b->kv, &m->select, &io, b->max_len, &bytes));
-    if (bytes > b->work_bytes) b->work_bytes = bytes;
   }
-  b->work = emxi_alloc(b->work_bytes);
-  return b->work ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "no memory for a workspace of %zu bytes", b->work_bytes);
+  if (b->gpu) EMX_TRY(prepare_gpu(b));
+  return make_workspace(b);
 }
 
 static size_t pool_bytes(const emx_tensor *t) {
@@ -487,13 +605,14 @@ static emx_status measure(bench *b) {
     make_queries(b, round + BENCH_WARMUP);
     for (int i = 0; i < b->n_methods; i++) {
       method *m = &b->methods[i];
-      double start = cli_seconds();
-      EMX_TRY(run(b, m));
+      double seconds;
+      EMX_TRY(timed(b, m, &seconds));
       if (round < 0) continue;
-      m->ms[round] = 1e3 * (cli_seconds() - start);
+      m->ms[round] = 1e3 * seconds;
       account(b, m);
     }
-    double seconds = bench_read(b->ctx, b->k.data, pool_bytes(&b->k)) + bench_read(b->ctx, b->v.data, pool_bytes(&b->v));
+    double seconds = NAN; /* the read rate is the CPU's */
+    if (!b->gpu) seconds = bench_read(b->ctx, b->k.data, pool_bytes(&b->k)) + bench_read(b->ctx, b->v.data, pool_bytes(&b->v));
     if (round >= 0) b->read_s[round] = seconds;
     cli_progress_text(&progress, round + BENCH_WARMUP + 1, rounds + BENCH_WARMUP, NULL);
   }
@@ -507,8 +626,12 @@ static int report(bench *b) {
   int code = CLI_OK;
   if (!o->common.json) {
     if (b->head >= 0) printf("head %d of ", b->head);
-    printf("%s, n %lld, %d/%d heads of %d, %s, page %d, batch %d; read rate %.1f GB/s\n", b->data, (long long)b->max_len, b->H,
-           b->G, b->D, emx_dtype_name(o->dtype), o->page, b->B, read_gbps);
+    printf("%s, n %lld, %d/%d heads of %d, %s, page %d, batch %d", b->data, (long long)b->max_len, b->H, b->G, b->D,
+           emx_dtype_name(o->dtype), o->page, b->B);
+    if (b->gpu)
+      printf("; cuda\n");
+    else
+      printf("; read rate %.1f GB/s\n", read_gbps);
     printf("%-10s %-6s %9s %9s %8s %10s %11s %7s %9s %9s %11s %s\n", "select", "path", "ms", "min", "mad", "vs_softmax", "bytes",
            "GB/s", "rel_err", "delta", "delta_bound", "certified");
   }
@@ -519,12 +642,13 @@ static int report(bench *b) {
                  gbps = 1e-6 * bytes / t.median;
     const double rel_err = sqrt(m->err_sq / m->ref_sq);
     if (o->common.json) {
-      json_t *j = json_pack("{s:s, s:s, s:I, s:i, s:i, s:i, s:s, s:i, s:i, s:f, s:s, s:s}", "device", "cpu", "data", b->data, "n",
-                            (json_int_t)b->max_len, "hq", b->H, "hkv", b->G, "d", b->D, "dtype", emx_dtype_name(o->dtype), "page",
-                            o->page, "batch", b->B, "alpha", m->alpha, "select", m->name, "path", cli_path_name(m->path));
-      json_t *numbers = json_pack("{s:f, s:f, s:f, s:o, s:I, s:f, s:f, s:o, s:o, s:f, s:b}", "ms", t.median, "ms_min", t.min,
+      json_t *j =
+          json_pack("{s:s, s:s, s:I, s:i, s:i, s:i, s:s, s:i, s:i, s:f, s:s, s:s}", "device", b->gpu ? "cuda" : "cpu", "data",
+                    b->data, "n", (json_int_t)b->max_len, "hq", b->H, "hkv", b->G, "d", b->D, "dtype", emx_dtype_name(o->dtype),
+                    "page", o->page, "batch", b->B, "alpha", m->alpha, "select", m->name, "path", cli_path_name(m->path));
+      json_t *numbers = json_pack("{s:f, s:f, s:f, s:o, s:I, s:f, s:o, s:o, s:o, s:f, s:b}", "ms", t.median, "ms_min", t.min,
                                   "ms_mad", t.mad, "vs_softmax", cli_json_real(ratio), "bytes", (json_int_t)(bytes + 0.5), "gbps",
-                                  gbps, "read_gbps", read_gbps, "rel_err", cli_json_real(rel_err), "delta",
+                                  gbps, "read_gbps", cli_json_real(read_gbps), "rel_err", cli_json_real(rel_err), "delta",
                                   cli_json_real(m->delta), "delta_bound", m->bound, "certified", (int)m->certified);
       if (j && numbers) json_object_update(j, numbers);
       if (j && m->alphas) {
@@ -595,6 +719,13 @@ static int bench_cache(const options *o, emx_ctx *ctx, const char *data, int hea
   emx_checkpoint *ck = NULL;
   int code = CLI_OK;
   b.alpha = o->alpha > 0 ? o->alpha : 1.5;
+  if (o->cuda) {
+    emx_ctx_opts gpu;
+    emx_ctx_opts_init(&gpu);
+    gpu.device = EMX_DEVICE_CUDA;
+    gpu.device_index = o->device_index;
+    CLI_TRY(emx_ctx_create(&gpu, &b.gpu));
+  }
   if (is_file(data)) {
     CLI_TRY(emx_checkpoint_open(data, &ck));
     if (!(o->alpha > 0) && (code = qkv_alpha(data, ck, b.alpha, &b.alpha))) goto done;
@@ -619,6 +750,9 @@ done:
   for (int i = 0; i < b.n_methods; i++) emxi_free(b.methods[i].ms), emxi_free(b.methods[i].reports);
   emxi_free(b.work), emxi_free(b.q), emxi_free(b.out), emxi_free(b.read_s), emxi_free(b.slopes), emxi_free(b.alphas),
       emxi_free(b.file_q);
+  for (int i = 0; i < b.n_blocks; i++) b.gpu->backend->memory_free(b.gpu, b.blocks[i]);
+  emx_kv_destroy(b.gpu_kv);
+  emx_ctx_destroy(b.gpu);
   emx_kv_destroy(b.kv);
   emx_checkpoint_close(ck);
   return code;

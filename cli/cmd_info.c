@@ -29,13 +29,27 @@ static int show_library(const options *o, emx_ctx *ctx) {
   int code = cli_status(emx_ctx_get_info(ctx, &info));
   if (code) return code;
   long long memory = (long long)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+  /* The first GPU, or why there is none. */
+  emx_ctx *gpu = NULL;
+  emx_ctx_opts opts;
+  emx_ctx_info cuda = {.struct_size = sizeof cuda};
+  emx_ctx_opts_init(&opts);
+  opts.device = EMX_DEVICE_CUDA;
+  const bool there = !emx_ctx_create(&opts, &gpu) && !emx_ctx_get_info(gpu, &cuda);
+  emx_ctx_destroy(gpu);
   if (o->common.json)
-    return cli_json_line(json_pack("{s:s, s:i, s:s, s:s, s:s, s:i, s:I}", "version", emx_version(), "abi", (int)emx_abi_version(),
-                                   "device", info.device == EMX_DEVICE_CPU ? "cpu" : "cuda", "device_name", info.device_name,
-                                   "isa", info.isa, "threads", (int)info.threads, "memory", (json_int_t)memory));
+    return cli_json_line(json_pack("{s:s, s:i, s:s, s:s, s:s, s:i, s:I, s:o, s:o}", "version", emx_version(), "abi",
+                                   (int)emx_abi_version(), "device", info.device == EMX_DEVICE_CPU ? "cpu" : "cuda",
+                                   "device_name", info.device_name, "isa", info.isa, "threads", (int)info.threads, "memory",
+                                   (json_int_t)memory, "cuda", there ? json_string(cuda.device_name) : json_null(),
+                                   "cuda_missing", there ? json_null() : json_string(emx_last_error())));
   printf("libentmax %s (ABI %d)\n", emx_version(), (int)emx_abi_version());
   printf("device    cpu: %s\nkernels   %s (EMX_ISA chooses)\nthreads   %d (EMX_THREADS or -t chooses)\nmemory    %lld bytes\n",
          info.device_name, info.isa, (int)info.threads, memory);
+  if (there)
+    printf("cuda      %s, %s\n", cuda.device_name, cuda.isa);
+  else
+    printf("cuda      none: %s\n", emx_last_error());
   return cli_flush();
 }
 

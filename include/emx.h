@@ -129,7 +129,9 @@ typedef struct emx_ctx_opts {
 EMX_API void emx_ctx_opts_init_sized(emx_ctx_opts *opts, size_t size);
 #define emx_ctx_opts_init(opts) emx_ctx_opts_init_sized((opts), sizeof *(opts))
 
-/* opts may be NULL for the defaults. Errors: INVALID, UNSUPPORTED (device not in this build, unknown EMX_ISA), NOMEM. */
+/* opts may be NULL for the defaults. Errors: INVALID, UNSUPPORTED (device not in this build, GPU older than compute capability 8.0, unknown
+ * EMX_ISA), DEVICE (no driver or no GPU; the detail is CUDA's), NOMEM. In this version a context on a GPU has caches without summaries and
+ * emx_decode with ALL; maps, dense attention, models and training are UNSUPPORTED there. */
 EMX_API emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out);
 EMX_API void emx_ctx_destroy(emx_ctx *ctx); /* NULL is allowed */
 

@@ -20,6 +20,8 @@ typedef struct emxi_backend {
   void (*info)(emx_ctx *ctx, emx_ctx_info *info);
   emx_status (*memory_alloc)(emx_ctx *ctx, size_t bytes, void **out); /* device memory; NOMEM with the bytes */
   void (*memory_free)(emx_ctx *ctx, void *p);
+  /* Between host and device memory or within either, behind what the context has been asked for; has been done on return. */
+  emx_status (*memory_copy)(emx_ctx *ctx, void *to, const void *from, size_t bytes);
   emx_status (*entmax_forward)(emx_ctx *ctx, const struct emxi_rows *rows);
   emx_status (*entmax_backward)(emx_ctx *ctx, const struct emxi_rows *rows);
   emx_status (*entmax_loss)(emx_ctx *ctx, const struct emxi_rows *rows);
@@ -34,5 +36,7 @@ typedef struct emxi_backend {
 } emxi_backend;
 
 extern const emxi_backend emxi_backend_cpu;
+/* In builds with CUDA, and there in the shared library and the tool; elsewhere its address is NULL. */
+extern const emxi_backend emxi_backend_cuda __attribute__((weak));
 
 #endif

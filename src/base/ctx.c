@@ -47,19 +47,21 @@ emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out) {
   if (!opts) opts = &defaults;
   EMXI_READ_STRUCT(opts, emx_ctx_opts);
   if (!out) return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: out is NULL");
-  if (opts->device == EMX_DEVICE_CUDA)
+  const bool cuda = opts->device == EMX_DEVICE_CUDA;
+  if (cuda && !&emxi_backend_cuda)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_ctx_create: this build has no CUDA back end; use the CPU");
-  if (opts->device != EMX_DEVICE_CPU) return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: unknown device kind %d", opts->device);
+  if (!cuda && opts->device != EMX_DEVICE_CPU)
+    return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: unknown device kind %d", opts->device);
   if (opts->parallel_for && !opts->threads)
     return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: with parallel_for, threads must say how many workers it has");
   if (opts->threads < 0 || opts->threads > EMXI_MAX_THREADS)
     return emxi_fail(EMX_ERR_INVALID, "emx_ctx_create: %d threads, expected 0..%d", opts->threads, EMXI_MAX_THREADS);
-  int32_t threads = opts->threads;
+  int32_t threads = cuda && !opts->parallel_for ? 1 : opts->threads; /* the device does the work */
   if (!threads) EMX_TRY(default_threads(&threads));
 
   emx_ctx *ctx = emxi_calloc(sizeof *ctx);
   if (!ctx) return emxi_fail(EMX_ERR_NOMEM, "emx_ctx_create: no memory for %zu bytes", sizeof *ctx);
-  ctx->backend = &emxi_backend_cpu;
+  ctx->backend = cuda ? &emxi_backend_cuda : &emxi_backend_cpu;
   ctx->device = opts->device;
   ctx->device_index = opts->device_index;
   ctx->stream = opts->stream;

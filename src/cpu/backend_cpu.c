@@ -81,6 +81,12 @@ static void cpu_memory_free(emx_ctx *ctx, void *p) {
   emxi_free(p);
 }
 
+static emx_status cpu_memory_copy(emx_ctx *ctx, void *to, const void *from, size_t bytes) {
+  (void)ctx;
+  memcpy(to, from, bytes);
+  return EMX_OK;
+}
+
 const emxi_backend emxi_backend_cpu = {
     .name = "cpu",
     .open = cpu_open,
@@ -89,6 +95,7 @@ const emxi_backend emxi_backend_cpu = {
     .info = cpu_info,
     .memory_alloc = cpu_memory_alloc,
     .memory_free = cpu_memory_free,
+    .memory_copy = cpu_memory_copy,
     .entmax_forward = emxi_cpu_entmax_forward,
     .entmax_backward = emxi_cpu_entmax_backward,
     .entmax_loss = emxi_cpu_entmax_loss,

@@ -55,6 +55,8 @@ emx_status emxi_rows_support(emx_ctx *ctx, const emx_tensor *t, emxi_rows *r, co
 
 emx_status emxi_map_check(emx_ctx *ctx, const emx_entmax_desc *desc, const char *who) {
   if (!ctx) return emxi_fail(EMX_ERR_INVALID, "%s: ctx is NULL", who);
+  if (ctx->device != EMX_DEVICE_CPU)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: maps and losses run on the CPU in this version; use a CPU context", who);
   static const char *const names[] = {"", "normmax", "budget"};
   if (desc->kind < EMX_MAP_ENTMAX || desc->kind > EMX_MAP_BUDGET)
     return emxi_fail(EMX_ERR_INVALID, "%s: map kind %d; there are EMX_MAP_ENTMAX, _NORMMAX and _BUDGET", who, desc->kind);

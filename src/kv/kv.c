@@ -46,13 +46,13 @@ static void *take(emxi_arena *a, int64_t n0, int64_t n1, int64_t n2, size_t size
 }
 
 /* Carves the two blocks, or counts them: one code path for the size query and for creation. */
-static void carve(emx_kv *kv, const emx_kv_opts *opts, int32_t threads, emxi_arena *device, emxi_arena *host) {
+static void carve(emx_kv *kv, const emx_kv_opts *opts, const emx_ctx *ctx, emxi_arena *device, emxi_arena *host) {
   const size_t es = emx_dtype_size(kv->dtype);
   const int64_t M = kv->max_pages, G = kv->G, D = kv->D;
   size_t before = device->used;
   if (opts->file) {
     const emxi_kv_file f = {.path = take(host, (int64_t)strlen(opts->file) + 1, 1, 1, 1),
-                            .bench = take(host, threads, 2 * kv->P, D, es),
+                            .bench = take(host, ctx->threads, 2 * kv->P, D, es),
                             .bench_size = 2 * kv->P * D * (int64_t)es};
     kv->file = take(host, 1, 1, 1, sizeof *kv->file);
     if (kv->file) *kv->file = f;
@@ -68,6 +68,7 @@ static void carve(emx_kv *kv, const emx_kv_opts *opts, int32_t threads, emxi_are
   kv->marks = take(device, M, G, 1, 1);
   emxi_sketch_carve(kv, device, host);
   kv->bytes_summary = (int64_t)(device->used - before);
+  if (ctx->device != EMX_DEVICE_CPU) kv->device_tables = take(device, kv->max_seqs, M, 1, sizeof(int32_t));
   kv->sum_tokens = take(host, M, 1, 1, sizeof(int32_t));
   kv->refs = take(host, M, 1, 1, sizeof(int32_t));
   kv->free_list = take(host, M, 1, 1, sizeof(int32_t));
@@ -92,10 +93,14 @@ static emx_status sizes(const emx_ctx *ctx, const emx_kv_opts *opts, const char 
   emx_kv kv;
   emxi_arena device, host;
   EMX_TRY(check_opts(opts, who));
+  if (opts->summaries && ctx->device != EMX_DEVICE_CPU)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: page summaries are kept on the CPU only; a cache on a GPU takes none", who);
+  if (opts->file && ctx->device != EMX_DEVICE_CPU)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: a file goes with the CPU; a cache on a GPU has device memory", who);
   set_geometry(&kv, opts);
   emxi_arena_init(&device, NULL, 0);
   emxi_arena_init(&host, NULL, 0);
-  carve(&kv, opts, ctx->threads, &device, &host);
+  carve(&kv, opts, ctx, &device, &host);
   emxi_arena file;
   emxi_arena_init(&file, NULL, 0);
   if (opts->file) take(&file, 2 * kv.max_pages, kv.G * (int64_t)kv.P, kv.D, emx_dtype_size(kv.dtype));
@@ -181,7 +186,7 @@ static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
   emxi_arena device, host;
   emxi_arena_init(&device, kv->device_block, device_bytes);
   emxi_arena_init(&host, kv->host_block, host_bytes);
-  carve(kv, opts, ctx->threads, &device, &host);
+  carve(kv, opts, ctx, &device, &host);
   const bool hnd = kv->layout == EMX_LAYOUT_BHND;
   if (opts->k_pool) {
     const emx_tensor *k = opts->k_pool, *v = opts->v_pool;
@@ -266,6 +271,7 @@ static emx_tensor pool_view(const emx_kv *kv, void *data, int64_t page, int64_t 
                       .dtype = kv->dtype,
                       .device = kv->ctx->device,
                       .ndim = 4,
+                      .device_index = kv->ctx->device_index,
                       .shape = {kv->max_pages, hnd ? kv->G : kv->P, hnd ? kv->P : kv->G, kv->D},
                       .stride = {page, hnd ? head : token, hnd ? token : head, 1}};
 }
@@ -344,6 +350,7 @@ void emxi_kv_truncate(emx_kv *kv, int32_t seq, int64_t length) {
   const int32_t *table = table_of(kv, seq);
   while (s->n_pages > keep) release(kv, table[--s->n_pages]);
   s->length = length;
+  if (s->mirrored > keep) s->mirrored = keep;
   /* A page that is cut into no longer is what its summaries say, unless another sequence still sees all of it. */
   if (length % kv->P && kv->refs[table[keep - 1]] == 1 && kv->sum_tokens[table[keep - 1]] != length % kv->P)
     kv->sum_tokens[table[keep - 1]] = 0;
@@ -379,6 +386,7 @@ void emxi_kv_adopt(emx_kv *kv, const emxi_kv_image *image, int32_t *seqs) {
     if (seqs[q] < 0) (void)open_seq(kv, "emxi_kv_adopt", &seqs[q]);
     emxi_kv_seq *s = &kv->seqs[seqs[q]];
     s->length = image->lengths[q];
+    s->mirrored = 0;
     s->n_pages = emxi_kv_pages_of(kv, s->length);
     for (int64_t i = 0; i < s->n_pages; i++) {
       const int32_t page = emxi_kv_next_page(kv, *number++);
@@ -431,7 +439,17 @@ emx_status emxi_kv_check_batch(const emx_kv *kv, const emx_kv_batch *batch, cons
       return emxi_fail(EMX_ERR_SHAPE, "%s: block_table must be i32 [%d, pages] and seq_lens i32 [%d]", who, batch->batch,
                        batch->batch);
   }
-  for (int32_t b = 0; b < batch->batch; b++) {
+  const bool unseen = !batch->seqs && emxi_kv_on_device(kv);
+  if (unseen && batch->batch) {
+    if (batch->max_len < 1 || batch->max_len > EMXI_KV_MAX_LEN)
+      return emxi_fail(EMX_ERR_INVALID, "%s: max_len is %lld; where the host cannot read seq_lens it must bound them, 1..%lld",
+                       who, (long long)batch->max_len, (long long)EMXI_KV_MAX_LEN);
+    if (emxi_kv_pages_of(kv, batch->max_len) > batch->block_table->shape[1])
+      return emxi_fail(EMX_ERR_SHAPE, "%s: max_len of %lld tokens needs %lld pages, the block table has %lld columns", who,
+                       (long long)batch->max_len, (long long)emxi_kv_pages_of(kv, batch->max_len),
+                       (long long)batch->block_table->shape[1]);
+  }
+  for (int32_t b = 0; b < batch->batch && !unseen; b++) {
     const int64_t more = n ? n[b] : extra;
     if (batch->seqs) {
       EMX_TRY(check_seq(kv, batch->seqs[b], who));
@@ -502,6 +520,12 @@ static emx_status check_targets(emx_kv *kv, const emx_kv_batch *batch, const int
   return EMX_OK;
 }
 
+static void replace_last(emx_kv *kv, int32_t seq, int32_t page) {
+  emxi_kv_seq *s = &kv->seqs[seq];
+  table_of(kv, seq)[s->n_pages - 1] = page;
+  if (s->mirrored >= s->n_pages) s->mirrored = s->n_pages - 1;
+}
+
 /* Gives the library's sequences the pages they will need: a private copy of a shared last page, and new ones. Nothing has changed
  * when there are too few. */
 static emx_status reserve(emx_kv *kv, const emx_kv_batch *batch, const int32_t *n, int32_t t, int32_t *n_copies,
@@ -525,7 +549,7 @@ static emx_status reserve(emx_kv *kv, const emx_kv_batch *batch, const int32_t *
   for (int32_t c = 0; c < copies; c++) {
     const int32_t seq = batch->seqs[kv->copies[c].batch];
     kv->copies[c].to = grab(kv);
-    table_of(kv, seq)[kv->seqs[seq].n_pages - 1] = kv->copies[c].to;
+    replace_last(kv, seq, kv->copies[c].to);
   }
   for (int32_t b = 0; b < batch->batch; b++) {
     emxi_kv_seq *s = &kv->seqs[batch->seqs[b]];
@@ -546,7 +570,7 @@ static void unreserve(emx_kv *kv, const emx_kv_batch *batch, int32_t n_copies) {
   for (int32_t c = 0; c < n_copies; c++) {
     const int32_t seq = batch->seqs[kv->copies[c].batch];
     release(kv, kv->copies[c].to);
-    table_of(kv, seq)[kv->seqs[seq].n_pages - 1] = kv->copies[c].from;
+    replace_last(kv, seq, kv->copies[c].from);
   }
 }
 
@@ -555,14 +579,21 @@ emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, c
   int32_t t, n_copies = 0;
   if (batch->batch < 0) return emxi_fail(EMX_ERR_INVALID, "%s: the batch has %d sequences", who, batch->batch);
   EMX_TRY(emxi_kv_check_new(ctx, kv, batch->batch, k_new, v_new, layout, who, &t));
-  for (int32_t b = 0; n && b < batch->batch; b++)
+  const bool unseen = !batch->seqs && emxi_kv_on_device(kv);
+  if (n && batch->seqs && emxi_kv_on_device(kv))
+    return emxi_fail(
+        EMX_ERR_UNSUPPORTED,
+        "%s: n_new is in device memory, and the library's sequences are counted on the host; append them one by one, or "
+        "give block_table and seq_lens",
+        who);
+  for (int32_t b = 0; n && !unseen && b < batch->batch; b++)
     if (n[b] < 0 || n[b] > t) return emxi_fail(EMX_ERR_INVALID, "%s: n[%d] is %d, k_new holds %d tokens", who, b, n[b], t);
   EMX_TRY(emxi_kv_check_batch(kv, batch, n, t, who));
   if (emxi_cancelled(ctx)) return emxi_fail(EMX_ERR_CANCELLED, "%s: cancelled", who);
   next_stamp(kv);
   if (batch->seqs)
     EMX_TRY(reserve(kv, batch, n, t, &n_copies, who));
-  else
+  else if (!unseen)
     EMX_TRY(check_targets(kv, batch, n, t, who));
 
   const int head = layout == EMX_LAYOUT_BHND ? 1 : 2, token = 3 - head;
@@ -584,7 +615,7 @@ emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, c
   const int32_t mapped = kv->sketch.mapped;
   emx_status status = ctx->backend->kv_write(ctx, &w);
   if (status) kv->sketch.mapped = mapped; /* a cache learns from keys that it holds how to sketch */
-  for (int32_t b = 0; b < batch->batch; b++) {
+  for (int32_t b = 0; b < batch->batch && !unseen; b++) {
     int64_t length;
     const int32_t *table = emxi_kv_entry(kv, batch, b, &length), more = n ? n[b] : t;
     for (int64_t i = length / kv->P; more && i < emxi_kv_pages_of(kv, length + more); i++) {
@@ -629,6 +660,7 @@ emx_status emx_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, co
 
 static emx_status summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n) {
   static const char who[] = "emx_kv_summarize";
+  if (emxi_kv_on_device(kv)) return ctx->backend->kv_summarize(ctx, kv, pages, tokens, n); /* lists in device memory */
   next_stamp(kv);
   for (int64_t i = 0; i < n; i++) {
     if (pages[i] < 0 || pages[i] >= kv->max_pages)
@@ -665,6 +697,7 @@ emx_status emx_kv_summarize(emx_ctx *ctx, emx_kv *kv, const emx_tensor *pages, c
 emx_status emx_kv_get_summary(const emx_kv *kv, int32_t page, int32_t kv_head, emx_kv_summary *out) {
   if (!kv) return emxi_fail(EMX_ERR_INVALID, "emx_kv_get_summary: kv is NULL");
   EMXI_CHECK_STRUCT(out, emx_kv_summary);
+  if (emxi_kv_on_device(kv)) return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_kv_get_summary: page summaries are kept on the CPU only");
   if (page < 0 || page >= kv->max_pages || kv_head < 0 || kv_head >= kv->G)
     return emxi_fail(EMX_ERR_INVALID, "emx_kv_get_summary: page %d, head %d: the cache has %lld pages and %d heads", page,
                      kv_head, (long long)kv->max_pages, kv->G);

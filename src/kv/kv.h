@@ -40,6 +40,7 @@ enum { EMXI_MARK_NONFINITE = 1 };
 typedef struct emxi_kv_seq {
   int64_t length;
   int64_t n_pages;
+  int64_t mirrored; /* on a GPU: leading entries of the block table that the device's copy has */
   bool used;
 } emxi_kv_seq;
 
@@ -69,6 +70,7 @@ struct emx_kv {
   uint32_t *stamp, stamp_now;  /* [M] duplicate check */
   emxi_kv_seq *seqs;           /* [max_seqs] */
   int32_t *tables;             /* [max_seqs, max_pages] */
+  int32_t *device_tables;      /* on a GPU: [max_seqs, max_pages], what the device knows of `tables` */
   struct emxi_kv_copy *copies; /* [max_seqs] */
   int32_t n_seqs;
 
@@ -86,7 +88,7 @@ typedef struct emxi_kv_copy {
 typedef struct emxi_kv_write {
   emx_kv *kv;
   const emx_kv_batch *batch;
-  const int32_t *n; /* [B], or NULL: t each */
+  const int32_t *n; /* [B], or NULL: t each. On a GPU in device memory */
   int32_t t;
   int32_t dtype; /* of k and v: the cache's, or f32 */
   const char *k, *v;
@@ -95,7 +97,9 @@ typedef struct emxi_kv_write {
   int32_t n_copies;
 } emxi_kv_write;
 
-/* Block table and length of batch entry b. */
+/* On a GPU the caller's block tables, lengths and counts lie where the host cannot look: kernels check them. */
+static inline bool emxi_kv_on_device(const emx_kv *kv) { return kv->ctx->device != EMX_DEVICE_CPU; }
+/* Block table and length of batch entry b; not for the caller's tables on a GPU. */
 static inline const int32_t *emxi_kv_entry(const emx_kv *kv, const emx_kv_batch *batch, int32_t b, int64_t *length) {
   if (batch->seqs) {
     *length = kv->seqs[batch->seqs[b]].length;

@@ -73,6 +73,10 @@ emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_de
   if (!io->alphas) EMX_TRY(check_alpha(select, io->alpha, who));
   if (!isfinite(io->scale)) return emxi_fail(EMX_ERR_INVALID, "%s: scale is %g", who, io->scale);
   EMX_TRY(check_select(kv, select, who));
+  if (ctx->device != EMX_DEVICE_CPU && select->kind != EMX_SELECT_ALL)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version selects ALL", who);
+  if (ctx->device != EMX_DEVICE_CPU && io->alphas)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version takes one alpha for all heads", who);
   EMX_TRY(emxi_tensor_check(ctx, io->q, 4, who, "q"));
   const emx_tensor *q = io->q;
   if (q->dtype != EMX_F32 && q->dtype != EMX_F16 && q->dtype != EMX_BF16)
@@ -114,6 +118,8 @@ emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_
   emxi_decode *d = out;
   const int head = io->layout == EMX_LAYOUT_BHND ? 1 : 2;
   d->select_only = select_only;
+  if (select_only && ctx->device != EMX_DEVICE_CPU)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version selects ALL, which needs no lists", who);
   if (io->alphas) {
     EMX_TRY(emxi_tensor_check(ctx, io->alphas, 1, who, "alphas"));
     d->alphas = io->alphas->data;
@@ -170,8 +176,9 @@ emx_status emxi_decode_bind(emxi_decode *d, const emx_kv_batch *batch, int32_t a
   if (batch->batch != d->B) return emxi_fail(EMX_ERR_SHAPE, "%s: the batch has %d sequences, q %d", who, batch->batch, d->B);
   EMX_TRY(emxi_kv_check_batch(kv, batch, NULL, after, who));
   d->batch = batch;
-  d->max_len = 0;
-  for (int32_t b = 0; b < d->B; b++) {
+  const bool unseen = !batch->seqs && emxi_kv_on_device(kv);
+  d->max_len = unseen ? batch->max_len : 0;
+  for (int32_t b = 0; b < d->B && !unseen; b++) {
     int64_t length;
     emxi_kv_entry(kv, batch, b, &length);
     length += after;
@@ -196,7 +203,8 @@ emx_status emxi_decode_bind(emxi_decode *d, const emx_kv_batch *batch, int32_t a
   if (d->slopes) {
     if (d->max_len > (1 << 24))
       return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: ALiBi is for at most 2^24 tokens, where positions are exact floats", who);
-    for (int32_t h = 0; h < d->H; h++)
+    for (int32_t h = 0; h < d->H && !emxi_kv_on_device(kv);
+         h++) /* on a GPU a slope that is not finite makes the head's output NaN */
       if (!isfinite(d->slopes[h])) return emxi_fail(EMX_ERR_INVALID, "%s: alibi_slopes[%d] is %g", who, h, d->slopes[h]);
   }
   return EMX_OK;

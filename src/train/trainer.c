@@ -96,6 +96,8 @@ static emx_status take_data(emx_trainer *t, const emx_train_data *data) {
 /* Everything but the memory of the network. */
 static emx_status open_trainer(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts,
                                const emx_train_data *data, emx_trainer **out) {
+  if (ctx->device != EMX_DEVICE_CPU)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "trainer: training runs on the CPU; use a CPU context");
   EMXI_READ_STRUCT(config, emx_model_config);
   EMXI_READ_STRUCT(opts, emx_train_opts);
   EMXI_READ_STRUCT(data, emx_train_data);

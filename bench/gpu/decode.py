@@ -1,0 +1,329 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""One decode step on one NVIDIA GPU: PyTorch's softmax attention (cuDNN, FlashAttention) and libentmax, interleaved in one process.
+
+    python3 bench/gpu/decode.py --lib build/libentmax.so --out result.json
+
+Every method is captured in a CUDA graph that runs it once on each of several data sets in turn, so that nothing stays in the second-level
+cache; a time is the median over the rounds of one replay divided by the number of sets. Softmax is a different function and the speed to
+beat; the error of ours is the relative L2 distance from float64 attention of the same alpha over the same keys, all heads of the first set.
+Needs PyTorch with CUDA and a libentmax built with its CUDA back end. One JSON object a line goes to --out, a table to standard output.
+"""
+import argparse
+import ctypes as C
+import json
+import math
+import statistics
+import sys
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+PAGE = 16
+
+
+class Tensor(C.Structure):
+    _fields_ = [("data", C.c_void_p), ("dtype", C.c_int32), ("device", C.c_int32), ("ndim", C.c_int32), ("index", C.c_int32),
+                ("shape", C.c_int64 * 5), ("stride", C.c_int64 * 5)]
+
+
+class CtxOpts(C.Structure):
+    _fields_ = [("size", C.c_uint32), ("device", C.c_int32), ("index", C.c_int32), ("threads", C.c_int32), ("stream", C.c_void_p),
+                ("parallel_for", C.c_void_p), ("parallel_user", C.c_void_p)]
+
+
+class KvOpts(C.Structure):
+    _fields_ = [("size", C.c_uint32)] + [(n, C.c_int32) for n in
+                "dtype kv_heads head_dim page_size layout summaries max_seqs".split()] + [
+                ("max_pages", C.c_int64), ("k_pool", C.POINTER(Tensor)), ("v_pool", C.POINTER(Tensor))]
+
+
+class Batch(C.Structure):
+    _fields_ = [("size", C.c_uint32), ("batch", C.c_int32), ("seqs", C.c_void_p), ("table", C.POINTER(Tensor)),
+                ("lens", C.POINTER(Tensor)), ("max_len", C.c_int64)]
+
+
+class Select(C.Structure):
+    _fields_ = [("size", C.c_uint32), ("kind", C.c_int32), ("tau_mode", C.c_int32), ("tau_steps", C.c_int32), ("budget", C.c_int64),
+                ("max_bytes", C.c_int64), ("max_delta", C.c_double), ("max_quantile", C.c_float), ("safety", C.c_float),
+                ("excess", C.c_float), ("reserved", C.c_int32)]
+
+
+class Io(C.Structure):
+    _fields_ = [("size", C.c_uint32), ("layout", C.c_int32), ("alpha", C.c_double), ("scale", C.c_float), ("reserved", C.c_int32)] + [
+                (n, C.POINTER(Tensor)) for n in "q k_new v_new o slopes pages n_pages bound".split()] + [
+                ("reports", C.c_void_p), ("report_stride", C.c_int64), ("alphas", C.POINTER(Tensor))]
+
+
+class Library:
+    DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.int32: 5}
+
+    def __init__(self, path):
+        self.lib = C.CDLL(path)
+        self.lib.emx_last_error.restype = C.c_char_p
+        opts = self.init("emx_ctx_opts", CtxOpts)
+        opts.device = 1
+        self.ctx = C.c_void_p()
+        self.call("emx_ctx_create", C.byref(opts), C.byref(self.ctx))
+
+    def call(self, name, *args):
+        status = getattr(self.lib, name)(*args)
+        if status:
+            raise RuntimeError(f"{name}: {self.lib.emx_last_error().decode()}")
+
+    def init(self, name, kind):
+        x = kind()
+        getattr(self.lib, name + "_init_sized")(C.byref(x), C.c_size_t(C.sizeof(kind)))
+        return x
+
+    def tensor(self, t):
+        return Tensor(t.data_ptr(), self.DTYPES[t.dtype], 1, t.dim(), 0, (C.c_int64 * 5)(*t.shape), (C.c_int64 * 5)(*t.stride()))
+
+
+class Ours:
+    """A cache over [M,G,P,D] tensors with a block table, and one decode of it."""
+
+    def __init__(self, lib, k, v, q, lengths, alpha, scale):
+        self.lib, self.keep = lib, [k, v, q]
+        pages, g, p, d = k.shape
+        b, h = q.shape[:2]
+        kt, vt = lib.tensor(k), lib.tensor(v)
+        opts = lib.init("emx_kv_opts", KvOpts)
+        opts.dtype, opts.kv_heads, opts.head_dim, opts.page_size, opts.max_seqs = lib.DTYPES[k.dtype], g, d, p, 1
+        opts.max_pages, opts.k_pool, opts.v_pool = pages, C.pointer(kt), C.pointer(vt)
+        self.kv = C.c_void_p()
+        lib.call("emx_kv_create", lib.ctx, C.byref(opts), C.byref(self.kv))
+        most = max(lengths)
+        columns = (most + p - 1) // p
+        table = torch.zeros(b, columns, dtype=torch.int32)
+        first = 0
+        for i, n in enumerate(lengths):
+            used = (n + p - 1) // p
+            table[i, :used] = torch.arange(first, first + used, dtype=torch.int32)
+            first += used
+        self.table, self.lens = table.cuda(), torch.tensor(lengths, dtype=torch.int32).cuda()
+        self.o = torch.full(q.shape, math.nan, device="cuda")
+        self.reports = torch.zeros(b * h, 64, dtype=torch.uint8, device="cuda")
+        self.views = [lib.tensor(t) for t in (q, self.o, self.table, self.lens)]
+        self.batch = lib.init("emx_kv_batch", Batch)
+        self.batch.batch, self.batch.table, self.batch.lens, self.batch.max_len = (
+            b, C.pointer(self.views[2]), C.pointer(self.views[3]), most)
+        self.select = lib.init("emx_select_desc", Select)
+        self.io = lib.init("emx_decode_io", Io)
+        self.io.alpha, self.io.scale = alpha, scale
+        self.io.q, self.io.o, self.io.reports = C.pointer(self.views[0]), C.pointer(self.views[1]), self.reports.data_ptr()
+        size = C.c_size_t()
+        lib.call("emx_decode_workspace_size", lib.ctx, self.kv, C.byref(self.select), C.byref(self.io), C.c_int64(most), C.byref(size))
+        self.work = torch.empty(size.value, dtype=torch.uint8, device="cuda")
+
+    def __call__(self):
+        lib = self.lib
+        lib.call("emx_ctx_set_stream", lib.ctx, C.c_void_p(torch.cuda.current_stream().cuda_stream))
+        lib.call("emx_decode", lib.ctx, self.kv, C.byref(self.batch), C.byref(self.select), C.byref(self.io),
+                 C.c_void_p(self.work.data_ptr()), C.c_size_t(self.work.numel()))
+
+    def support(self):
+        return self.reports[:, 16:20].contiguous().view(torch.int32).float().mean().item()
+
+    def close(self):
+        self.lib.lib.emx_kv_destroy(self.kv)
+
+
+def keys(data, n, g, d, gen):
+    """[n,g,d] f32"""
+    noise = torch.randn(n, g, d, device="cuda", generator=gen)
+    if data.startswith("ar:"):
+        rho = float(data[3:])
+        x = noise * math.sqrt(1 - rho * rho)
+        x[0] = noise[0]
+        step = 1
+        while rho**step > 1e-9 and step < n:
+            y = x.clone()
+            y[step:] += rho**step * x[:-step]
+            x, step = y, 2 * step
+        return x
+    if data == "topics":
+        topic = torch.randn((n + 63) // 64, g, d, device="cuda", generator=gen).repeat_interleave(64, 0)[:n]
+        return 0.9 * topic + 0.45 * noise
+    return noise
+
+
+def paged(x, lengths):
+    """[sum of lengths, g, d] -> [pages, g, PAGE, d], f16"""
+    out, first = [], 0
+    for n in lengths:
+        part = x[first:first + n]
+        first += n
+        pad = -n % PAGE
+        if pad:
+            part = torch.cat([part, torch.zeros(pad, *part.shape[1:], device="cuda")])
+        out.append(part.view(-1, PAGE, *part.shape[1:]).transpose(1, 2).half())
+    return torch.cat(out).contiguous()
+
+
+def make_set(data, lengths, hq, g, d, seed):
+    gen = torch.Generator(device="cuda").manual_seed(seed)
+    total = sum(lengths)
+    k = torch.cat([keys(data, n, g, d, gen) for n in lengths])
+    kp = paged(k, lengths)
+    q = torch.randn(len(lengths), hq, 1, d, device="cuda", generator=gen)
+    if data == "topics":
+        first = 0
+        for b, n in enumerate(lengths):
+            for h in range(hq):
+                at = first + int(torch.randint(n, (1,), device="cuda", generator=gen))
+                q[b, h, 0] = 0.8 * k[at, h // (hq // g)] + 0.6 * q[b, h, 0]
+            first += n
+    del k
+    vp = paged(torch.randn(total, g, d, device="cuda", generator=gen), lengths)
+    return kp, vp, q.half()
+
+
+def exact(kp, vp, q, lengths, alpha, scale):
+    """float64 attention [b,hq,d] of alpha 1, 1.5 or 2."""
+    out, first = [], 0
+    b, hq, _, d = q.shape
+    g = kp.shape[1]
+    for i, n in enumerate(lengths):
+        pages = (n + PAGE - 1) // PAGE
+        rows = []
+        for h in range(hq):
+            k = kp[first:first + pages, h // (hq // g)].reshape(-1, d)[:n].double()
+            v = vp[first:first + pages, h // (hq // g)].reshape(-1, d)[:n].double()
+            s = k @ q[i, h, 0].double() * scale
+            if alpha == 1:
+                p = torch.softmax(s, 0)
+            else:
+                x = (alpha - 1) * s
+                top = x.sort(descending=True).values
+                rank = torch.arange(1, n + 1, device="cuda", dtype=torch.float64)
+                shift = top[0]
+                mean = (top - shift).cumsum(0) / rank
+                if alpha == 2:
+                    tau = mean - 1 / rank
+                else:
+                    spread = rank * ((top - shift).square().cumsum(0) / rank - mean * mean)
+                    tau = mean - ((1 - spread) / rank).clamp(min=0).sqrt()
+                support = int((tau <= top - shift).sum())
+                p = (x - shift - tau[support - 1]).clamp(min=0) ** (1 / (alpha - 1))
+            rows.append(p @ v)
+        out.append(torch.stack(rows))
+        first += pages
+    return torch.stack(out)
+
+
+def capture(calls):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def softmax(kind, k, v, q, scale):
+    b, hq, _, d = q.shape
+    g = k.shape[1]
+    rows = q.view(b, g, hq // g, d)  # the heads of a group are rows of one query
+
+    def call():
+        with sdpa_kernel(kind):
+            return torch.nn.functional.scaled_dot_product_attention(rows, k, v, scale=scale)
+
+    return call
+
+
+def run(lib, data, lengths, hq, g, d, sets, rounds, seed, profile):
+    std = float(data[5:]) if data.startswith("flat:") else 1.0
+    scale = std / math.sqrt(d)
+    bytes_k = sum(lengths) * g * d * 2
+    problems = [make_set(data, lengths, hq, g, d, seed + i) for i in range(sets)]
+    graphs, ours, bytes_of = {}, {}, {}
+    for name, alpha in (("ours softmax", 1.0), ("ours all 1.5", 1.5), ("ours all 2", 2.0)):
+        ours[name] = [Ours(lib, *p, lengths, alpha, scale) for p in problems]
+        graphs[name] = capture(ours[name])
+        bytes_of[name] = bytes_k * (2 if alpha == 1 else 1)
+    if len(lengths) == 1:  # PyTorch has no paged decode: contiguous copies
+        flat = [tuple(t.transpose(0, 1).reshape(1, g, -1, d)[:, :, :lengths[0]].contiguous() for t in p[:2]) for p in problems]
+        for name, kind in (("softmax cuDNN", SDPBackend.CUDNN_ATTENTION), ("softmax FlashAttention", SDPBackend.FLASH_ATTENTION)):
+            try:
+                graphs[name] = capture([softmax(kind, *f, p[2], scale) for f, p in zip(flat, problems)])
+                bytes_of[name] = 2 * bytes_k
+            except RuntimeError as error:
+                print(f"# {name}: {str(error).splitlines()[0]}", file=sys.stderr)
+    times = {name: [] for name in graphs}
+    for i in range(rounds + 3):
+        for name, graph in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if i >= 3:
+                times[name].append(start.elapsed_time(end) / sets)
+    if profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+            for name in graphs:
+                graphs[name].replay()
+            torch.cuda.synchronize()
+        for event in prof.key_averages():
+            print(f"#   {event.device_time_total / event.count:9.1f} us x{event.count:<3} {event.key[:110]}")
+    base = min((statistics.median(t) for n, t in times.items() if n.startswith("softmax")), default=None)
+    for name, t in times.items():
+        ms = statistics.median(t)
+        row = {"device": torch.cuda.get_device_name(), "data": data, "n": max(lengths), "batch": len(lengths), "hq": hq, "hkv": g,
+               "d": d, "dtype": "f16", "page": PAGE, "method": name, "ms": ms, "ms_min": min(t),
+               "ms_mad": statistics.median(abs(x - ms) for x in t), "vs_softmax": base / ms if base else None,
+               "gbps_of_floor": bytes_of[name] / ms * 1e-6, "sets": sets, "rounds": rounds, "seed": seed, "graph": True}
+        if name in ours:
+            alpha = {"ours softmax": 1, "ours all 1.5": 1.5, "ours all 2": 2}[name]
+            want = exact(*problems[0], lengths, alpha, scale)
+            got = ours[name][0].o[:, :, 0].double()
+            row["rel_err"] = ((got - want).norm() / want.norm()).item()
+            row["support_mean"] = ours[name][0].support() if alpha > 1 else None
+        yield row
+    for caches in ours.values():
+        for cache in caches:
+            cache.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lib", default="build/libentmax.so")
+    parser.add_argument("--out", default="gpu-decode.json")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--profile", action="store_true", help="print what each kernel takes")
+    parser.add_argument("--quick", action="store_true", help="iid only, and no batch")
+    args = parser.parse_args()
+    lib = Library(args.lib)
+    cases = []
+    for n, sets in ((32768, 8), (131072, 4), (1 << 20, 1)):
+        for data in ("iid",) if args.quick else ("iid", "ar:0.99", "topics", "flat:0.05"):
+            cases += [(data, [n], 8, 8, 64, sets), (data, [n], 32, 8, 128, sets)]
+    if not args.quick:
+        ragged = [131072 - 65536 * i // 7 for i in range(8)]
+        cases += [("iid", ragged, 8, 8, 64, 1), ("iid", ragged, 32, 8, 128, 1)]
+    with open(args.out, "w") as out:
+        for case in cases:
+            try:
+                for row in run(lib, *case, args.rounds, args.seed, args.profile):
+                    out.write(json.dumps(row) + "\n")
+                    out.flush()
+                    print(f"{row['data']:9} n {row['n']:8} x{row['batch']} {row['hq']}/{row['hkv']} D{row['d']:<4}{row['method']:23}"
+                          f"{row['ms'] * 1e3:9.1f} us  mad {row['ms_mad'] * 1e3:5.1f}  x{row['vs_softmax'] or 0:5.2f}"
+                          f"  {row['gbps_of_floor']:7.0f} GB/s  err {row.get('rel_err', math.nan):.1e}"
+                          f"  support {row.get('support_mean') or 0:.0f}", flush=True)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                print(f"# {case[0]} {case[1][0]} {case[2]}/{case[3]}: {str(error).splitlines()[0]}", flush=True)
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

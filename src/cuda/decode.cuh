@@ -1,0 +1,1005 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Decode with ALL on the device: every key is read once, values of the support only.
+ *
+ *   s_j = scale q.k_j + slope (j - i),  o = sum_j [a s_j - tau]_+^(1/a) v_j,  a = alpha-1        (alpha = 1: softmax, K and V in one pass)
+ *
+ * Three kernels, nothing between them but the stream, so a graph can hold them:
+ *   scan   block = (sequence, KV head, up to R query rows, part of the sequence). A warp takes chunks of 128 positions. Sixteen bytes of
+ *          a key a lane, L lanes a key; the products of U keys with R queries are summed over the lanes by exchanging halves, so that
+ *          afterwards every lane owns different scores. What exceeds the largest score so far minus 1/a (T1 of docs/math.md) goes to the
+ *          chunk's segment of the row, which has room for all of it. Bytes: N D of K for all R rows; 5 a candidate.
+ *   solve  block = row. The true maximum decides which candidates are left: a set, and an order, that do not depend on timing. tau by
+ *          bracketed steps in double. Up to EMXI_CUDA_SMALL candidates: in shared memory, and the values are added here.
+ *   share  block = (row, part): values of rows with more candidates; leaves at once for all others. The last block adds up.
+ * Softmax: scan also sums exp(s - m) v for its part, merge joins the parts.
+ *
+ * f32 products and sums of a score as on the CPU (f16 and bf16 keys are exact in f32); weights and tau in double; values in f32 over at
+ * most a chunk-strided share, in a fixed order: the same call gives the same bits. Oracle: src/entmax/oracle.c. */
+#ifndef EMXI_CUDA_DECODE_CUH
+#define EMXI_CUDA_DECODE_CUH
+
+#include "../entmax/solve.h"
+#include "device.cuh"
+
+namespace {
+
+constexpr int CHUNK = EMXI_CUDA_CHUNK, SCAN_THREADS = 256, SCAN_WARPS = SCAN_THREADS / 32, SOLVE_THREADS = 512,
+              SOLVE_WARPS = SOLVE_THREADS / 32, SMALL = EMXI_CUDA_SMALL, MAX_ALIVE = 1024, MAX_D = 256, PER_LANE = MAX_D / 32;
+
+/* ---- rows of K and V in registers: eight elements a lane */
+
+/* FIXED > 0: that head dimension, two-byte elements, aligned rows: lane l of FIXED/8 holds elements 8 l .. 8 l + 7.
+ * FIXED = 0: any dimension and alignment: a warp reads a row, lane l holds elements l + 32 e. */
+template <typename T, int FIXED>
+struct piece {
+  static constexpr int L = FIXED / 8;
+  uint4 x;
+  __device__ __forceinline__ void load(const T *row, int l, int) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(row + 8 * l));
+  }
+  __device__ __forceinline__ void clear() { x = make_uint4(0, 0, 0, 0); }
+  __device__ __forceinline__ static void two(uint32_t w, float &a, float &b, const __half *) {
+    const float2 f = __half22float2(*reinterpret_cast<const __half2 *>(&w));
+    a = f.x;
+    b = f.y;
+  }
+  __device__ __forceinline__ static void two(uint32_t w, float &a, float &b, const __nv_bfloat16 *) {
+    a = __uint_as_float(w << 16);
+    b = __uint_as_float(w & 0xffff0000u);
+  }
+  __device__ __forceinline__ void get(float (&f)[8]) const {
+    two(x.x, f[0], f[1], (const T *)nullptr);
+    two(x.y, f[2], f[3], (const T *)nullptr);
+    two(x.z, f[4], f[5], (const T *)nullptr);
+    two(x.w, f[6], f[7], (const T *)nullptr);
+  }
+  __device__ __forceinline__ static int element(int l, int e) { return 8 * l + e; }
+};
+template <typename T>
+struct piece<T, 0> {
+  static constexpr int L = 32;
+  T x[8];
+  __device__ __forceinline__ void load(const T *row, int l, int d) {
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+      if (l + 32 * e < d)
+        x[e] = row[l + 32 * e];
+      else
+        from_float(0.0f, &x[e]);
+  }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int e = 0; e < 8; e++) from_float(0.0f, &x[e]);
+  }
+  __device__ __forceinline__ void get(float (&f)[8]) const {
+#pragma unroll
+    for (int e = 0; e < 8; e++) f[e] = to_float(x[e]);
+  }
+  __device__ __forceinline__ static int element(int l, int e) { return l + 32 * e; }
+};
+
+/* Sums v[0..V) over the L lanes of a group. Afterwards lane l has the sums of V/L neighbouring indices, from first_index<V, L>(l) on,
+ * in v[0..); with V < L, L/V lanes have the same one. V and L are powers of two. */
+template <int V, int L>
+__device__ __forceinline__ void exchange_sum(float (&v)[V], int l) {
+  int n = V;
+#pragma unroll
+  for (int step = L / 2; step; step >>= 1) {
+    if (n > 1) {
+      n >>= 1;
+#pragma unroll
+      for (int i = 0; i < V / 2; i++) {
+        if (i >= n) continue;
+        const float give = l & step ? v[i] : v[i + n], keep = l & step ? v[i + n] : v[i];
+        v[i] = keep + __shfl_xor_sync(EMXI_FULL, give, step);
+      }
+    } else {
+      v[0] += __shfl_xor_sync(EMXI_FULL, v[0], step);
+    }
+  }
+}
+template <int V, int L>
+__device__ __forceinline__ int first_index(int l) {
+  return V >= L ? l * (V / L) : l / (L / V);
+}
+/* The lane that has index i, and where. */
+template <int V, int L>
+__device__ __forceinline__ constexpr int lane_of(int i) {
+  return V >= L ? i / (V / L) : i * (L / V);
+}
+
+/* ---- rows of a work item */
+
+struct row_id {
+  int64_t row;     /* in the workspace */
+  int64_t visible; /* keys that it sees */
+  int h, s;
+};
+__device__ __forceinline__ row_id item_row(const emxi_cuda_decode &a, int b, int g, int index, int64_t length) {
+  row_id r;
+  r.s = index / a.group;
+  r.h = g * a.group + index % a.group;
+  r.row = ((int64_t)b * a.H + r.h) * a.S + r.s;
+  const int64_t visible = length - a.S + r.s + 1;
+  r.visible = visible > 0 ? visible : 0;
+  return r;
+}
+/* What cannot be in the support once a score m was seen: one float further down covers the rounding of the difference. */
+__device__ __forceinline__ float below_of(float m, double alpha) {
+  return nextafterf((float)((double)m - 1.0 / (alpha - 1.0)), -emxi_inf());
+}
+
+/* A score of -inf from a finite key: a partial sum has overflowed, and the true score may be anything. */
+template <typename T>
+__device__ __noinline__ bool key_is_finite(const T *key, int d) {
+  for (int i = 0; i < d; i++)
+    if (!(fabsf(to_float(key[i])) < emxi_inf())) return false;
+  return true;
+}
+
+/* ---- scan */
+
+template <typename T, int FIXED, int R, int U, bool SOFTMAX>
+__global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ emxi_cuda_decode a) {
+  using row_piece = piece<T, FIXED>;
+  constexpr int L = row_piece::L, SUBS = 32 / L, V = U * R, OWN = V >= L ? V / L : 1, TILE = U * SUBS, TILES = CHUNK / TILE,
+                PAGES = TILE > 16 ? TILE / 16 : 1;
+  __shared__ float shared_q[R][MAX_D];
+  __shared__ int shared_max[R], shared_bad;
+  extern __shared__ float shared_o[]; /* softmax: [SCAN_WARPS][R][D] */
+  __shared__ float shared_m[SOFTMAX ? SCAN_WARPS : 1][R], shared_z[SOFTMAX ? SCAN_WARPS : 1][R];
+  __shared__ int shared_n[SOFTMAX ? SCAN_WARPS : 1][R];
+
+  const emxi_cuda_pool &pool = a.pool;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, l = lane % L, sub = lane / L, D = FIXED ? FIXED : pool.D;
+  const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits, block = item % a.blocks, g = item / a.blocks % pool.G,
+            b = item / a.blocks / pool.G;
+  const int first_row = block * R, left = a.group * a.S - first_row, rows = left < R ? left : R;
+  int64_t length;
+  const int32_t *table = batch_entry(a.batch, b, &length);
+  const int64_t chunks = (length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits, from = split * per,
+                to = from + per < chunks ? from + per : chunks;
+
+  for (int i = threadIdx.x; i < R * MAX_D; i += SCAN_THREADS) {
+    const int r = i / MAX_D, x = i % MAX_D;
+    float q = 0;
+    if (r < rows && x < D) {
+      const row_id id = item_row(a, b, g, first_row + r, length);
+      q = load_any(a.q, a.q_dtype, b * a.q_stride[0] + id.h * a.q_stride[1] + id.s * a.q_stride[2] + x) * a.scale;
+    }
+    shared_q[r][x] = q;
+  }
+  if (threadIdx.x < R) shared_max[threadIdx.x] = to_ordered(-emxi_inf());
+  if (threadIdx.x == 0) shared_bad = 0;
+  __syncthreads();
+  float q[R][8];
+#pragma unroll
+  for (int r = 0; r < R; r++)
+#pragma unroll
+    for (int e = 0; e < 8; e++) q[r][e] = shared_q[r][row_piece::element(l, e)];
+
+  /* The scores that this lane owns: key u, row r. */
+  int own_r[OWN], own_token[OWN];
+  float slope[OWN], m[OWN], bound[OWN], chunk_top[OWN]; /* bound: what is not above it has no weight */
+  int32_t visible[OWN];
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    const int index = first_index<V, L>(l) + i;
+    own_r[i] = index % R;
+    own_token[i] = index / R * SUBS + sub;
+    const bool mine = (V >= L || l % (V < L ? L / V : 1) == 0) && own_r[i] < rows;
+    const row_id id = item_row(a, b, g, first_row + (mine ? own_r[i] : 0), length);
+    visible[i] = mine ? (int32_t)id.visible : 0;
+    slope[i] = a.slopes && mine ? a.slopes[id.h] : 0.0f;
+    m[i] = bound[i] = chunk_top[i] = -emxi_inf();
+  }
+  uint32_t bad = 0;
+  int count[R];
+  float o[SOFTMAX ? R : 1][8], z[OWN];
+  int seen[OWN];
+#pragma unroll
+  for (int r = 0; r < R; r++) count[r] = 0;
+#pragma unroll
+  for (int i = 0; i < OWN; i++) z[i] = 0, seen[i] = 0;
+  if (SOFTMAX)
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+      for (int e = 0; e < 8; e++) o[r][e] = 0;
+
+  /* Tiles of this warp: all of chunk `c`, then of the next one that is its. Page numbers are fetched two tiles ahead, keys one. */
+  const T *k_base = (const T *)pool.k + g * pool.k_head, *v_base = (const T *)pool.v + g * pool.v_head;
+  const auto fetch = [&](int64_t c, int tile, int32_t(&page)[PAGES]) {
+#pragma unroll
+    for (int i = 0; i < PAGES; i++) {
+      const int64_t token = c * CHUNK + tile * TILE + 16 * i;
+      page[i] = c < to && token < length ? table_page(a.batch, pool, table, b, token >> pool.shift) : 0;
+    }
+  };
+  const auto read = [&](const T *base, int64_t page_stride, int64_t token_stride, int64_t c, int tile,
+                        const int32_t(&page)[PAGES], row_piece(&x)[U]) {
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      const int64_t token = c * CHUNK + tile * TILE + u * SUBS + sub;
+      const T *row = base + page[PAGES > 1 ? u * SUBS / 16 : 0] * page_stride + (token & (pool.P - 1)) * token_stride;
+      if (c < to && token < length)
+        x[u].load(row, l, D);
+      else
+        x[u].clear();
+    }
+  };
+  const auto advance = [&](int64_t &c, int &tile) {
+    if (++tile == TILES) tile = 0, c += SCAN_WARPS;
+  };
+
+  int64_t c = from + warp, next_c = c;
+  int tile = 0, next_tile = 0;
+  int32_t page[PAGES], next_page[PAGES];
+  row_piece x[U], next[U];
+  fetch(c, tile, page);
+  read(k_base, pool.k_page, pool.k_token, c, tile, page, x);
+  advance(next_c, next_tile);
+  fetch(next_c, next_tile, next_page);
+  while (c < to) {
+    row_piece values[SOFTMAX ? U : 1];
+    if constexpr (SOFTMAX) read(v_base, pool.v_page, pool.v_token, c, tile, page, values);
+    int64_t after_c = next_c;
+    int after_tile = next_tile;
+    int32_t after_page[PAGES];
+    read(k_base, pool.k_page, pool.k_token, next_c, next_tile, next_page, next);
+    advance(after_c, after_tile);
+    fetch(after_c, after_tile, after_page);
+
+    float v[V];
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      float f[8];
+      x[u].get(f);
+#pragma unroll
+      for (int r = 0; r < R; r++) {
+        float sum = f[0] * q[r][0];
+#pragma unroll
+        for (int e = 1; e < 8; e++) sum = fmaf(f[e], q[r][e], sum);
+        v[u * R + r] = sum;
+      }
+    }
+    exchange_sum<V, L>(v, l);
+
+    const int32_t start = (int32_t)(c * CHUNK + tile * TILE);
+    bool up = false, pass = false;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      const int32_t token = start + own_token[i];
+      const bool in = token < visible[i];
+      float s = v[i];
+      if (slope[i] != 0) s = fmaf(slope[i], (float)(token - (visible[i] - 1)), s);
+      if (in && s == -emxi_inf()) {
+        const int32_t p = table_page(a.batch, pool, table, b, token >> pool.shift);
+        if (key_is_finite(k_base + p * pool.k_page + (token & (pool.P - 1)) * pool.k_token, D)) s = emxi_nan();
+      }
+      if (in && !(s < emxi_inf())) bad |= 1u << own_r[i];
+      if (!in) s = -emxi_inf();
+      v[i] = s;
+      up |= s > m[i];
+      if (s > chunk_top[i]) chunk_top[i] = s;
+    }
+    if (__any_sync(EMXI_FULL,
+                   up)) { /* a new largest score: all lanes, and through shared memory the other warps, get to know it */
+#pragma unroll
+      for (int r = 0; r < R; r++) {
+        int top = to_ordered(-emxi_inf());
+#pragma unroll
+        for (int i = 0; i < OWN; i++)
+          if (own_r[i] == r && v[i] > -emxi_inf() && to_ordered(v[i]) > top) top = to_ordered(v[i]);
+        top = __reduce_max_sync(EMXI_FULL, top);
+        if (!SOFTMAX) {
+          if (lane == 0) top = max(top, atomicMax(&shared_max[r], top));
+          top = __shfl_sync(EMXI_FULL, top, 0);
+        }
+        const float new_m = from_ordered(top);
+        float old = -emxi_inf();
+#pragma unroll
+        for (int i = 0; i < OWN; i++)
+          if (own_r[i] == r) {
+            old = m[i];
+            if (new_m > old) {
+              if (SOFTMAX) z[i] *= __expf(old - new_m);
+              m[i] = new_m;
+              if (!SOFTMAX) bound[i] = below_of(new_m, a.alpha);
+            }
+          }
+        if (SOFTMAX) { /* the same in every lane: some lane owns row r */
+          old = from_ordered(__reduce_max_sync(EMXI_FULL, to_ordered(old)));
+          const float f = new_m > old ? __expf(old - new_m) : 1.0f;
+#pragma unroll
+          for (int e = 0; e < 8; e++) o[r][e] *= f;
+        }
+      }
+    }
+
+    if constexpr (SOFTMAX) {
+#pragma unroll
+      for (int i = 0; i < OWN; i++) {
+        const float s = v[i];
+        const bool there = s > -emxi_inf() && s < emxi_inf();
+        v[i] = there ? __expf(s - m[i]) : 0.0f;
+        z[i] += v[i];
+        seen[i] += there;
+      }
+#pragma unroll
+      for (int u = 0; u < U; u++) {
+        float f[8];
+        values[u].get(f);
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+          const float p = __shfl_sync(EMXI_FULL, v[(u * R + r) % OWN], lane_of<V, L>(u * R + r), L);
+          if (p > 0) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) o[r][e] = fmaf(p, f[e], o[r][e]);
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < OWN; i++) pass |= v[i] > bound[i]; /* what is not visible is -inf */
+      if (__any_sync(EMXI_FULL, pass)) {
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+          const bool mine = v[i] > bound[i];
+#pragma unroll
+          for (int r = 0; r < R; r++) {
+            const uint32_t mask = __ballot_sync(EMXI_FULL, mine && own_r[i] == r);
+            if (!mask) continue;
+            if (mine && own_r[i] == r) {
+              const row_id id = item_row(a, b, g, first_row + r, length);
+              const int64_t at = (id.row * a.chunks + c) * CHUNK + count[r] + __popc(mask & ((1u << lane) - 1));
+              a.z[at] = v[i];
+              a.local[at] = (uint8_t)(tile * TILE + own_token[i]);
+            }
+            count[r] += __popc(mask);
+          }
+        }
+      }
+      if (tile == TILES - 1) { /* the chunk is complete */
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+          int top = to_ordered(-emxi_inf());
+#pragma unroll
+          for (int i = 0; i < OWN; i++)
+            if (own_r[i] == r) top = max(top, to_ordered(chunk_top[i]));
+          top = __reduce_max_sync(EMXI_FULL, top);
+          if (lane == 0 && r < rows) {
+            const row_id id = item_row(a, b, g, first_row + r, length);
+            a.chunk_max[id.row * a.chunks + c] = from_ordered(top);
+            a.count[id.row * a.chunks + c] = (uint8_t)count[r];
+          }
+          count[r] = 0;
+          const float all = from_ordered(((volatile int *)shared_max)[r]);
+#pragma unroll
+          for (int i = 0; i < OWN; i++)
+            if (own_r[i] == r && all > m[i]) {
+              m[i] = all;
+              bound[i] = below_of(all, a.alpha);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < OWN; i++) chunk_top[i] = -emxi_inf();
+      }
+    }
+    c = next_c, tile = next_tile, next_c = after_c, next_tile = after_tile;
+#pragma unroll
+    for (int u = 0; u < U; u++) x[u] = next[u];
+#pragma unroll
+    for (int i = 0; i < PAGES; i++) page[i] = next_page[i], next_page[i] = after_page[i];
+  }
+
+  if (bad) atomicOr(&shared_bad, (int)bad);
+  if constexpr (SOFTMAX) {
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      int top = to_ordered(-emxi_inf()), n = 0;
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < OWN; i++)
+        if (own_r[i] == r) {
+          top = max(top, to_ordered(m[i]));
+          sum += z[i];
+          n += seen[i];
+        }
+      if (V < L && l % (V < L ? L / V : 1)) sum = 0, n = 0; /* copies of the lane before */
+      top = __reduce_max_sync(EMXI_FULL, top);
+#pragma unroll
+      for (int step = 16; step; step >>= 1) {
+        sum += __shfl_xor_sync(EMXI_FULL, sum, step);
+        n += __shfl_xor_sync(EMXI_FULL, n, step);
+      }
+      if (lane == 0) {
+        shared_m[warp][r] = from_ordered(top);
+        shared_z[warp][r] = sum;
+        shared_n[warp][r] = n;
+      }
+#pragma unroll
+      for (int e = 0; e < 8; e++) {
+#pragma unroll
+        for (int step = 16; step >= L; step >>= 1) o[r][e] += __shfl_xor_sync(EMXI_FULL, o[r][e], step);
+        if (sub == 0 && row_piece::element(l, e) < D) shared_o[(warp * R + r) * D + row_piece::element(l, e)] = o[r][e];
+      }
+    }
+  }
+  __syncthreads();
+  if constexpr (SOFTMAX) {
+    for (int i = threadIdx.x; i < rows * D; i += SCAN_THREADS) {
+      const int r = i / D, d = i % D;
+      const row_id id = item_row(a, b, g, first_row + r, length);
+      float top = -emxi_inf(), sum = 0, total = 0;
+      int n = 0;
+      for (int w = 0; w < SCAN_WARPS; w++) top = fmaxf(top, shared_m[w][r]);
+      for (int w = 0; w < SCAN_WARPS; w++) {
+        if (shared_m[w][r] == -emxi_inf()) continue;
+        const float f = __expf(shared_m[w][r] - top);
+        sum += f * shared_o[(w * R + r) * D + d];
+        total += f * shared_z[w][r];
+        n += shared_n[w][r];
+      }
+      a.part_o[(id.row * a.splits + split) * D + d] = sum;
+      if (d) continue;
+      a.part_m[id.row * a.splits + split] = top;
+      a.part_z[id.row * a.splits + split] = total;
+      a.part_n[id.row * a.splits + split] = n;
+    }
+  }
+  if (threadIdx.x < rows) {
+    const row_id id = item_row(a, b, g, first_row + (int)threadIdx.x, length);
+    if (!SOFTMAX) a.split_max[id.row * a.splits + split] = from_ordered(shared_max[threadIdx.x]);
+    a.bad[id.row * a.splits + split] = shared_bad >> threadIdx.x & 1;
+  }
+}
+
+/* ---- results of a row */
+
+struct row_place {
+  int b, h, s, g;
+  int64_t length, visible;
+  const int32_t *table;
+};
+__device__ __forceinline__ row_place place_of(const emxi_cuda_decode &a, int64_t row) {
+  row_place p;
+  p.s = (int)(row % a.S);
+  p.h = (int)(row / a.S % a.H);
+  p.b = (int)(row / a.S / a.H);
+  p.g = p.h / a.group;
+  p.table = batch_entry(a.batch, p.b, &p.length);
+  p.visible = p.length - a.S + p.s + 1;
+  if (p.visible < 0) p.visible = 0;
+  return p;
+}
+__device__ __forceinline__ void store_output(const emxi_cuda_decode &a, const row_place &p, int d, float x) {
+  store_any(a.o, a.o_dtype, p.b * a.o_stride[0] + p.h * a.o_stride[1] + p.s * a.o_stride[2] + d, x);
+}
+/* Whether some element of scale * q is not finite; for all threads of the block. Has a barrier. */
+__device__ __forceinline__ bool query_is_bad(const emxi_cuda_decode &a, const row_place &p) {
+  bool bad = false;
+  for (int d = threadIdx.x; d < a.pool.D; d += blockDim.x)
+    bad |= !(fabsf(load_any(a.q, a.q_dtype, p.b * a.q_stride[0] + p.h * a.q_stride[1] + p.s * a.q_stride[2] + d) * a.scale) <
+             emxi_inf());
+  return __syncthreads_or(bad);
+}
+/* One thread. */
+__device__ void write_report(const emxi_cuda_decode &a, const row_place &p, int64_t row, bool bad, double tau, double mass,
+                             int64_t support, int64_t values) {
+  if (!a.reports) return;
+  const int64_t key = (int64_t)a.pool.D * (a.pool.dtype == EMX_F32 ? 4 : 2), P = a.pool.P;
+  const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+  const bool whole = a.pool.k_token == a.pool.D;
+  const int64_t full = p.visible / P, rest = p.visible % P;
+  emx_report r = {};
+  r.tau = bad ? emxi_nan() : (float)tau;
+  r.mass = bad ? emxi_nan() : (float)mass;
+  r.delta_bound = bad ? 1.0f : 0.0f;
+  r.max_unread = -emxi_inf();
+  r.support = bad ? 0 : (int32_t)support;
+  r.tokens = (int32_t)p.visible;
+  r.pages = (int32_t)(full + (rest > 0));
+  r.select = EMX_SELECT_ALL;
+  r.path = EMX_PATH_ALL;
+  r.stopped_by = EMX_STOP_DONE;
+  r.flags = bad ? EMX_REPORT_NONFINITE : EMX_REPORT_CERTIFIED;
+  r.bytes_k = whole ? full * lines(P * key) + lines(rest * key) : p.visible * lines(key);
+  r.bytes_v = bad ? 0 : values * lines(key);
+  *(emx_report *)(a.reports + row * a.report_stride) = r;
+}
+
+/* Elements l + 32 e of the value at `position`, for a whole warp. */
+template <typename T>
+__device__ __forceinline__ piece<T, 0> load_value(const emxi_cuda_decode &a, const row_place &p, int64_t position, int lane) {
+  const int32_t page = table_page(a.batch, a.pool, p.table, p.b, position >> a.pool.shift);
+  piece<T, 0> x;
+  x.load((const T *)a.pool.v + page * a.pool.v_page + p.g * a.pool.v_head + (position & (a.pool.P - 1)) * a.pool.v_token, lane,
+         a.pool.D);
+  return x;
+}
+/* acc += sum over the set bits of `active` of p v, in ascending order of the lanes whose p and position they are. */
+template <typename T>
+__device__ __forceinline__ void add_values(const emxi_cuda_decode &a, const row_place &place, uint32_t active, float p,
+                                           int64_t position, int lane, float (&acc)[PER_LANE]) {
+  constexpr int AHEAD = 4;
+  while (active) {
+    piece<T, 0> x[AHEAD];
+    float w[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      const bool more = active != 0;
+      const int from = more ? __ffs(active) - 1 : 0;
+      const int64_t at = __shfl_sync(EMXI_FULL, position, from);
+      w[i] = __shfl_sync(EMXI_FULL, p, from);
+      if (more)
+        x[i] = load_value<T>(a, place, at, lane);
+      else
+        x[i].clear(), w[i] = 0;
+      active &= active - 1;
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+      float f[8];
+      x[i].get(f);
+      if (w[i] > 0) {
+#pragma unroll
+        for (int e = 0; e < PER_LANE; e++) acc[e] = fmaf(w[i], f[e], acc[e]);
+      }
+    }
+  }
+}
+
+/* ---- solve */
+
+struct threshold {
+  double alpha, a, b;
+  int power;
+  float m;
+};
+__device__ __forceinline__ float weight_of(const threshold &k, float z, double t) {
+  const double y = k.a * ((double)z - (double)k.m) - t;
+  return y > 0 ? (float)emxi_power(y, k.b, k.power) : 0.0f;
+}
+/* Adds what z contributes: alpha 2 and 1.5: count, sum y, sum y^2 over y > margin; else 0, sum y^(b-1), sum y^b. */
+__device__ __forceinline__ void add_term(const threshold &k, float z, double t, double margin, double (&s)[3]) {
+  const double y = k.a * ((double)z - (double)k.m) - t;
+  if (!(y > margin)) return;
+  if (k.alpha == 2.0 || k.alpha == 1.5) {
+    s[0] += 1;
+    s[1] += y;
+    s[2] += y * y;
+  } else {
+    const double p = emxi_power(y, k.b, k.power);
+    s[1] += p / y;
+    s[2] += p;
+  }
+}
+/* The next threshold minus t, and the residual at t. As in src/cpu/solver.inc. */
+__device__ __forceinline__ double threshold_step(const threshold &k, const double (&s)[3], double *f) {
+  if (k.alpha == 2.0 || k.alpha == 1.5) {
+    const emxi_sums sums = {s[0], s[1], s[2]};
+    *f = (k.alpha == 2.0 ? s[1] : s[2]) - 1.0;
+    if (!(s[0] > 0)) return -0.5;
+    return k.alpha == 2.0 ? emxi_step_sparsemax(sums) : emxi_step_entmax15(sums);
+  }
+  *f = s[2] - 1.0;
+  if (!(s[1] > 0)) return -0.5;
+  return k.alpha < 2.0 ? (s[2] - pow(s[2], 1.0 - k.a)) / s[1] : emxi_step_newton(*f, s[1], k.b);
+}
+
+/* Exclusive sum of x over the block and, in *total, of all. Has barriers. */
+__device__ __forceinline__ int block_offsets(int x, int *scratch, int *total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int upto = x;
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) {
+    const int other = __shfl_up_sync(EMXI_FULL, upto, step);
+    if (lane >= step) upto += other;
+  }
+  __syncthreads();
+  if (lane == 31) scratch[warp] = upto;
+  __syncthreads();
+  int sum = 0, before = 0;
+  for (int w = 0; w < (int)blockDim.x / 32; w++) {
+    if (w == warp) before = sum;
+    sum += scratch[w];
+  }
+  *total = sum;
+  return before + upto - x;
+}
+
+/* Sums of all threads in a fixed order, the same in every thread. Has barriers. */
+__device__ __forceinline__ void block_sums(double (&x)[3], double (*scratch)[SOLVE_WARPS]) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1)
+#pragma unroll
+    for (int i = 0; i < 3; i++) x[i] += __shfl_xor_sync(EMXI_FULL, x[i], step);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0)
+#pragma unroll
+    for (int i = 0; i < 3; i++) scratch[i][threadIdx.x / 32] = x[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 3; i++) {
+    x[i] = 0;
+#pragma unroll
+    for (int w = 0; w < SOLVE_WARPS; w++) x[i] += scratch[i][w];
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ emxi_cuda_decode a) {
+  constexpr int KEPT = 16; /* chunk maxima a thread keeps in registers: those of a million tokens */
+  __shared__ float list[SMALL];
+  __shared__ int32_t position[SMALL];
+  __shared__ int32_t alive[MAX_ALIVE]; /* chunks with a candidate */
+  __shared__ int16_t begin[MAX_ALIVE]; /* how many each has, then where they start */
+  __shared__ double scratch[3][SOLVE_WARPS];
+  __shared__ int offsets[SOLVE_WARPS];
+  const int64_t row = blockIdx.x;
+  const row_place place = place_of(a, row);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.pool.D;
+  const int64_t chunks = (place.visible + CHUNK - 1) / CHUNK;
+  emxi_cuda_wide *wide = &a.wide[row];
+
+  /* A thread has neighbouring chunks, so that what it finds is in order. */
+  const float *chunk_max = a.chunk_max + row * a.chunks, *z = a.z + row * a.chunks * CHUNK;
+  const uint8_t *count = a.count + row * a.chunks, *local = a.local + row * a.chunks * CHUNK;
+  const int64_t per = (chunks + SOLVE_THREADS - 1) / SOLVE_THREADS, from = threadIdx.x * per,
+                to = from + per < chunks ? from + per : chunks;
+  float kept[KEPT];
+#pragma unroll
+  for (int i = 0; i < KEPT; i++) kept[i] = i < per && from + i < to ? chunk_max[from + i] : -emxi_inf();
+
+  bool bad = query_is_bad(a, place);
+  int top = to_ordered(-emxi_inf());
+  for (int i = threadIdx.x; i < a.splits; i += SOLVE_THREADS) {
+    bad |= a.bad[row * a.splits + i] != 0;
+    top = max(top, to_ordered(a.split_max[row * a.splits + i]));
+  }
+  top = __reduce_max_sync(EMXI_FULL, top);
+  if (lane == 0) offsets[warp] = top;
+  bad = __syncthreads_or(bad);
+  for (int w = 0; w < SOLVE_WARPS; w++) top = max(top, offsets[w]);
+  const float m = from_ordered(top);
+  if (bad || m == -emxi_inf()) {
+    for (int d = threadIdx.x; d < D; d += SOLVE_THREADS) store_output(a, place, d, bad ? emxi_nan() : 0.0f);
+    if (threadIdx.x == 0) {
+      wide->wide = 0;
+      write_report(a, place, row, bad, -emxi_inf(), 0, 0, 0);
+    }
+    return;
+  }
+
+  threshold k;
+  k.alpha = a.alpha;
+  k.a = a.alpha - 1.0;
+  k.b = 1.0 / k.a;
+  k.power = emxi_power_kind(k.b);
+  k.m = m;
+
+  /* The largest scores of the chunks are scores: the threshold of any subset is a lower bound (T1), and for alpha <= 2 so is every
+   * Newton step on the norm of the positive parts, which is convex. A few of them leave little more than the support. */
+  double low = -1.0;
+  for (int step = 0; step < 6 && k.alpha <= 2.0; step++) {
+    double s[3] = {0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) add_term(k, kept[i], low, 0, s);
+    for (int64_t c = from + KEPT; c < to; c++) add_term(k, chunk_max[c], low, 0, s);
+    block_sums(s, scratch);
+    const double mass = k.alpha == 2.0 ? s[1] : s[2], slope = k.alpha == 2.0 ? s[0] : s[1];
+    if (!(mass > 1 && slope > 0)) break;
+    low += fmax(0.0, (mass - (k.alpha == 1.5 ? sqrt(mass) : pow(mass, 1.0 - k.a))) / slope - 1e-12);
+  }
+  const float thr = fmaxf(below_of(m, a.alpha), nextafterf((float)((double)m + low / k.a), -emxi_inf()));
+
+  /* Chunks with a candidate, in order; then their candidates, a warp a chunk: counted, and put where they belong. */
+  int mine = 0, n_alive, total = 0;
+#pragma unroll
+  for (int i = 0; i < KEPT; i++) mine += kept[i] > thr;
+  for (int64_t c = from + KEPT; c < to; c++) mine += chunk_max[c] > thr;
+  int at = block_offsets(mine, offsets, &n_alive);
+  bool small = n_alive <= MAX_ALIVE;
+  if (small) {
+    for (int64_t c = from; mine && c < to; c++)
+      if (chunk_max[c] > thr) alive[at++] = (int32_t)c;
+    __syncthreads();
+    for (int i = warp; i < n_alive; i += SOLVE_WARPS) {
+      const int64_t base = (int64_t)alive[i] * CHUNK;
+      const int n = count[alive[i]];
+      int found = 0;
+#pragma unroll
+      for (int j = 0; j < CHUNK; j += 32) found += __popc(__ballot_sync(EMXI_FULL, j + lane < n && z[base + j + lane] > thr));
+      if (lane == 0) begin[i] = (int16_t)found;
+    }
+    __syncthreads();
+    mine = 0;
+    for (int i = threadIdx.x * (MAX_ALIVE / SOLVE_THREADS), n = 0; n < MAX_ALIVE / SOLVE_THREADS && i + n < n_alive; n++)
+      mine += begin[i + n];
+    at = block_offsets(mine, offsets, &total);
+    small = total <= SMALL;
+  }
+  if (small) {
+    for (int i = threadIdx.x * (MAX_ALIVE / SOLVE_THREADS), n = 0; n < MAX_ALIVE / SOLVE_THREADS && i + n < n_alive; n++) {
+      const int found = begin[i + n];
+      begin[i + n] = (int16_t)at;
+      at += found;
+    }
+    __syncthreads();
+    for (int i = warp; i < n_alive; i += SOLVE_WARPS) {
+      const int64_t base = (int64_t)alive[i] * CHUNK;
+      const int n = count[alive[i]];
+      int place_in = begin[i];
+#pragma unroll
+      for (int j = 0; j < CHUNK; j += 32) {
+        const float s = j + lane < n ? z[base + j + lane] : -emxi_inf();
+        const uint32_t mask = __ballot_sync(EMXI_FULL, s > thr);
+        if (s > thr) {
+          const int to_place = place_in + __popc(mask & ((1u << lane) - 1));
+          list[to_place] = s;
+          position[to_place] = (int32_t)(base + local[base + j + lane]);
+        }
+        place_in += __popc(mask);
+      }
+    }
+    __syncthreads();
+  }
+  /* The same numbers in every thread. A short list is summed by each warp for itself: no barriers. A row with many candidates is summed
+   * from its segments, by a thread a chunk, in the order of what is above thr, whatever else is there. */
+  const auto sums = [&](double t, double margin, double(&s)[3]) {
+    s[0] = s[1] = s[2] = 0;
+    if (small && total <= 256) {
+      for (int i = lane; i < total; i += 32) add_term(k, list[i], t, margin, s);
+#pragma unroll
+      for (int step = 16; step; step >>= 1)
+#pragma unroll
+        for (int i = 0; i < 3; i++) s[i] += __shfl_xor_sync(EMXI_FULL, s[i], step);
+      return;
+    }
+    if (small) {
+      for (int i = threadIdx.x; i < total; i += SOLVE_THREADS) add_term(k, list[i], t, margin, s);
+    } else {
+      for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS) {
+        if (!(chunk_max[c] > thr)) continue;
+        const int n = count[c];
+        for (int j = 0; j < n; j++)
+          if (z[c * CHUNK + j] > thr) add_term(k, z[c * CHUNK + j], t, margin, s);
+      }
+    }
+    block_sums(s, scratch);
+  };
+
+  /* Root in [lo, hi], as in src/cpu/solver.inc: steps while they stay inside and make progress, else bisection (alpha > 2: of the
+   * exponent, a flat row needs t relatively). */
+  double lo = low, hi = emxi_bracket_hi((double)(small ? total : place.visible), k.alpha) * (1 - 1e-12), t = lo, last = 1e300,
+         s[3];
+  for (int iteration = 0; iteration < 300; iteration++) {
+    double f;
+    sums(t, 0, s);
+    const double e = threshold_step(k, s, &f);
+    if (f == 0) break;
+    if (f > 0)
+      lo = t;
+    else
+      hi = t;
+    const double unit = k.alpha > 2.0 ? -lo * 1e-16 : 1e-16, middle = k.alpha > 2.0 ? -sqrt(lo * hi) : 0.5 * (lo + hi);
+    double next = t + e;
+    if (fabs(e) <= unit || hi - lo <= 2 * unit) {
+      t = fmin(fmax(next, lo), hi);
+      break;
+    }
+    if (!(next > lo && next < hi)) {
+      next = middle;
+      if (next <= lo || next >= hi) {
+        t = lo;
+        break;
+      }
+    } else if (k.alpha > 2.0 && fabs(e) > 0.25 * last) {
+      next = middle;
+    }
+    last = fabs(next - t);
+    t = next;
+  }
+  const double margin = k.alpha <= 2.0 ? 1e-13 : 0.0;
+  if (k.alpha == 2.0 || k.alpha == 1.5) { /* in closed form from the support */
+    double f;
+    sums(t, margin, s);
+    t += threshold_step(k, s, &f);
+  }
+
+  /* Weights; their sum and number; values of a short list. */
+  double result[3] = {0, 0, 0}; /* sum, number */
+  float acc[PER_LANE];
+#pragma unroll
+  for (int e = 0; e < PER_LANE; e++) acc[e] = 0;
+  if (small) {
+    for (int base = warp * 4; base < total;
+         base += SOLVE_WARPS * 4) { /* four candidates a warp, so that a short list is read by all */
+      const int i = base + lane;
+      const bool there = lane < 4 && i < total;
+      const float p = there ? weight_of(k, list[i], t) : 0.0f;
+      result[0] += p;
+      result[1] += p > 0;
+      add_values<T>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, there ? position[i] : 0, lane, acc);
+    }
+  } else {
+    for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS) {
+      if (!(chunk_max[c] > thr)) continue;
+      const int n = count[c];
+      for (int j = 0; j < n; j++) {
+        const float p = weight_of(k, z[c * CHUNK + j], t);
+        result[0] += p;
+        result[1] += p > 0;
+      }
+    }
+  }
+  block_sums(result, scratch);
+  if (threadIdx.x == 0) {
+    wide->wide = !small;
+    wide->done = 0;
+    wide->t = t;
+    wide->m = m;
+    wide->thr = thr;
+    write_report(a, place, row, false, t + k.a * (double)m, result[0], (int64_t)result[1], (int64_t)result[1]);
+  }
+  if (!small) return;
+  float *sum = list; /* [SOLVE_WARPS][D]: the list has been read, block_sums has barriers */
+#pragma unroll
+  for (int e = 0; e < PER_LANE; e++)
+    if (lane + 32 * e < D) sum[warp * D + lane + 32 * e] = acc[e];
+  __syncthreads();
+  for (int d = threadIdx.x; d < D; d += SOLVE_THREADS) {
+    float x = 0;
+    for (int w = 0; w < SOLVE_WARPS; w++) x += sum[w * D + d];
+    store_output(a, place, d, x);
+  }
+}
+static_assert(SOLVE_WARPS * MAX_D <= SMALL, "the warps' sums lie where the list was");
+
+/* ---- share */
+
+template <typename T>
+__global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ emxi_cuda_decode a) {
+  __shared__ float sum[SCAN_WARPS][MAX_D];
+  __shared__ bool last;
+  const int64_t row = blockIdx.x / a.shares;
+  const int part = (int)(blockIdx.x % a.shares);
+  emxi_cuda_wide *wide = &a.wide[row];
+  if (!wide->wide) return;
+  const row_place place = place_of(a, row);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.pool.D;
+  const int64_t chunks = (place.visible + CHUNK - 1) / CHUNK, per = (chunks + a.shares - 1) / a.shares, from = part * per,
+                to = from + per < chunks ? from + per : chunks;
+  threshold k;
+  k.alpha = a.alpha;
+  k.a = a.alpha - 1.0;
+  k.b = 1.0 / k.a;
+  k.power = emxi_power_kind(k.b);
+  k.m = wide->m;
+  const double t = wide->t;
+  const float *z = a.z + row * a.chunks * CHUNK;
+  const uint8_t *local = a.local + row * a.chunks * CHUNK;
+  float acc[PER_LANE];
+#pragma unroll
+  for (int e = 0; e < PER_LANE; e++) acc[e] = 0;
+  for (int64_t c = from + warp; c < to; c += SCAN_WARPS) {
+    if (!(a.chunk_max[row * a.chunks + c] > wide->thr)) continue;
+    const int n = a.count[row * a.chunks + c];
+    for (int base = 0; base < n; base += 32) {
+      const int i = base + lane;
+      const float p = i < n ? weight_of(k, z[c * CHUNK + i], t) : 0.0f;
+      const int64_t at = c * CHUNK + (i < n ? local[c * CHUNK + i] : 0);
+      add_values<T>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, at, lane, acc);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < PER_LANE; e++) sum[warp][lane + 32 * e] = acc[e];
+  __syncthreads();
+  for (int d = threadIdx.x; d < D; d += SCAN_THREADS) {
+    float x = 0;
+    for (int w = 0; w < SCAN_WARPS; w++) x += sum[w][d];
+    a.share[blockIdx.x * (int64_t)D + d] = x;
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(&wide->done, 1u) == (uint32_t)a.shares - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  for (int d = threadIdx.x; d < D; d += SCAN_THREADS) {
+    double x = 0;
+    for (int i = 0; i < a.shares; i++) x += (double)__ldcg(&a.share[(row * a.shares + i) * D + d]);
+    store_output(a, place, d, (float)x);
+  }
+}
+
+/* ---- merge: softmax */
+
+__global__ void __launch_bounds__(MAX_D) merge(const __grid_constant__ emxi_cuda_decode a) {
+  __shared__ float sum[MAX_D], weight[MAX_D];
+  __shared__ double scratch[MAX_D / 32];
+  const int64_t row = blockIdx.x;
+  const row_place place = place_of(a, row);
+  const int D = a.pool.D, groups = MAX_D / D, group = threadIdx.x / D, d = threadIdx.x % D;
+  bool bad = query_is_bad(a, place);
+  float m = -emxi_inf();
+  for (int i = threadIdx.x; i < a.splits; i += MAX_D) {
+    bad |= a.bad[row * a.splits + i] != 0;
+    m = fmaxf(m, a.part_m[row * a.splits + i]);
+  }
+#pragma unroll
+  for (int step = 16; step; step >>= 1) m = fmaxf(m, __shfl_xor_sync(EMXI_FULL, m, step));
+  if (threadIdx.x % 32 == 0) sum[threadIdx.x / 32] = m;
+  bad = __syncthreads_or(bad);
+  for (int w = 0; w < MAX_D / 32; w++) m = fmaxf(m, sum[w]);
+  double z = 0, n = 0;
+  float o = 0;
+  for (int base = 0; base < a.splits;
+       base += MAX_D) { /* the weights of 256 parts, then a group of D threads for every few of them */
+    const int i = base + threadIdx.x, most = a.splits - base < MAX_D ? a.splits - base : MAX_D;
+    __syncthreads();
+    if (i < a.splits) {
+      const float part = a.part_m[row * a.splits + i], f = part == -emxi_inf() ? 0.0f : expf(part - m);
+      weight[threadIdx.x] = f;
+      z += (double)(f * a.part_z[row * a.splits + i]);
+      n += a.part_n[row * a.splits + i];
+    }
+    __syncthreads();
+    if (group < groups) {
+#pragma unroll 4
+      for (int j = group; j < most; j += groups)
+        o = fmaf(weight[j], weight[j] > 0 ? a.part_o[(row * a.splits + base + j) * D + d] : 0.0f, o);
+    }
+  }
+  z = block_sum(z, scratch);
+  n = block_sum(n, scratch);
+  sum[threadIdx.x] = o;
+  __syncthreads();
+  if (group == 0) {
+    double x = 0;
+    for (int j = 0; j < groups; j++) x += (double)sum[j * D + d];
+    store_output(a, place, d, bad ? emxi_nan() : z > 0 ? (float)(x / z) : 0.0f);
+  }
+  if (threadIdx.x == 0) write_report(a, place, row, bad, (double)emxi_nan(), n > 0, (int64_t)n, (int64_t)n);
+}
+
+/* ---- launches */
+
+template <typename T, int FIXED, int R, int U, bool SOFTMAX>
+void launch_scan(const emxi_cuda_decode &d, cudaStream_t stream) {
+  const unsigned grid = (unsigned)(d.batch.n * d.pool.G * d.blocks * d.splits);
+  scan<T, FIXED, R, U, SOFTMAX>
+      <<<grid, SCAN_THREADS, SOFTMAX ? (size_t)SCAN_WARPS * R * d.pool.D * sizeof(float) : 0, stream>>>(d);
+}
+template <typename T, bool SOFTMAX>
+void scan_any(const emxi_cuda_decode &d, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (d.vectors && d.pool.D == 64) {
+      if (d.rows == 1) return launch_scan<T, 64, 1, 8, SOFTMAX>(d, stream);
+      if (d.rows == 4) return launch_scan<T, 64, 4, 4, SOFTMAX>(d, stream);
+    } else if (d.vectors && d.pool.D == 128) {
+      if (d.rows == 1) return launch_scan<T, 128, 1, 8, SOFTMAX>(d, stream);
+      if (d.rows == 4) return launch_scan<T, 128, 4, 4, SOFTMAX>(d, stream);
+    }
+  }
+  launch_scan<T, 0, 4, 2, SOFTMAX>(d, stream);
+}
+template <typename T>
+void decode_all(const emxi_cuda_decode &d, cudaStream_t stream) {
+  const unsigned rows = (unsigned)(d.batch.n * d.H * d.S);
+  if (d.alpha == 1.0) {
+    scan_any<T, true>(d, stream);
+    merge<<<rows, MAX_D, 0, stream>>>(d);
+    return;
+  }
+  scan_any<T, false>(d, stream);
+  solve<T><<<rows, SOLVE_THREADS, 0, stream>>>(d);
+  share<T><<<rows *(unsigned)d.shares, SCAN_THREADS, 0, stream>>>(d);
+}
+
+} // namespace
+
+#endif

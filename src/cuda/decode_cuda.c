@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * How a decode is cut up for the device, and where its workspace lies. Everything that kernels decide by lies in device memory or is a
+ * kernel argument; the cut depends on shapes and max_len only, so a captured graph stays right while lengths grow up to max_len. */
+#include "cuda/backend_cuda.h"
+
+static int64_t at_least_one(int64_t x) { return x < 1 ? 1 : x; }
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Sixteen-byte reads of a row need every address to be a multiple of it. */
+static bool rows_are_aligned(const emx_kv *kv) {
+  const int64_t es = (int64_t)emx_dtype_size(kv->dtype);
+  return (uintptr_t)kv->k % 16 == 0 && (uintptr_t)kv->v % 16 == 0 && kv->k_page * es % 16 == 0 && kv->k_head * es % 16 == 0 &&
+         kv->k_token * es % 16 == 0 && kv->v_page * es % 16 == 0 && kv->v_head * es % 16 == 0 && kv->v_token * es % 16 == 0;
+}
+
+emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
+  static const char who[] = "emx_decode";
+  const emx_kv *kv = d->kv;
+  const bool softmax = d->alpha == 1.0;
+  const int32_t slice = d->B < EMXI_CUDA_SLICE ? d->B : EMXI_CUDA_SLICE, group = d->H / kv->G;
+  const int64_t rows = (int64_t)slice * d->H * d->S, per_head = (int64_t)group * d->S;
+  emxi_cuda_decode k = {.pool = emxi_cuda_pool_of(kv),
+                        .H = d->H,
+                        .S = d->S,
+                        .group = group,
+                        .vectors = rows_are_aligned(kv),
+                        .q_dtype = d->q_dtype,
+                        .o_dtype = d->o_dtype,
+                        .alpha = d->alpha,
+                        .scale = d->scale,
+                        .slopes = d->slopes,
+                        .report_stride = d->report_stride,
+                        .chunks = at_least_one(ceil_div(d->max_len, EMXI_CUDA_CHUNK))};
+  const bool fast = k.vectors && kv->dtype != EMX_F32 && (kv->D == 64 || kv->D == 128);
+  k.rows = fast && per_head == 1 ? 1 : 4;
+  const int64_t blocks = ceil_div(per_head, k.rows), items = at_least_one(slice * kv->G * blocks);
+  /* Two blocks fit a multiprocessor. One sequence: all parts run at once. Several may have unequal lengths: twice as many parts, handed
+   * out as blocks become free. */
+  const int64_t target = (int64_t)emxi_cuda_of(ctx)->processors * (slice > 1 ? 4 : 2), most = ceil_div(k.chunks, 8);
+  int64_t splits = at_least_one(target / items), shares = at_least_one(target / at_least_one(rows));
+  splits = splits > most ? most : splits;
+  shares = shares > most ? most : shares;
+  if (items * splits > INT32_MAX || rows * shares > INT32_MAX)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: %d query heads of %d tokens in %d sequences are too many for one call", who, d->H,
+                     d->S, d->B);
+  if (d->reports && ((uintptr_t)d->reports % 8 || d->report_stride % 8))
+    return emxi_fail(EMX_ERR_INVALID, "%s: on a GPU reports and report_stride must be multiples of 8", who);
+  k.blocks = (int32_t)blocks;
+  k.splits = (int32_t)splits;
+  k.shares = (int32_t)shares;
+
+  int64_t cells; /* chunks of all rows */
+  if (__builtin_mul_overflow(rows, k.chunks, &cells)) cells = -1;
+  if (cells > INT64_MAX / EMXI_CUDA_CHUNK) cells = -1;
+  const int64_t list = softmax ? 0 : cells, segments = list < 0 ? -1 : list * EMXI_CUDA_CHUNK, parts = rows * splits;
+  k.z = emxi_arena_take(arena, segments, sizeof *k.z);
+  k.local = emxi_arena_take(arena, segments, sizeof *k.local);
+  k.count = emxi_arena_take(arena, list, sizeof *k.count);
+  k.chunk_max = emxi_arena_take(arena, list, sizeof *k.chunk_max);
+  k.bad = emxi_arena_take(arena, parts, sizeof *k.bad);
+  k.split_max = emxi_arena_take(arena, softmax ? 0 : parts, sizeof *k.split_max);
+  k.wide = emxi_arena_take(arena, softmax ? 0 : rows, sizeof *k.wide);
+  k.share = emxi_arena_take(arena, softmax ? 0 : rows * shares * kv->D, sizeof *k.share);
+  k.part_o = emxi_arena_take(arena, softmax ? parts * kv->D : 0, sizeof *k.part_o);
+  k.part_m = emxi_arena_take(arena, softmax ? parts : 0, sizeof *k.part_m);
+  k.part_z = emxi_arena_take(arena, softmax ? parts : 0, sizeof *k.part_z);
+  k.part_n = emxi_arena_take(arena, softmax ? parts : 0, sizeof *k.part_n);
+  if (!arena->base) return EMX_OK;
+  EMX_TRY(emxi_arena_check(arena, who));
+  if (!rows) return EMX_OK;
+  if (emxi_cancelled(ctx)) return emxi_fail(EMX_ERR_CANCELLED, "%s: cancelled", who);
+
+  int before;
+  EMX_TRY(emxi_cuda_enter(ctx, &before));
+  emx_status status = emxi_cuda_update_tables(ctx, kv, d->batch, who);
+  const int64_t q_size = (int64_t)emx_dtype_size(d->q_dtype), o_size = (int64_t)emx_dtype_size(d->o_dtype);
+  for (int32_t b = 0; b < d->B && !status; b += slice) {
+    k.batch = emxi_cuda_batch_of(kv, d->batch, b, d->B - b < slice ? d->B - b : slice);
+    k.batch.added = d->batch->seqs ? 0 : d->added;
+    k.q = d->q + b * d->q_stride[0] * q_size;
+    k.o = d->o + b * d->o_stride[0] * o_size;
+    for (int i = 0; i < 3; i++) k.q_stride[i] = d->q_stride[i], k.o_stride[i] = d->o_stride[i];
+    k.reports = d->reports ? d->reports + (int64_t)b * d->H * d->S * d->report_stride : NULL;
+    (kv->dtype == EMX_F32   ? emxi_cuda_decode_f32
+     : kv->dtype == EMX_F16 ? emxi_cuda_decode_f16
+                            : emxi_cuda_decode_bf16)(&k, ctx->stream);
+  }
+  return emxi_cuda_leave(before, status, true, who);
+}

@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Small device functions that every kernel uses: element access by dtype, sequences of a batch, reductions. */
+#ifndef EMXI_CUDA_DEVICE_CUH
+#define EMXI_CUDA_DEVICE_CUH
+
+#include "kernels.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define EMXI_FULL 0xffffffffu
+
+namespace {
+
+__device__ __forceinline__ float emxi_inf() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float emxi_nan() { return __int_as_float(0x7fc00000); }
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void from_float(float x, float *out) { *out = x; }
+__device__ __forceinline__ void from_float(float x, __half *out) { *out = __float2half_rn(x); }
+__device__ __forceinline__ void from_float(float x, __nv_bfloat16 *out) { *out = __float2bfloat16_rn(x); }
+
+__device__ __forceinline__ float load_any(const char *p, int32_t dtype, int64_t i) {
+  if (dtype == EMX_F32) return ((const float *)p)[i];
+  if (dtype == EMX_F16) return __half2float(((const __half *)p)[i]);
+  return __bfloat162float(((const __nv_bfloat16 *)p)[i]);
+}
+__device__ __forceinline__ void store_any(char *p, int32_t dtype, int64_t i, float x) {
+  if (dtype == EMX_F32)
+    ((float *)p)[i] = x;
+  else if (dtype == EMX_F16)
+    ((__half *)p)[i] = __float2half_rn(x);
+  else
+    ((__nv_bfloat16 *)p)[i] = __float2bfloat16_rn(x);
+}
+
+/* Integers in the order of the floats; NaN excluded. */
+__device__ __forceinline__ int to_ordered(float x) {
+  const int i = __float_as_int(x);
+  return i ^ ((i >> 31) & 0x7fffffff);
+}
+__device__ __forceinline__ float from_ordered(int i) { return __int_as_float(i ^ ((i >> 31) & 0x7fffffff)); }
+
+/* The first fault stays; the host reads it when it synchronises. */
+__device__ __noinline__ void report_fault(const emxi_cuda_batch &batch, int32_t code, int32_t row, int32_t column,
+                                          int32_t value) {
+  if (atomicExch(batch.claimed, 1)) return;
+  volatile emxi_cuda_fault *fault = batch.fault;
+  fault->code = code;
+  fault->row = row;
+  fault->column = column;
+  fault->value = value;
+}
+
+/* Block table and length of entry b; a length that cannot be is a fault and counts as an empty sequence without a table. */
+__device__ __forceinline__ const int32_t *batch_entry(const emxi_cuda_batch &batch, int32_t b, int64_t *length) {
+  if (!batch.lengths) {
+    *length = batch.len[b];
+    return batch.tables + batch.seq[b] * batch.stride;
+  }
+  int64_t n = batch.lengths[b];
+  if (n < 0 || n + batch.added > batch.limit) {
+    report_fault(batch, EMXI_CUDA_FAULT_LENGTH, b, 0, (int32_t)n);
+    *length = 0;
+    return nullptr;
+  }
+  *length = n + batch.added;
+  return batch.tables + b * batch.stride;
+}
+/* Page i of an entry's table; one outside the pool is a fault and counts as page 0. */
+__device__ __forceinline__ int32_t table_page(const emxi_cuda_batch &batch, const emxi_cuda_pool &pool, const int32_t *table,
+                                              int32_t b, int64_t i) {
+  const int32_t page = __ldg(table + i);
+  if ((uint32_t)page < (uint32_t)pool.max_pages) return page;
+  report_fault(batch, EMXI_CUDA_FAULT_PAGE, b, (int32_t)i, page);
+  return 0;
+}
+
+/* Sum over the block in a fixed order, in every thread. scratch: a double for each warp. Has barriers. */
+__device__ __forceinline__ double block_sum(double x, double *scratch) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(EMXI_FULL, x, step);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  double sum = 0;
+  for (int w = 0; w < (int)blockDim.x / 32; w++) sum += scratch[w];
+  return sum;
+}
+
+} // namespace
+
+#endif

@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Appends on the device: block tables up to date, shared pages copied, tokens stored. Page numbers, lengths and copies travel as kernel
+ * arguments, so nothing of the host's memory is read after a call has returned, and nothing waits. */
+#include "cuda/backend_cuda.h"
+
+emxi_cuda_pool emxi_cuda_pool_of(const emx_kv *kv) {
+  return (emxi_cuda_pool){.k = kv->k,
+                          .v = kv->v,
+                          .k_page = kv->k_page,
+                          .k_head = kv->k_head,
+                          .k_token = kv->k_token,
+                          .v_page = kv->v_page,
+                          .v_head = kv->v_head,
+                          .v_token = kv->v_token,
+                          .G = kv->G,
+                          .D = kv->D,
+                          .P = kv->P,
+                          .shift = kv->P == 16   ? 4
+                                   : kv->P == 32 ? 5
+                                                 : 6,
+                          .dtype = kv->dtype,
+                          .max_pages = (int32_t)kv->max_pages};
+}
+
+emxi_cuda_batch emxi_cuda_batch_of(const emx_kv *kv, const emx_kv_batch *batch, int32_t first, int32_t n) {
+  emxi_cuda_batch out = {.n = n, .fault = emxi_cuda_of(kv->ctx)->fault, .claimed = emxi_cuda_of(kv->ctx)->claimed};
+  if (batch->seqs) {
+    out.tables = kv->device_tables;
+    out.stride = kv->max_pages;
+    for (int32_t i = 0; i < n; i++) {
+      out.seq[i] = batch->seqs[first + i];
+      out.len[i] = (int32_t)kv->seqs[out.seq[i]].length;
+    }
+  } else {
+    out.stride = batch->block_table->stride[0];
+    out.tables = (const int32_t *)batch->block_table->data + first * out.stride;
+    out.lengths = (const int32_t *)batch->seq_lens->data + first;
+    out.limit = batch->max_len;
+  }
+  return out;
+}
+
+emx_status emxi_cuda_update_tables(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batch *batch, const char *who) {
+  if (!batch->seqs) return EMX_OK;
+  enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(ctx->stream, &capture) || capture != cudaStreamCaptureStatusNone) {
+    (void)cudaGetLastError();
+    return emxi_fail(EMX_ERR_UNSUPPORTED,
+                     "%s: the stream is being captured, and a graph would keep today's lengths of the library's sequences; give "
+                     "block_table and seq_lens",
+                     who);
+  }
+  emxi_cuda_updates u = {.tables = kv->device_tables, .stride = kv->max_pages};
+  for (int32_t b = 0; b < batch->batch; b++) {
+    emxi_kv_seq *s = &kv->seqs[batch->seqs[b]];
+    const int32_t *table = kv->tables + (int64_t)batch->seqs[b] * kv->max_pages;
+    for (; s->mirrored < s->n_pages; s->mirrored++) {
+      u.seq[u.n] = batch->seqs[b];
+      u.at[u.n] = (int32_t)s->mirrored;
+      u.page[u.n++] = table[s->mirrored];
+      if (u.n < EMXI_CUDA_UPDATES) continue;
+      emxi_cuda_launch_updates(&u, ctx->stream);
+      u.n = 0;
+    }
+  }
+  if (u.n) emxi_cuda_launch_updates(&u, ctx->stream);
+  return EMX_OK;
+}
+
+static emx_status write_tokens(emx_ctx *ctx, const emxi_kv_write *w) {
+  emx_kv *kv = w->kv;
+  const int32_t B = w->batch->batch;
+  EMX_TRY(emxi_cuda_update_tables(ctx, kv, w->batch, "emx_kv_append"));
+  for (int32_t i = 0; i < w->n_copies; i += EMXI_CUDA_SLICE) {
+    emxi_cuda_copies c = {.pool = emxi_cuda_pool_of(kv)};
+    for (; c.n < EMXI_CUDA_SLICE && i + c.n < w->n_copies; c.n++) {
+      c.from[c.n] = w->copies[i + c.n].from;
+      c.to[c.n] = w->copies[i + c.n].to;
+      c.tokens[c.n] = w->copies[i + c.n].tokens;
+    }
+    emxi_cuda_launch_copies(&c, ctx->stream);
+  }
+  const int64_t es = (int64_t)emx_dtype_size(w->dtype);
+  for (int32_t b = 0; w->t && b < B; b += EMXI_CUDA_SLICE) {
+    const emxi_cuda_append a = {.pool = emxi_cuda_pool_of(kv),
+                                .batch = emxi_cuda_batch_of(kv, w->batch, b, B - b < EMXI_CUDA_SLICE ? B - b : EMXI_CUDA_SLICE),
+                                .n = w->n ? w->n + b : NULL,
+                                .k = w->k + b * w->k_stride[0] * es,
+                                .v = w->v + b * w->v_stride[0] * es,
+                                .k_stride = {w->k_stride[0], w->k_stride[1], w->k_stride[2]},
+                                .v_stride = {w->v_stride[0], w->v_stride[1], w->v_stride[2]},
+                                .t = w->t,
+                                .dtype = w->dtype};
+    emxi_cuda_launch_append(&a, ctx->stream);
+  }
+  return EMX_OK;
+}
+
+emx_status emxi_cuda_kv_write(emx_ctx *ctx, const emxi_kv_write *w) {
+  int before;
+  EMX_TRY(emxi_cuda_enter(ctx, &before));
+  return emxi_cuda_leave(before, write_tokens(ctx, w), true, "emx_kv_append");
+}
