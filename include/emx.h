@@ -443,7 +443,7 @@ typedef struct emx_select_desc {
   int32_t tau_mode;    /* EMX_TAU_* */
   int32_t tau_steps;   /* CORRECTED: steps; 0: 3 */
   int64_t budget;      /* TOPK: tokens per query row, in whole pages, the newest page included; at least one page */
-  int64_t max_bytes;   /* CERTIFIED: stop a row once bytes_k + bytes_v + bytes_meta reach this; 0: none */
+  int64_t max_bytes;   /* CERTIFIED: stop a row once bytes_k + bytes_v + bytes_meta reach this; 0: none. Not where it takes ALL's path */
   double max_delta;    /* CERTIFIED: stop when delta_bound is at most this (looked at every few keys); 0: exact */
   float max_quantile;  /* GAUSSIAN: quantile of a page's maximum that is compared with the threshold; 0.995 */
   float safety_margin; /* GAUSSIAN: margin below the threshold, in units of the overall score spread; 0 */

@@ -276,7 +276,7 @@ static void open_item(void *arg, int64_t i, int32_t worker) {
     if (alpha == 1) {
       const double max = d->select.max_delta;
       it->query[r].rest = log(max / 2) - log((double)(e.length ? e.length : 1));
-      it->query[r].cool = fmax(0, log(fmax(max / 64, 1.0 / 512)) - it->query[r].rest);
+      it->query[r].cool = INFINITY; /* until the probe is over */
       it->all |= !(max > 0);
     }
     list_reset(&it->own.found[r]);
@@ -383,6 +383,8 @@ static void seed_item(void *arg, int64_t i, int32_t worker) {
   for (int r = 0; r < it->rows; r++) it->all |= it->own.found[r].full || it->own.found[r].bad;
   if (it->all || !j->limited) return;
   const emx_select_desc *select = &j->d->select;
+  for (int r = 0; r < it->rows; r++)
+    if (it->query[r].alpha == 1) it->query[r].cool = fmax(0, log(fmax(select->max_delta / 64, 1.0 / 512)) - it->query[r].rest);
   if (select->max_bytes > 0) {
     int64_t used = 0;
     for (int r = 0; r < it->rows; r++) {

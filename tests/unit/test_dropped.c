@@ -78,9 +78,10 @@ static void test_softmax(void **state) {
     int64_t best[H];
     double top[H], dense[H][D];
     softmax_case(&c, i, best, top, dense);
-    for (int limit = 0; limit < 4; limit++) {
+    for (int limit = 0; limit < 6; limit++) {
       emx_select_desc desc = case_desc(EMX_SELECT_CERTIFIED, 0);
-      desc.max_delta = (double[]){0.5, 0.05, 1e-3, 0}[limit];
+      desc.max_delta = (double[]){0.5, 0.05, 1e-3, 0, 1e-3, 0.05}[limit];
+      desc.max_bytes = limit < 4 ? 0 : 50000;
       CASE_OK(case_decode(&c, &desc));
       for (int h = 0; h < H; h++) {
         const emx_report *r = &c.reports[h];
@@ -92,20 +93,50 @@ static void test_softmax(void **state) {
         for (int d = 0; d < D; d++) error += pow(case_out(&c, 0, h, 0, d) - dense[h][d], 2);
         assert_true(dropped <= (double)r->delta_bound + off);
         assert_true(sqrt(error) <= sqrt(2) * (double)r->delta_bound + off);
-        assert_true((double)r->delta_bound <= desc.max_delta * (1 + 1e-6) && r->mass == 1 && r->tau != r->tau);
+        assert_true((double)r->delta_bound <= desc.max_delta * (1 + 1e-6) || r->stopped_by == EMX_STOP_BYTES);
+        assert_true(r->mass == 1 && r->tau != r->tau && r->delta_bound <= 1);
         if (r->delta_bound == 0) {
           assert_true(r->flags == EMX_REPORT_CERTIFIED && r->max_unread == -INFINITY && r->tokens == c.len[0]);
           continue;
         }
         ladder++;
         loose += dropped > 1e-3;
-        assert_true(limit < 3 && r->flags == 0 && r->stopped_by == EMX_STOP_DELTA && r->path == EMX_PATH_LADDER);
+        assert_true(limit != 3 && r->flags == 0 && r->path == EMX_PATH_LADDER);
+        assert_true(r->stopped_by == EMX_STOP_DELTA || (r->stopped_by == EMX_STOP_BYTES && limit > 3));
         assert_true(r->support <= r->tokens && r->tokens <= c.len[0] && r->bytes_meta > 0);
       }
     }
     case_close(&c);
   }
   assert_true(ladder > 60 && loose > 10);
+}
+
+/* Heads with an alpha each: softmax ones stop at max_delta next to the others, and without it their group is read in full. */
+static void test_mixed_alphas(void **state) {
+  (void)state;
+  double alphas[6] = {1, 1.5, 2, 1.5, 1.25, 2};
+  static float all[6 * 64];
+  int64_t heads = 6;
+  decode_case c = {
+      .G = 2, .H = 6, .D = 64, .dtype = EMX_BF16, .len = {5000}, .summaries = EMX_SUMMARY_SKETCH, .seed = 5, .scale = 2};
+  case_open(&c, ctx);
+  const emx_tensor ta = emx_tensor_view(alphas, EMX_F64, 1, &heads);
+  c.io.alphas = &ta;
+  emx_select_desc desc = case_desc(EMX_SELECT_ALL, 0);
+  CASE_OK(case_decode(&c, &desc));
+  memcpy(all, c.o_data, sizeof all);
+  desc.kind = EMX_SELECT_CERTIFIED;
+  CASE_OK(case_decode(&c, &desc));
+  for (int h = 0; h < 6; h++) {
+    assert_true(c.reports[h].flags == EMX_REPORT_CERTIFIED && c.reports[h].path == (h < 3 ? EMX_PATH_ALL : EMX_PATH_LADDER));
+    for (int d = 0; d < 64; d++) assert_float_equal(case_out(&c, 0, h, 0, d), (double)all[h * 64 + d], h ? 0 : 1e-6);
+  }
+  desc.max_delta = 0.1;
+  CASE_OK(case_decode(&c, &desc));
+  for (int h = 0; h < 6; h++)
+    assert_true(c.reports[h].path == EMX_PATH_LADDER && c.reports[h].delta_bound <= 0.1f && (c.reports[h].delta_bound > 0 || h));
+  assert_true(isnan(c.reports[0].tau) && !isnan(c.reports[1].tau));
+  case_close(&c);
 }
 
 /* ---- page lists. What a report claims about the pages outside a list against float64: the mass of those tokens, and whether the answer
@@ -137,12 +168,12 @@ static void make_lists(decode_case *c, int kind) {
 
 static void test_lists(void **state) {
   (void)state;
-  static float all[4 * 64];
+  static float all[12 * 64];
   int certified[LISTS][2] = {{0}}, useful = 0;
   for (int i = 0; i < 36; i++) {
     static const double alphas[] = {1.5, 2, 4. / 3, 1.25, 1.75, 3, 1};
     decode_case c = {.G = 1 + i % 2,
-                     .H = 4,
+                     .H = i % 12 == 10 ? 12 : 4, /* more rows than go together */
                      .D = i % 3 ? 64 : 20,
                      .P = 16 << i % 3,
                      .dtype = (int[]){EMX_BF16, EMX_F16, EMX_F32}[i / 3 % 3],
@@ -255,7 +286,7 @@ static void test_certified_lists(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_softmax), cmocka_unit_test(test_lists),
-                                     cmocka_unit_test(test_certified_lists)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_softmax), cmocka_unit_test(test_mixed_alphas),
+                                     cmocka_unit_test(test_lists), cmocka_unit_test(test_certified_lists)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }
