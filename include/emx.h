@@ -349,8 +349,8 @@ EMX_API emx_status emx_kv_memory_size(emx_ctx *ctx, const emx_kv_opts *opts, siz
 /* Errors: INVALID, DTYPE, SHAPE, UNSUPPORTED, NOMEM (more than the machine has: refused before allocating, with the bytes), IO (file).
  *
  * With a file, every call that reads or writes K or V may return IO, with the system's reason: an append or a load then has changed
- * nothing, and a decode has written no output and no report. Reads and writes are pread and pwrite through buffers of a page a worker
- * (ALL: of up to 256 KiB or one page of all heads) that belong to the cache or to the workspace; nothing is mapped. CERTIFIED reads the
+ * nothing, and a decode has written no output and no report. Reads and writes are pread and pwrite through buffers of 256 keys a worker
+ * (ALL: of all heads, up to 1 MiB or one page) that belong to the cache or to the workspace; nothing is mapped. CERTIFIED reads the
  * keys and values that its sketches leave, the other selectors stream. The bits are those of a cache in memory. */
 EMX_API emx_status emx_kv_create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out);
 EMX_API void emx_kv_destroy(emx_kv *kv);

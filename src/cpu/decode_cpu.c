@@ -79,12 +79,16 @@ static void score_block(emxi_item *it, int64_t start, int64_t *counts) {
   const int64_t ld = EMXI_SLD, first = start / kv->P;
   const int slot = emxi_slot(kv->dtype), per_block = EMXI_BLOCK / kv->P;
   for (int r = 0; r < it->rows; r++) counts[r] = 0;
+  if (kv->file && !it->sparse)
+    emxi_kv_file_pages(kv, false, it->g, it->table + first, it->pages - first < per_block ? it->pages - first : per_block,
+                       w->rows);
   for (int i = 0; i < per_block; i++) {
     const int64_t page = first + i;
     if (page >= it->pages || (it->sparse && !w->any[page])) continue;
     prefetch_next(it);
     const int64_t n = emxi_page_tokens(it, page), from = page * kv->P;
-    const char *keys = emxi_kv_keys(kv, it->table[page], it->g, 0, n, w->rows);
+    const char *keys = kv->file && !it->sparse ? w->rows + (size_t)(i * kv->k_page) * emx_dtype_size(kv->dtype)
+                                               : emxi_kv_keys(kv, it->table[page], it->g, 0, n, w->rows);
     bool together = true;
     for (int r = 0; it->sparse && r < it->rows; r++) together &= w->chosen[r * w->page_ld + page] && counts[r] == counts[0];
     if (together) it->k->dot[slot](w->q, EMXI_QLD, it->rows, keys, kv->k_token, n, kv->D, w->score + counts[0], ld);
@@ -111,11 +115,10 @@ static void add_file_values(emxi_item *it, int r, int64_t n, int64_t step) {
   const emx_kv *kv = it->d->kv;
   const emxi_work *w = it->w;
   int64_t at[EMXI_BLOCK];
-  emxi_kv_file_expect_values(kv, it->g, w->offset, n);
+  if (it->d->S == 1) emxi_kv_file_expect_values(kv, it->g, w->offset, n); /* prefill has just read what it reads again */
   for (int64_t i = 0; i < n; i += step) {
     const int64_t count = n - i < step ? n - i : step;
-    emxi_kv_file_values(kv, it->g, w->offset + i, count, w->rows);
-    for (int64_t j = 0; j < count; j++) at[j] = j * kv->D;
+    emxi_kv_file_values(kv, it->g, w->offset + i, count, w->rows, at);
     it->k->accumulate[emxi_slot(kv->dtype)](w->part + r * EMXI_QLD, kv->D, w->rows, at, w->weight + i, count);
   }
 }

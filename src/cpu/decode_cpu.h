@@ -35,7 +35,7 @@ typedef struct emxi_work {
   float *weight;   /* [SLD] */
   int32_t *index;  /* [SLD] */
   int64_t *offset; /* [BLOCK] of values */
-  char *rows;      /* K and V in a file: a head's keys of a page, or EMXI_PREFETCH bytes of values */
+  char *rows;      /* K and V in a file: a head's keys of a block, or twice EMXI_PREFETCH bytes of values */
   float *list;     /* [rows, list_ld] candidate scores, ascending positions */
   int32_t *pos;    /* [rows, list_ld] */
   int64_t list_ld;
@@ -116,8 +116,8 @@ static inline int64_t emxi_page_tokens(const emxi_item *it, int64_t page) {
   return left < it->d->kv->P ? left : it->d->kv->P;
 }
 static inline int64_t emxi_rows_bytes(const emx_kv *kv) {
-  const int64_t page = kv->P * kv->D * (int64_t)emx_dtype_size(kv->dtype);
-  return !kv->file ? 0 : page > EMXI_PREFETCH ? page : EMXI_PREFETCH;
+  const int64_t block = EMXI_BLOCK * kv->D * (int64_t)emx_dtype_size(kv->dtype);
+  return !kv->file ? 0 : block > 2 * EMXI_PREFETCH ? block : 2 * EMXI_PREFETCH;
 }
 static inline void emxi_prefetch(const char *p, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);

@@ -25,7 +25,7 @@ typedef struct bench {
   int32_t *index;  /* [H, SLD] their positions in the block */
   int64_t *offset; /* [2, BLOCK] of values: of a whole page, and of some of its tokens */
   int32_t *count;  /* [2, H] weights in the block, and how many of them have met their values */
-  char *pages;     /* [run,G,P,D] of a file */
+  char *pages;     /* [G,run,P,D] of a file */
 } bench;
 
 typedef struct sweep {
@@ -44,7 +44,8 @@ typedef struct sweep {
   bool values;          /* some head has alpha = 1: values are read along with the keys */
   int32_t first_b;      /* sequences in flight start here */
   int32_t rows, blocks; /* step 2: rows of an item, items of a KV head */
-  int64_t run;          /* pages of a file read at a time */
+  int64_t run;          /* pages of a file read at a time, of every head */
+  size_t file_head;     /* bytes of a head's */
 } sweep;
 
 static int64_t chunks_of(int64_t length) { return (length + EMXI_CHUNK - 1) / EMXI_CHUNK; }
@@ -55,12 +56,16 @@ static int64_t segment(const sweep *s, int32_t b, int64_t chunks, int32_t h, int
 
 /* ---- step 1 */
 
-/* A file: page `at / P` of a block of n positions, with those after it that the buffer takes. */
+/* A file: page `at / P` of a block of n positions, with those after it that the buffer takes. Heads are file_head apart. */
 static const char *file_page(const sweep *s, const bench *w, bool values, const int32_t *pages, int64_t at, int64_t n) {
   const emx_kv *kv = s->d->kv;
-  const int64_t page = at / kv->P, left = emxi_kv_pages_of(kv, n) - page;
-  if (page % s->run == 0) emxi_kv_file_pages(kv, values, pages + page, left < s->run ? left : s->run, w->pages);
-  return w->pages + (size_t)(page % s->run * kv->k_page) * emx_dtype_size(kv->dtype);
+  const int64_t page = at / kv->P, left = emxi_kv_pages_of(kv, n) - page, count = left < s->run ? left : s->run;
+  const size_t bytes = (size_t)kv->k_page * emx_dtype_size(kv->dtype);
+  if (page % s->run == 0) {
+    for (int32_t g = 0; g < kv->G; g++) emxi_kv_file_expect_pages(kv, values, g, pages + page, count);
+    for (int32_t g = 0; g < kv->G; g++) emxi_kv_file_pages(kv, values, g, pages + page, count, w->pages + g * s->file_head);
+  }
+  return w->pages + (size_t)(page % s->run) * bytes;
 }
 
 /* Scores of the n positions from `start`, row h at w->score + h*SLD. `more`: pages after this block that the task will read as well. */
@@ -73,7 +78,7 @@ static void score_pages(const sweep *s, const bench *w, const int32_t *table, in
     const bool last = at + kv->P >= n;
     const char *file = kv->file ? file_page(s, w, false, table + start / kv->P, at, n) : NULL;
     for (int32_t g = 0; g < kv->G; g++) {
-      const char *keys = file ? file + (size_t)(g * kv->k_head) * emx_dtype_size(kv->dtype) : emxi_kv_k(kv, table[page], g, 0);
+      const char *keys = file ? file + g * s->file_head : emxi_kv_k(kv, table[page], g, 0);
       if (!file && last && s->values) /* what comes next */
         emxi_prefetch_rows(emxi_kv_v(kv, table[start / kv->P], g, 0), kv->v_token, kv, kv->P);
       else if (!file && (!last || more))
@@ -102,7 +107,7 @@ static void add_pages(const sweep *s, const bench *w, const int32_t *table, int6
         emxi_prefetch_rows(emxi_kv_v(kv, table[page + 1], g, 0), kv->v_token, kv, kv->P);
       else if (!file && more)
         emxi_prefetch_rows(emxi_kv_k(kv, table[page + 1], g, 0), kv->k_token, kv, kv->P);
-      const void *values = file ? file + (size_t)(g * kv->v_head) * emx_dtype_size(kv->dtype) : emxi_kv_v(kv, 0, g, 0);
+      const void *values = file ? file + g * s->file_head : emxi_kv_v(kv, 0, g, 0);
       for (int32_t h = g * group; h < (g + 1) * group; h++) {
         if (emxi_decode_alpha(s->d, h) != 1.0) continue;
         const float *weight = w->weight + h * EMXI_SLD + w->count[H + h];
@@ -207,6 +212,8 @@ emx_status emxi_cpu_sweep(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena)
   if (s.slots > d->B * most) s.slots = d->B * most;
   const int64_t page_bytes = d->kv->P * (int64_t)d->kv->G * d->kv->D * (int64_t)emx_dtype_size(d->kv->dtype);
   s.run = page_bytes < READ ? READ / page_bytes : 1;
+  if (s.run > EMXI_BLOCK / d->kv->P) s.run = EMXI_BLOCK / d->kv->P;
+  s.file_head = (size_t)(s.run * page_bytes / d->kv->G);
   s.bench = emxi_arena_take(arena, ctx->threads, sizeof *s.bench);
   s.work = emxi_arena_take(arena, ctx->threads, sizeof *s.work);
   for (int32_t t = 0; t < ctx->threads; t++) {

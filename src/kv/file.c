@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  * K and V of a cache in a file (emx_kv_opts.file).
  *
- * The file is the pool as it would lie in memory: K [M,G,P,D], then V. It has no name from the moment it exists, so nobody else can
- * open it and nothing is left of it when the process ends, however it ends. Rows go through pread and pwrite, never through a mapping:
- * what is slow or fails does so in a call that can say so. Reads are for the row that is wanted alone (POSIX_FADV_RANDOM), and the
- * kernel is told of rows that will be wanted next, which a device then fetches at the same time.
+ * The file is K [G,M,P,D], then V, so that neighbouring pages of a head come in one read. It has no name from the moment it exists,
+ * so nobody else can open it and nothing is left of it when the process ends, however it ends. Rows go through pread and pwrite, never
+ * through a mapping: what is slow or fails does so in a call that can say so. Reads are for the row that is wanted alone
+ * (POSIX_FADV_RANDOM), and the kernel is told of rows that will be wanted next, which a device then fetches at the same time.
  *
  * Workers cannot return a status in the middle of a kernel. The first fault is kept, rows that could not be read are zeros, and the call
  * throws its results away at the end. */
@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 enum { CLEAR = 0, CLAIMED = 1, KNOWN = 2 };
+enum { BLOCK = 4096 }; /* bytes that a device reads at least */
 
 emx_status emxi_kv_file_open(emx_kv *kv, const char *path, const char *who) {
   emxi_kv_file *f = kv->file;
@@ -110,36 +111,56 @@ void emxi_kv_file_write(const emx_kv *kv, bool values, int32_t page, int32_t hea
            offset_of(kv, values, element_of(kv, page, head, token)));
 }
 
-void emxi_kv_file_pages(const emx_kv *kv, bool values, const int32_t *pages, int64_t n, char *out) {
+/* How many of the pages follow each other in the file. */
+static int64_t neighbours(const int32_t *pages, int64_t n) {
+  int64_t run = 1;
+  while (run < n && pages[run] == pages[0] + run) run++;
+  return run;
+}
+void emxi_kv_file_pages(const emx_kv *kv, bool values, int32_t head, const int32_t *pages, int64_t n, char *out) {
   const size_t bytes = (size_t)kv->k_page * emx_dtype_size(kv->dtype);
-  for (int64_t i = 0, run; i < n; i += run) { /* neighbours in the file come in one read */
-    for (run = 1; i + run < n && pages[i + run] == pages[i] + run; run++) continue;
+  for (int64_t i = 0, run; i < n; i += run) {
+    run = neighbours(pages + i, n - i);
     transfer(kv->file, false, out + (size_t)i * bytes, (size_t)run * bytes,
-             offset_of(kv, values, element_of(kv, pages[i], 0, 0)));
+             offset_of(kv, values, element_of(kv, pages[i], head, 0)));
+  }
+}
+void emxi_kv_file_expect_pages(const emx_kv *kv, bool values, int32_t head, const int32_t *pages, int64_t n) {
+  const size_t bytes = (size_t)kv->k_page * emx_dtype_size(kv->dtype);
+  for (int64_t i = 0, run; i < n; i += run) {
+    run = neighbours(pages + i, n - i);
+    (void)posix_fadvise(kv->file->fd, offset_of(kv, values, element_of(kv, pages[i], head, 0)), (off_t)((size_t)run * bytes),
+                        POSIX_FADV_WILLNEED);
   }
 }
 
-/* How many of the values from the first on follow each other in the file. */
+/* How many of the values come in one read: ascending, gaps smaller than what a device reads at least, at most half of it gaps. */
 static int64_t run_of(const emx_kv *kv, const int64_t *offset, int64_t n) {
+  const int64_t near = BLOCK / (int64_t)emx_dtype_size(kv->dtype);
   int64_t run = 1;
-  while (run < n && offset[run] == offset[0] + run * kv->D) run++;
+  while (run < n && offset[run] > offset[run - 1] && offset[run] - offset[run - 1] - kv->D < near &&
+         offset[run] - offset[0] + kv->D <= 2 * (run + 1) * kv->D)
+    run++;
   return run;
 }
-void emxi_kv_file_values(const emx_kv *kv, int32_t head, const int64_t *offset, int64_t n, char *rows) {
-  const size_t row = (size_t)kv->D * emx_dtype_size(kv->dtype);
-  for (int64_t i = 0, run; i < n; i += run) {
+void emxi_kv_file_values(const emx_kv *kv, int32_t head, const int64_t *offset, int64_t n, char *rows, int64_t *at) {
+  const size_t es = emx_dtype_size(kv->dtype);
+  for (int64_t i = 0, used = 0, run; i < n; i += run) {
     run = run_of(kv, offset + i, n - i);
-    transfer(kv->file, false, rows + (size_t)i * row, (size_t)run * row, offset_of(kv, true, head * kv->k_head + offset[i]));
+    const int64_t span = offset[i + run - 1] - offset[i] + kv->D;
+    transfer(kv->file, false, rows + (size_t)used * es, (size_t)span * es, offset_of(kv, true, head * kv->k_head + offset[i]));
+    for (int64_t j = i; j < i + run; j++) at[j] = used + offset[j] - offset[i];
+    used += span;
   }
 }
 
 /* Advice only: what it does not bring is read later. */
 void emxi_kv_file_expect_values(const emx_kv *kv, int32_t head, const int64_t *offset, int64_t n) {
-  const size_t row = (size_t)kv->D * emx_dtype_size(kv->dtype);
   for (int64_t i = 0, run; i < n; i += run) {
     run = run_of(kv, offset + i, n - i);
-    (void)posix_fadvise(kv->file->fd, offset_of(kv, true, head * kv->k_head + offset[i]), (off_t)((size_t)run * row),
-                        POSIX_FADV_WILLNEED);
+    const int64_t span = offset[i + run - 1] - offset[i] + kv->D;
+    (void)posix_fadvise(kv->file->fd, offset_of(kv, true, head * kv->k_head + offset[i]),
+                        (off_t)((size_t)span * emx_dtype_size(kv->dtype)), POSIX_FADV_WILLNEED);
   }
 }
 void emxi_kv_file_expect_keys(const emx_kv *kv, int32_t page, int32_t head, int64_t token, int64_t n) {

@@ -205,9 +205,10 @@ static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
     kv->k_token = kv->v_token = hnd ? kv->D : (int64_t)kv->G * kv->D;
   }
   if (opts->file) { /* the order in the file is its own affair */
-    kv->k_head = kv->v_head = (int64_t)kv->P * kv->D;
     kv->k_token = kv->v_token = kv->D;
-    kv->bytes_kv = 2 * kv->max_pages * kv->k_page * (int64_t)emx_dtype_size(kv->dtype);
+    kv->k_page = kv->v_page = (int64_t)kv->P * kv->D;
+    kv->k_head = kv->v_head = kv->max_pages * kv->k_page;
+    kv->bytes_kv = 2 * kv->G * kv->k_head * (int64_t)emx_dtype_size(kv->dtype);
     status = emxi_kv_file_open(kv, opts->file, who);
     if (status) {
       kv->file = NULL;

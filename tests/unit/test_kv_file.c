@@ -357,7 +357,7 @@ static void test_faults(void **state) {
   char saved[80];
   snprintf(saved, sizeof saved, "%s.safetensors", path);
   OK(emx_kv_save(p.kv[0], p.seq, 1, saved, NULL, NULL));
-  /* V of page 126 begins behind this */
+  /* the second head of V begins behind this */
   struct rlimit old, low;
   void (*handler)(int) = signal(SIGXFSZ, SIG_IGN);
   getrlimit(RLIMIT_FSIZE, &old);
