@@ -48,6 +48,14 @@ for alpha in $(od -An -v -t f8 -j $((8 + header + at)) -N 32 layer.safetensors);
   head=$((head + 1))
 done
 [ $head = 4 ] || die "not four alphas"
+# and so does the replay of what was generated: the supports of all layers add up to what generate saw
+run 0 generate -m m$n -f text -n 6 --dump-qkv steps --json
+want=$(jq '.support_mean * .rows | round' out)
+for file in steps/layer-*.safetensors; do
+  run 0 decode -f $file --json
+  jq .support out
+done >supports
+[ "$(jq -s add supports)" = "$want" ] || die "a replay with learned alphas has another support"
 jq -c "select(.head == 0)" out >one
 jq -c "select(.head == 0)" learned | cmp -s - one && die "head 0 is decoded with the alpha of head 3"
 
