@@ -71,6 +71,7 @@ typedef struct cert_item {
   int32_t shift;          /* log2 P */
   double raw;             /* the largest of its rows */
   bool all;               /* takes ALL's path */
+  bool given_up;          /* ... as the seeds or the probe have shown */
   bool skip;              /* the bound of the dropped mass is small enough already */
   int64_t chunk_bytes;    /* of a chunk's row; 0: no limit */
   float *q;               /* [rows, QLD] times scale */
@@ -83,6 +84,7 @@ typedef struct cert_item {
   uint8_t *taken;   /* [supers_ld] CERT_READ: superpage was read; bit g: group g was judged by the probe */
   int64_t supers_ld;
   int64_t first;  /* item of the wave with the same sequence whose `valid` holds for all of them */
+  int64_t peers;  /* that item: how many they are */
   uint8_t *valid; /* [supers_ld] the superpage's record describes its pages */
 } cert_item;
 

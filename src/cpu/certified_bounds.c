@@ -76,8 +76,10 @@ static void keep_best(cert_slot *slot, int r, int which, double value, int32_t s
 void emxi_cert_superpages(cert_item *it, const uint8_t *valid, cert_slot *slot, int64_t from, int64_t to) {
   const emx_kv *kv = it->d->kv;
   const emxi_sketch *s = &kv->sketch;
-  const int64_t per = EMXI_SUPER / kv->P, codes = s->dp / 2, bytes = codes + (int64_t)sizeof(emxi_sketch_super);
-  const uint8_t *base = s->super + (int64_t)it->g * kv->max_pages * s->super_ld;
+  const int64_t per = EMXI_SUPER / kv->P, codes = s->dp / 2;
+  const uint8_t *base = s->super + (int64_t)it->g * s->supers * codes;
+  const emxi_sketch_super *records = s->super_record + (int64_t)it->g * s->supers;
+  uintptr_t line[2] = {0}; /* of codes, of records: what lies next to each other shares lines */
   for (int64_t at = from; at < to; at += EMXI_SKETCH_BLOCK) {
     const uint8_t *record[EMXI_SKETCH_BLOCK];
     emxi_sketch_supers soa;
@@ -85,17 +87,26 @@ void emxi_cert_superpages(cert_item *it, const uint8_t *valid, cert_slot *slot, 
     float up[EMXI_SKETCH_BLOCK], mid[EMXI_SKETCH_BLOCK];
     const int64_t end = at + EMXI_SKETCH_BLOCK < to ? at + EMXI_SKETCH_BLOCK : to;
     int n = 0;
+    int64_t lines = 0;
     for (int64_t p = at; p < end; p++) {
-      const int32_t *pages = it->table + p * per;
-      if (p + EMXI_SKETCH_BLOCK < to) /* a block ahead */
-        emxi_prefetch((const char *)(base + it->table[(p + EMXI_SKETCH_BLOCK + 1) * per - 1] * s->super_ld), (size_t)bytes);
+      if (p + EMXI_SKETCH_BLOCK < to) { /* a block ahead */
+        const int64_t next = emxi_sketch_super_slot(kv, it->table[(p + EMXI_SKETCH_BLOCK + 1) * per - 1]);
+        emxi_prefetch((const char *)(base + next * codes), (size_t)codes);
+        __builtin_prefetch(records + next, 0, 3);
+      }
       emxi_sketch_super x = {.radius = INFINITY};
-      const uint8_t *found = base + pages[per - 1] * s->super_ld;
-      if (valid[p]) memcpy(&x, found + codes, sizeof x);
+      const int64_t slot_of = emxi_sketch_super_slot(kv, it->table[(p + 1) * per - 1]);
+      const uint8_t *found = base + slot_of * codes;
+      if (valid[p]) x = records[slot_of];
       if (!(x.radius < INFINITY) || overflows(it, (double)x.norm_k)) {
         for (int r = 0; r < it->rows; r++) it->upper[r * it->supers_ld + p] = INFINITY;
         continue;
       }
+      const uintptr_t first = (uintptr_t)found / 64, last = ((uintptr_t)found + (uintptr_t)codes - 1) / 64,
+                      head = (uintptr_t)(records + slot_of) / 64;
+      lines += (int64_t)(last - first) + (first != line[0]) + (head != line[1]);
+      line[0] = last;
+      line[1] = head;
       record[n] = found;
       soa.step_c[n] = x.step_c;
       soa.norm_c[n] = x.norm_c;
@@ -116,7 +127,7 @@ void emxi_cert_superpages(cert_item *it, const uint8_t *valid, cert_slot *slot, 
             keep_best(slot, r, w, value, which[i]);
         }
       }
-      slot->count[r].bytes_meta += n * emxi_lines(bytes);
+      slot->count[r].bytes_meta += 64 * lines;
     }
   }
 }

@@ -7,13 +7,14 @@
  *   3. tasks (item, chunk): groups of 16 keys by ball, then keys by two planes of 2-bit codes. Keys whose estimate exceeds the limit are
  *      read at once and raise it; the others that may have weight become candidates.
  *   4. tasks (item): candidates by their residual rows, the rest by their keys; threshold, values, output, report.
- * An item is a sequence, a KV head and up to 8 of its query heads, which share every read. Chunks start from the item's limit and know
- * nothing of each other: no bit and no report depends on the number of threads. Lists are bounded; where one is too short, and where the
+ * With enough items for the threads each does its own tasks in a row: steps that wait for each other cost more than they share. An item
+ * is a sequence, a KV head and up to 8 of its query heads, which share every read. Chunks start from the item's limit and know nothing
+ * of each other: no bit and no report depends on the number of threads. Lists are bounded; where one is too short, and where the
  * probe or the limit says that most keys would be read anyway, the item takes ALL's path, which is exact as well.
  *
  * Same bits as ALL: exact scores come from the same kernels, whatever is dropped has a computed score below the computed threshold, and
  * the threshold and the output depend on the support alone (decode_cpu.c).
- * Bytes at D = 128 and 16-bit keys: 128 a superpage, 160 a surviving group's centre, 32 and 32 a key and plane, 64 a residual row, 256 an
+ * Bytes at D = 128 and 16-bit keys: 80 a superpage, 160 a surviving group's centre, 32 and 32 a key and plane, 64 a residual row, 256 an
  * exact key or value.
  */
 #include "cpu/certified.h"
@@ -161,13 +162,14 @@ typedef struct job {
   emxi_decode all; /* the same with ALL */
   cert_item *items;
   cert_slot *slots;
-  emxi_work *work;        /* [threads] */
-  cert_list *scratch;     /* [threads] */
-  emxi_sketch_sink *heap; /* [threads] with a limit: candidates of one row */
-  bool limited;           /* max_bytes or max_delta */
-  int64_t n_items, n_slots;
-  int32_t rows, blocks; /* of an item; items per KV head */
-  int64_t first;        /* first item of the wave */
+  emxi_work *work;          /* [threads] */
+  cert_list *scratch;       /* [threads] */
+  emxi_sketch_sink *heap;   /* [threads] with a limit: candidates of one row */
+  bool limited;             /* max_bytes or max_delta */
+  int64_t n_items, n_slots; /* of the wave */
+  int32_t rows, blocks;     /* of an item; items per KV head */
+  int64_t first;            /* first item of the wave */
+  bool whole;               /* the wave's items are done one by one, not step by step */
 } job;
 
 static void list_carve(emxi_arena *a, cert_list *list, int64_t cap) {
@@ -257,7 +259,7 @@ static void open_item(void *arg, int64_t i, int32_t worker) {
   it->supers = e.length / EMXI_SUPER;
   it->shift = e.page_shift;
   it->raw = 0;
-  it->skip = false;
+  it->skip = it->given_up = false;
   it->chunk_bytes = 0;
   it->own.full = false;
   it->all = e.length * d->kv->D < emxi_certified_short || !d->kv->sketch.mapped;
@@ -288,15 +290,24 @@ static void open_item(void *arg, int64_t i, int32_t worker) {
 }
 
 /* Which superpages have a record: a question about the sequence, not about the head. */
+static void check(const job *j, const cert_item *it, int64_t from, int64_t to) {
+  const int64_t per = EMXI_SUPER / it->d->kv->P;
+  uint8_t *valid = j->items[it->first].valid;
+  for (int64_t p = from; p < to && p < it->supers; p++) valid[p] = emxi_sketch_super_valid(it->d->kv, it->table + p * per);
+}
 static void check_chunk(void *arg, int64_t i, int32_t worker) {
   const job *j = arg;
   const cert_slot *s = &j->slots[i];
-  cert_item *it = &j->items[s->item];
-  const int64_t from = (int64_t)s->chunk * CERT_SUPERS, per = EMXI_SUPER / it->d->kv->P;
+  const int64_t from = (int64_t)s->chunk * CERT_SUPERS;
   (void)worker;
-  if (it->first != s->item) return;
-  for (int64_t p = from; p < from + CERT_SUPERS && p < it->supers; p++)
-    it->valid[p] = emxi_sketch_super_valid(it->d->kv, it->table + p * per);
+  if (j->items[s->item].first == s->item) check(j, &j->items[s->item], from, from + CERT_SUPERS);
+}
+static void open_and_check(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  const cert_item *it = &j->items[i];
+  open_item(arg, i, worker);
+  const int64_t peers = j->items[it->first].peers, mine = i - it->first; /* each a part */
+  check(j, it, it->supers * mine / peers, it->supers * (mine + 1) / peers);
 }
 
 static void bound_chunk(void *arg, int64_t i, int32_t worker) {
@@ -604,8 +615,7 @@ static void choose_pages(const cert_item *it, emxi_item *e, int r) {
   for (int64_t p = 0; p < e->pages; p++) chosen[p] = it->slots[p / per].pages[r][p % per >> 3] >> (p & 7) & 1;
 }
 
-static void finish_item(void *arg, int64_t i, int32_t worker) {
-  const job *j = arg;
+static void end_item(const job *j, int64_t i, int32_t worker) {
   cert_item *it = &j->items[i];
   emxi_item e;
   emxi_cpu_open_item(&e, j->ctx, j->d, &j->work[worker], it->b, it->g, it->first_row, j->rows);
@@ -645,6 +655,23 @@ static void finish_item(void *arg, int64_t i, int32_t worker) {
     }
     emxi_cpu_finish_row(&e, r);
   }
+}
+
+static void finish_item(void *arg, int64_t i, int32_t worker) {
+  const job *j = arg;
+  if (!j->whole || j->items[i].given_up) end_item(j, i, worker);
+}
+
+/* All steps of one item but the last one of those that have given up: if all have, they go together. */
+static void do_item(void *arg, int64_t i, int32_t worker) {
+  job *j = arg;
+  cert_item *it = &j->items[i];
+  const int64_t first = it->slots - j->slots, chunks = cert_chunks(it->length);
+  for (int64_t c = 0; c < chunks; c++) bound_chunk(j, first + c, worker);
+  seed_item(j, i, worker);
+  it->given_up = it->all;
+  for (int64_t c = 0; c < chunks && !it->all && !emxi_cancelled(j->ctx); c++) scan_chunk(j, first + c, worker);
+  if (!it->given_up && !emxi_cancelled(j->ctx)) end_item(j, i, worker);
 }
 
 /* ALL's path for the whole call. */
@@ -688,24 +715,33 @@ emx_status emxi_cpu_certified(emx_ctx *ctx, const emxi_decode *d, emxi_arena *ar
       cert_item *it = &j.items[j.n_items];
       it->slots = j.slots + j.n_slots;
       it->first = j.n_items && (j.first + j.n_items) % ((int64_t)d->kv->G * j.blocks) ? it[-1].first : j.n_items;
+      it->peers = 0;
+      j.items[it->first].peers++;
       for (int64_t c = 0; c < chunks; c++, j.n_slots++) {
         j.slots[j.n_slots].item = (int32_t)j.n_items;
         j.slots[j.n_slots].chunk = (int32_t)c;
       }
       j.n_items++;
     }
-    EMX_TRY(emxi_parallel(ctx, j.n_items, open_item, &j));
-    EMX_TRY(emxi_parallel(ctx, j.n_slots, check_chunk, &j));
-    EMX_TRY(emxi_parallel(ctx, j.n_slots, bound_chunk, &j));
-    EMX_TRY(emxi_parallel(ctx, j.n_items, seed_item, &j));
-    bool all = j.first == 0;
-    for (int64_t i = 0; i < j.n_items; i++) all &= j.items[i].all;
+    j.whole = j.n_items % ctx->threads == 0 || j.n_items >= 4 * (int64_t)ctx->threads;
+    EMX_TRY(emxi_parallel(ctx, j.n_items, j.whole ? open_and_check : open_item, &j));
+    if (!j.whole) EMX_TRY(emxi_parallel(ctx, j.n_slots, check_chunk, &j));
+    if (j.whole) {
+      EMX_TRY(emxi_parallel(ctx, j.n_items, do_item, &j));
+    } else {
+      EMX_TRY(emxi_parallel(ctx, j.n_slots, bound_chunk, &j));
+      EMX_TRY(emxi_parallel(ctx, j.n_items, seed_item, &j));
+      for (int64_t i = 0; i < j.n_items; i++) j.items[i].given_up = j.items[i].all;
+    }
+    int64_t given_up = 0;
+    for (int64_t i = 0; i < j.n_items; i++) given_up += j.items[i].given_up;
+    const bool all = j.first == 0 && given_up == j.n_items;
     if (all) { /* nothing here is sparse: all heads together are faster than head by head */
       *arena = before;
       return run_all(&j, arena);
     }
-    EMX_TRY(emxi_parallel(ctx, j.n_slots, scan_chunk, &j));
-    EMX_TRY(emxi_parallel(ctx, j.n_items, finish_item, &j));
+    if (!j.whole) EMX_TRY(emxi_parallel(ctx, j.n_slots, scan_chunk, &j));
+    if (!j.whole || given_up) EMX_TRY(emxi_parallel(ctx, j.n_items, finish_item, &j));
   }
   return EMX_OK;
 }

@@ -62,12 +62,10 @@ void emxi_sketch_page(const emxi_table *k, const emx_kv *kv, int32_t page, int32
 void emxi_sketch_superpage(const emxi_table *k, const emx_kv *kv, const int32_t *pages, int32_t head) {
   const emxi_sketch *s = &kv->sketch;
   const int32_t n = EMXI_SUPER / kv->P;
-  uint8_t *record = s->super + ((int64_t)head * kv->max_pages + pages[n - 1]) * s->super_ld;
-  emxi_sketch_super super;
+  const int64_t at = (int64_t)head * s->supers + emxi_sketch_super_slot(kv, pages[n - 1]);
   float keys[EMXI_SUPER * EMXI_SKETCH_LD];
   for (int32_t i = 0; i < n; i++) load_keys(k, kv, pages[i], head, 0, kv->P, keys + i * kv->P * EMXI_SKETCH_LD);
-  emxi_sketch_choose(k)->encode_super(keys, kv->D, s->dp, map_of(kv, head), record, &super);
-  memcpy(record + s->dp / 2, &super, sizeof super);
+  emxi_sketch_choose(k)->encode_super(keys, kv->D, s->dp, map_of(kv, head), s->super + at * (s->dp / 2), s->super_record + at);
 }
 
 /* The power of two nearest to x, by its logarithm. */

@@ -221,7 +221,8 @@ static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
   memset(kv->refs, 0, M * sizeof *kv->refs);
   if (kv->sketch.number) {
     memset(kv->sketch.number, 0, M * sizeof *kv->sketch.number);
-    memset(kv->sketch.super_number, 0, M * (size_t)(EMXI_SUPER / kv->P) * sizeof *kv->sketch.super_number);
+    memset(kv->sketch.super_number, 0,
+           (size_t)kv->sketch.supers * (size_t)(EMXI_SUPER / kv->P) * sizeof *kv->sketch.super_number);
   }
   memset(kv->stamp, 0, M * sizeof *kv->stamp);
   memset(kv->seqs, 0, (size_t)kv->max_seqs * sizeof *kv->seqs);

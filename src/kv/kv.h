@@ -164,10 +164,15 @@ EMXI_SHARED void emxi_sketch_rebuild(emx_ctx *ctx, emx_kv *kv, int32_t seq);
 static inline bool emxi_sketch_page_valid(const emx_kv *kv, int32_t page) {
   return kv->sum_tokens[page] == kv->P && kv->sketch.number[page];
 }
+/* Slot of the superpage that ends in a page. */
+static inline int64_t emxi_sketch_super_slot(const emx_kv *kv, int32_t last) {
+  const uint32_t n = (uint32_t)(EMXI_SUPER / kv->P), page = (uint32_t)last; /* n is a power of two */
+  return (int64_t)(page & (n - 1)) * kv->sketch.super_pitch + (int64_t)(page >> __builtin_ctz(n));
+}
 /* The record in the slot of the superpage's last page describes just these pages. */
 static inline bool emxi_sketch_super_valid(const emx_kv *kv, const int32_t *pages) {
   const int32_t n = EMXI_SUPER / kv->P;
-  const uint64_t *number = kv->sketch.super_number + (int64_t)pages[n - 1] * n;
+  const uint64_t *number = kv->sketch.super_number + emxi_sketch_super_slot(kv, pages[n - 1]) * n;
   for (int32_t i = 0; i < n; i++)
     if (!emxi_sketch_page_valid(kv, pages[i]) || kv->sketch.number[pages[i]] != number[i]) return false;
   return true;

@@ -15,16 +15,18 @@ void emxi_sketch_carve(emx_kv *kv, emxi_arena *device, emxi_arena *host) {
   const int64_t M = kv->max_pages, G = kv->G;
   s->dp = (kv->D + 15) / 16 * 16;
   s->groups = M * (kv->P / EMXI_GROUP);
-  s->super_ld = (s->dp / 2 + (int64_t)sizeof(emxi_sketch_super) + 63) / 64 * 64;
+  s->super_pitch = (M + EMXI_SUPER / kv->P - 1) / (EMXI_SUPER / kv->P);
+  s->supers = s->super_pitch * (EMXI_SUPER / kv->P);
   s->group = take(device, G, s->groups, 1, sizeof *s->group);
   s->centre = take(device, G, s->groups, s->dp, 1);
   s->high = take(device, G, s->groups, s->dp, sizeof *s->high);
   s->low = take(device, G, s->groups, s->dp, sizeof *s->low);
   if (kv->summaries & EMX_SUMMARY_RESIDUAL) s->row = take(device, G, s->groups, EMXI_GROUP * s->dp / 2, 1);
-  s->super = take(device, G, M, s->super_ld, 1);
+  s->super = take(device, G, s->supers, s->dp / 2, 1);
+  s->super_record = take(device, G, s->supers, 1, sizeof *s->super_record);
   s->map = take(device, G, 3 * s->dp, 1, sizeof(float));
   s->number = take(host, M, 1, 1, sizeof *s->number);
-  s->super_number = take(host, M, EMXI_SUPER / kv->P, 1, sizeof *s->super_number);
+  s->super_number = take(host, s->supers, EMXI_SUPER / kv->P, 1, sizeof *s->super_number);
 }
 
 bool emxi_sketch_super_ready(const emx_kv *kv, const int32_t *table, int64_t p, int64_t first_new) {
@@ -41,7 +43,8 @@ void emxi_sketch_publish(emx_kv *kv, const int32_t *table, int64_t from, int64_t
   for (int64_t p = from; p < to; p++) {
     if (!s->number[table[p]]) s->number[table[p]] = ++s->last_number;
     const bool ready = emxi_sketch_super_ready(kv, table, p, from);
-    for (int64_t i = 0; i < n; i++) s->super_number[table[p] * n + i] = ready ? s->number[table[p + 1 - n + i]] : 0;
+    uint64_t *number = s->super_number + emxi_sketch_super_slot(kv, table[p]) * n;
+    for (int64_t i = 0; i < n; i++) number[i] = ready ? s->number[table[p + 1 - n + i]] : 0;
   }
 }
 

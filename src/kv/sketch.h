@@ -13,7 +13,7 @@
  * NaN, an infinity, numbers near the end of their range) has radius +inf: it is always read.
  *
  * Groups are made when a cache page completes, superpages with the page that holds their last position, in whose slot they lie; so
- * sequences that share pages share sketches. Nothing is ever invalidated: a page gets a new number whenever its groups are made, a
+ * sequences that share pages share sketches. Slots are numbered so that the superpages of pages in a row lie in a row. Nothing is ever invalidated: a page gets a new number whenever its groups are made, a
  * superpage remembers the numbers of its pages, and whoever reads compares.
  */
 #ifndef EMXI_SKETCH_H
@@ -33,7 +33,7 @@ typedef struct emxi_sketch_group {
   float step5, error5;     /* residual rows: >= |y - centre - planes - row|; without them error5 is error4 */
   uint16_t norm_c, norm_k; /* >= |centre|, >= |k| of every key; bf16 */
 } emxi_sketch_group;
-typedef struct emxi_sketch_super { /* behind the Dp/2 bytes of codes */
+typedef struct emxi_sketch_super {
   float step_c, norm_c, radius, norm_k;
 } emxi_sketch_super;
 
@@ -45,12 +45,14 @@ typedef struct emxi_sketch {
   uint8_t *centre;          /* [G,groups,Dp] */
   uint32_t *high, *low;     /* [G,groups,Dp/16,16]: word w, key t: byte b, bits 2s and 2s+1 are channel 16 w + 4 s + b */
   uint8_t *row;             /* [G,groups,16,Dp/2]: low nibble of byte j is channel j, high nibble channel j + Dp/2; or NULL */
-  uint8_t *super;           /* [G,max_pages,super_ld]: nibbles as in a row, then emxi_sketch_super */
-  int64_t super_ld;
+  uint8_t *super;           /* [G,supers,Dp/2] by slot: nibbles as in a row */
+  emxi_sketch_super *super_record; /* [G,supers] */
+  int64_t supers;                  /* slots of a KV head (emxi_sketch_super_slot): 64/P * super_pitch */
+  int64_t super_pitch;
   float *map; /* [G,3,Dp]: offset, weight, 1 / weight */
   /* Host side. */
   uint64_t *number;       /* [max_pages] of the page's groups; 0: none */
-  uint64_t *super_number; /* [max_pages, 64/P] of the pages of the superpage that ends in this page */
+  uint64_t *super_number; /* [supers, 64/P] by slot: of the superpage's pages */
   uint64_t last_number;
   int32_t mapped; /* offsets and weights are set */
 } emxi_sketch;
