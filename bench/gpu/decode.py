@@ -35,7 +35,7 @@ class CtxOpts(C.Structure):
 class KvOpts(C.Structure):
     _fields_ = [("size", C.c_uint32)] + [(n, C.c_int32) for n in
                 "dtype kv_heads head_dim page_size layout summaries max_seqs".split()] + [
-                ("max_pages", C.c_int64), ("k_pool", C.POINTER(Tensor)), ("v_pool", C.POINTER(Tensor))]
+                ("max_pages", C.c_int64), ("k_pool", C.POINTER(Tensor)), ("v_pool", C.POINTER(Tensor)), ("file", C.c_char_p)]
 
 
 class Batch(C.Structure):

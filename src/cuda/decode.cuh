@@ -9,8 +9,8 @@
  *          afterwards every lane owns different scores. What exceeds the largest score so far minus 1/a (T1 of docs/math.md) goes to the
  *          chunk's segment of the row, which has room for all of it. Bytes: N D of K for all R rows; 5 a candidate.
  *   solve  block = row. The true maximum decides which candidates are left: a set, and an order, that do not depend on timing. tau by
- *          bracketed steps in double. Up to EMXI_CUDA_SMALL candidates: in shared memory, and the values are added here.
- *   share  block = (row, part): values of rows with more candidates; leaves at once for all others. The last block adds up.
+ *          bracketed steps in double, in shared memory up to twice `listed` candidates. Values of up to 512 are added here.
+ *   share  block = (row, part): values of all other rows; leaves at once for the rest. The last block adds up.
  * Softmax: scan also sums exp(s - m) v for its part, merge joins the parts.
  *
  * f32 products and sums of a score as on the CPU (f16 and bf16 keys are exact in f32); weights and tau in double; values in f32 over at
@@ -23,8 +23,9 @@
 
 namespace {
 
+constexpr int MAX_HERE = 512; /* support whose values the block of the row reads by itself */
 constexpr int CHUNK = EMXI_CUDA_CHUNK, SCAN_THREADS = 256, SCAN_WARPS = SCAN_THREADS / 32, SOLVE_THREADS = 512,
-              SOLVE_WARPS = SOLVE_THREADS / 32, SMALL = EMXI_CUDA_SMALL, MAX_ALIVE = 1024, MAX_D = 256, PER_LANE = MAX_D / 32;
+              SOLVE_WARPS = SOLVE_THREADS / 32, MAX_ALIVE = EMXI_CUDA_ALIVE, MAX_D = 256, PER_LANE = MAX_D / 32;
 
 /* ---- rows of K and V in registers: eight elements a lane */
 
@@ -218,16 +219,26 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
       page[i] = c < to && token < length ? table_page(a.batch, pool, table, b, token >> pool.shift) : 0;
     }
   };
+  /* Sixteen aligned positions lie in one page, so the rows of a lane are a constant step apart. */
   const auto read = [&](const T *base, int64_t page_stride, int64_t token_stride, int64_t c, int tile,
                         const int32_t(&page)[PAGES], row_piece(&x)[U]) {
+    const int64_t first = c * CHUNK + tile * TILE, step = SUBS * token_stride;
+    const T *start[PAGES];
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-      const int64_t token = c * CHUNK + tile * TILE + u * SUBS + sub;
-      const T *row = base + page[PAGES > 1 ? u * SUBS / 16 : 0] * page_stride + (token & (pool.P - 1)) * token_stride;
-      if (c < to && token < length)
-        x[u].load(row, l, D);
-      else
-        x[u].clear();
+    for (int i = 0; i < PAGES; i++)
+      start[i] =
+          base + page[i] * page_stride + (int64_t)((int)(first + 16 * i) & (pool.P - 1)) * token_stride + sub * token_stride;
+    if (c < to && first + TILE <= length) {
+#pragma unroll
+      for (int u = 0; u < U; u++)
+        x[u].load(start[PAGES > 1 ? u * SUBS / 16 : 0] + (PAGES > 1 ? u % (16 / SUBS) : u) * step, l, D);
+    } else {
+#pragma unroll
+      for (int u = 0; u < U; u++)
+        if (c < to && first + u * SUBS + sub < length)
+          x[u].load(start[PAGES > 1 ? u * SUBS / 16 : 0] + (PAGES > 1 ? u % (16 / SUBS) : u) * step, l, D);
+        else
+          x[u].clear();
     }
   };
   const auto advance = [&](int64_t &c, int &tile) {
@@ -633,11 +644,13 @@ __device__ __forceinline__ void block_sums(double (&x)[3], double (*scratch)[SOL
 template <typename T>
 __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ emxi_cuda_decode a) {
   constexpr int KEPT = 16; /* chunk maxima a thread keeps in registers: those of a million tokens */
-  __shared__ float list[SMALL];
-  __shared__ int32_t position[SMALL];
-  __shared__ int32_t alive[MAX_ALIVE]; /* chunks with a candidate */
-  __shared__ int16_t begin[MAX_ALIVE]; /* how many each has, then where they start */
+  /* [2 listed] scores, and their positions from `listed` on if there are no more than that; chunks with a candidate; how many each has,
+   * then where they start. */
+  extern __shared__ float list[];
+  int32_t *position = (int32_t *)list + a.listed, *alive = (int32_t *)list + 2 * a.listed;
+  int16_t *begin = (int16_t *)(alive + MAX_ALIVE);
   __shared__ double scratch[3][SOLVE_WARPS];
+  __shared__ float part[2][SOLVE_WARPS];
   __shared__ int offsets[SOLVE_WARPS];
   const int64_t row = blockIdx.x;
   const row_place place = place_of(a, row);
@@ -683,18 +696,35 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
 
   /* The largest scores of the chunks are scores: the threshold of any subset is a lower bound (T1), and for alpha <= 2 so is every
    * Newton step on the norm of the positive parts, which is convex. A few of them leave little more than the support. */
-  double low = -1.0;
-  for (int step = 0; step < 6 && k.alpha <= 2.0; step++) {
-    double s[3] = {0, 0, 0};
+  float low = -1.0f;
+  const float fa = (float)k.a, fb = (float)k.b, slack = k.alpha == 2.0 || k.alpha == 1.5 ? 2e-5f : 1e-4f; /* above all rounding */
+  for (int step = 0; step < 4 && k.alpha <= 2.0; step++) {
+    float mass = 0, slope = 0;
+    const auto add = [&](float score) {
+      const float y = fmaf(fa, score - m, -low);
+      if (!(y > 0)) return;
+      const float p = k.alpha == 2.0 ? y : k.alpha == 1.5 ? y * y : powf(y, fb);
+      mass += p;
+      slope += k.alpha == 2.0 ? 1.0f : k.alpha == 1.5 ? y : p / y;
+    };
 #pragma unroll
-    for (int i = 0; i < KEPT; i++) add_term(k, kept[i], low, 0, s);
-    for (int64_t c = from + KEPT; c < to; c++) add_term(k, chunk_max[c], low, 0, s);
-    block_sums(s, scratch);
-    const double mass = k.alpha == 2.0 ? s[1] : s[2], slope = k.alpha == 2.0 ? s[0] : s[1];
+    for (int i = 0; i < KEPT; i++) add(kept[i]);
+    for (int64_t c = from + KEPT; c < to; c++) add(chunk_max[c]);
+#pragma unroll
+    for (int i = 16; i; i >>= 1) {
+      mass += __shfl_xor_sync(EMXI_FULL, mass, i);
+      slope += __shfl_xor_sync(EMXI_FULL, slope, i);
+    }
+    __syncthreads();
+    if (lane == 0) part[0][warp] = mass, part[1][warp] = slope;
+    __syncthreads();
+    mass = slope = 0;
+#pragma unroll
+    for (int w = 0; w < SOLVE_WARPS; w++) mass += part[0][w], slope += part[1][w];
     if (!(mass > 1 && slope > 0)) break;
-    low += fmax(0.0, (mass - (k.alpha == 1.5 ? sqrt(mass) : pow(mass, 1.0 - k.a))) / slope - 1e-12);
+    low += fmaxf(0.0f, (mass - (k.alpha == 2.0 ? 1.0f : k.alpha == 1.5 ? sqrtf(mass) : powf(mass, 1.0f - fa))) / slope - slack);
   }
-  const float thr = fmaxf(below_of(m, a.alpha), nextafterf((float)((double)m + low / k.a), -emxi_inf()));
+  const float thr = fmaxf(below_of(m, a.alpha), nextafterf((float)((double)m + (double)low / k.a), -emxi_inf()));
 
   /* Chunks with a candidate, in order; then their candidates, a warp a chunk: counted, and put where they belong. */
   int mine = 0, n_alive, total = 0;
@@ -720,7 +750,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     for (int i = threadIdx.x * (MAX_ALIVE / SOLVE_THREADS), n = 0; n < MAX_ALIVE / SOLVE_THREADS && i + n < n_alive; n++)
       mine += begin[i + n];
     at = block_offsets(mine, offsets, &total);
-    small = total <= SMALL;
+    small = total <= 2 * a.listed;
   }
   if (small) {
     for (int i = threadIdx.x * (MAX_ALIVE / SOLVE_THREADS), n = 0; n < MAX_ALIVE / SOLVE_THREADS && i + n < n_alive; n++) {
@@ -740,7 +770,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
         if (s > thr) {
           const int to_place = place_in + __popc(mask & ((1u << lane) - 1));
           list[to_place] = s;
-          position[to_place] = (int32_t)(base + local[base + j + lane]);
+          if (total <= a.listed) position[to_place] = (int32_t)(base + local[base + j + lane]);
         }
         place_in += __popc(mask);
       }
@@ -773,7 +803,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
   };
 
   /* Root in [lo, hi], as in src/cpu/solver.inc: steps while they stay inside and make progress, else bisection (alpha > 2: of the
-   * exponent, a flat row needs t relatively). */
+   * exponent, a flat row needs t relatively). 1e-14 is far below what the rounding of a float score moves. */
   double lo = low, hi = emxi_bracket_hi((double)(small ? total : place.visible), k.alpha) * (1 - 1e-12), t = lo, last = 1e300,
          s[3];
   for (int iteration = 0; iteration < 300; iteration++) {
@@ -785,7 +815,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
       lo = t;
     else
       hi = t;
-    const double unit = k.alpha > 2.0 ? -lo * 1e-16 : 1e-16, middle = k.alpha > 2.0 ? -sqrt(lo * hi) : 0.5 * (lo + hi);
+    const double unit = k.alpha > 2.0 ? -lo * 1e-14 : 1e-14, middle = k.alpha > 2.0 ? -sqrt(lo * hi) : 0.5 * (lo + hi);
     double next = t + e;
     if (fabs(e) <= unit || hi - lo <= 2 * unit) {
       t = fmin(fmax(next, lo), hi);
@@ -810,43 +840,42 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     t += threshold_step(k, s, &f);
   }
 
-  /* Weights; their sum and number; values of a short list. */
-  double result[3] = {0, 0, 0}; /* sum, number */
-  float acc[PER_LANE];
-#pragma unroll
-  for (int e = 0; e < PER_LANE; e++) acc[e] = 0;
+  /* Weights: their sum and number. Values of a short list are added here, of a long one by all the device. */
+  double result[3] = {0, 0, 0};
+  const auto weigh = [&](float score) {
+    const float p = weight_of(k, score, t);
+    result[0] += p;
+    result[1] += p > 0;
+  };
   if (small) {
-    for (int base = warp * 4; base < total;
-         base += SOLVE_WARPS * 4) { /* four candidates a warp, so that a short list is read by all */
-      const int i = base + lane;
-      const bool there = lane < 4 && i < total;
-      const float p = there ? weight_of(k, list[i], t) : 0.0f;
-      result[0] += p;
-      result[1] += p > 0;
-      add_values<T>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, there ? position[i] : 0, lane, acc);
-    }
+    for (int i = threadIdx.x; i < total; i += SOLVE_THREADS) weigh(list[i]);
   } else {
-    for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS) {
-      if (!(chunk_max[c] > thr)) continue;
-      const int n = count[c];
-      for (int j = 0; j < n; j++) {
-        const float p = weight_of(k, z[c * CHUNK + j], t);
-        result[0] += p;
-        result[1] += p > 0;
-      }
-    }
+    for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS)
+      for (int j = 0, n = chunk_max[c] > thr ? count[c] : 0; j < n; j++) weigh(z[c * CHUNK + j]);
   }
   block_sums(result, scratch);
+  const bool here = small && total <= a.listed && result[1] <= MAX_HERE;
   if (threadIdx.x == 0) {
-    wide->wide = !small;
+    wide->wide = !here;
     wide->done = 0;
     wide->t = t;
     wide->m = m;
     wide->thr = thr;
     write_report(a, place, row, false, t + k.a * (double)m, result[0], (int64_t)result[1], (int64_t)result[1]);
   }
-  if (!small) return;
-  float *sum = list; /* [SOLVE_WARPS][D]: the list has been read, block_sums has barriers */
+  if (!here) return;
+  float acc[PER_LANE];
+#pragma unroll
+  for (int e = 0; e < PER_LANE; e++) acc[e] = 0;
+  for (int base = warp * 4; base < total;
+       base += SOLVE_WARPS * 4) { /* four candidates a warp, so that a short list is read by all */
+    const int i = base + lane;
+    const bool there = lane < 4 && i < total;
+    const float p = there ? weight_of(k, list[i], t) : 0.0f;
+    add_values<T>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, there ? position[i] : 0, lane, acc);
+  }
+  __syncthreads();
+  float *sum = list; /* [SOLVE_WARPS][D]: the list has been read */
 #pragma unroll
   for (int e = 0; e < PER_LANE; e++)
     if (lane + 32 * e < D) sum[warp * D + lane + 32 * e] = acc[e];
@@ -857,7 +886,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     store_output(a, place, d, x);
   }
 }
-static_assert(SOLVE_WARPS * MAX_D <= SMALL, "the warps' sums lie where the list was");
+static_assert(SOLVE_WARPS * MAX_D <= EMXI_CUDA_LISTED_LEAST, "the warps' sums lie where the list was");
 
 /* ---- share */
 
@@ -996,7 +1025,9 @@ void decode_all(const emxi_cuda_decode &d, cudaStream_t stream) {
     return;
   }
   scan_any<T, false>(d, stream);
-  solve<T><<<rows, SOLVE_THREADS, 0, stream>>>(d);
+  const int bytes = (int)EMXI_CUDA_SOLVE_BYTES(d.listed);
+  (void)cudaFuncSetAttribute(solve<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  solve<T><<<rows, SOLVE_THREADS, bytes, stream>>>(d);
   share<T><<<rows *(unsigned)d.shares, SCAN_THREADS, 0, stream>>>(d);
 }
 

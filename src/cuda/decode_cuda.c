@@ -48,6 +48,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   k.blocks = (int32_t)blocks;
   k.splits = (int32_t)splits;
   k.shares = (int32_t)shares;
+  k.listed = emxi_cuda_of(ctx)->listed;
 
   int64_t cells; /* chunks of all rows */
   if (__builtin_mul_overflow(rows, k.chunks, &cells)) cells = -1;

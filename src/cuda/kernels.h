@@ -15,8 +15,12 @@ extern "C" {
 #define EMXI_CUDA_SLICE 64
 /* Positions of a chunk: what one warp scores in one go, and what one candidate segment has room for. A local position is a byte. */
 #define EMXI_CUDA_CHUNK 128
-/* Candidates of a row that are solved in shared memory; rows with more go through global memory. */
-#define EMXI_CUDA_SMALL 4096
+/* Shared memory of the solver: the scores of twice `listed` candidates, or of `listed` with their positions; and chunks that have some.
+ * Rows with more are solved from global memory. What a multiprocessor of compute capability 8.0 and 9.0 has, and others. */
+#define EMXI_CUDA_LISTED 12288
+#define EMXI_CUDA_LISTED_LEAST 4096
+#define EMXI_CUDA_ALIVE 8192
+#define EMXI_CUDA_SOLVE_BYTES(listed) ((size_t)(listed)*8 + (size_t)EMXI_CUDA_ALIVE * 6)
 #define EMXI_CUDA_UPDATES 300
 #define EMXI_CUDA_MAX_ROWS 8 /* query rows that share one read of K */
 
@@ -67,7 +71,7 @@ typedef struct emxi_cuda_append {
   int32_t t, dtype;                 /* dtype: of k and v, the cache's or f32 */
 } emxi_cuda_append;
 
-/* A row that has more candidates than EMXI_CUDA_SMALL. */
+/* What is left to do for a row whose values are added by all the device. */
 typedef struct emxi_cuda_wide {
   double t;
   float m, thr;
@@ -81,6 +85,7 @@ typedef struct emxi_cuda_decode {
   int32_t H, S, group;               /* group: H / G */
   int32_t rows, blocks;              /* rows of a work item; items of a (sequence, KV head): they cover group * S rows */
   int32_t splits, shares;            /* parts of a sequence: in the scan; in the sums of wide rows */
+  int32_t listed;                    /* EMXI_CUDA_LISTED or _LEAST */
   int32_t q_dtype, o_dtype, vectors; /* vectors: rows of K may be read 16 bytes at a time */
   double alpha;
   float scale;

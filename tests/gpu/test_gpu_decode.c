@@ -100,7 +100,7 @@ static void test_fast_shapes(void **state) {
                            .seed = (uint64_t)i,
                            .data = i % 5 == 4 ? DATA_TOPIC : DATA_IID});
 }
-/* More candidates than shared memory holds; every alpha; lengths around the ends of chunks. */
+/* Long supports: values added by the whole device, scores without their positions in shared memory, more than it holds. */
 static void test_flat(void **state) {
   (void)state;
   static const double alphas[] = {1.5, 2, 1.25, 1.75, 3, 1, 4. / 3};
@@ -112,6 +112,9 @@ static void test_flat(void **state) {
                            .len = {9000 + i},
                            .alpha = alphas[i],
                            .data = i == 4 ? DATA_EQUAL : DATA_FLAT});
+  for (int i = 0; i < 6; i++)
+    run_case((decode_case){
+        .D = 64, .dtype = EMX_BF16, .len = {i % 2 ? 14000 : 30011}, .alpha = alphas[i % 3 * 2], .data = DATA_EQUAL});
 }
 static void test_lengths(void **state) {
   (void)state;
