@@ -5,8 +5,8 @@
 
 #include "cli.h"
 
-/* --position, --alibi-heads, --slopes, --rope-theta, --scale, --temperature, --learn-temperature, --learn-alpha: a child parser. Key range 1200. Set
- * config before parsing; its number of heads is read when all options are known. */
+/* --position, --alibi-heads, --slopes, --rope-theta, --scale, --temperature, --learn-temperature, --learn-alpha: a child parser.
+ * Key range 1200. Set config before parsing; its number of heads is read when all options are known. */
 typedef struct cli_attention {
   emx_model_config *config;
   int32_t given;                                     /* numbers in --slopes */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * emx bench attn: causal attention of N queries over N keys, softmax (alpha = 1) and alpha-entmax in turn in every round, forward and
- * backward. Sampled rows of the output and of the gradient of q are compared with float64. */
+ * emx bench attn: causal attention of N queries over N keys, softmax (alpha = 1) and alpha-entmax in turn in every round, forward
+ * and backward. Sampled rows of the output and of the gradient of q are compared with float64. */
 #include "bench.h"
 #include "workload.h"
 

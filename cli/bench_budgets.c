@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * emx bench budgets: what a byte budget loses, on the activations of trained models. A text is read into the cache; for some of the tokens
- * that follow, the true weights of every layer and head are computed in float64 from the cached keys, and every selector's pages and
- * output are held against them. Models are then compared where they read the same number of bytes. */
+ * emx bench budgets: what a byte budget loses, on the activations of trained models. A text is read into the cache; for some of
+ * the tokens that follow, the true weights of every layer and head are computed in float64 from the cached keys, and every
+ * selector's pages and output are held against them. Models are then compared where they read the same number of bytes. */
 #define _GNU_SOURCE
 #include "bench.h"
 #include "session.h"

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * emx bench decode: one query token per sequence against a paged cache. Softmax (alpha = 1) is the first method, then every selector.
- * Each round runs every method once on the same fresh query, and streams the cache through all workers once for the read rate. The
- * first query's results are compared with float64 attention over the cached, rounded keys.
+ * emx bench decode: one query token per sequence against a paged cache. Softmax (alpha = 1) is the first method, then every
+ * selector. Each round runs every method once on the same fresh query, and streams the cache through all workers once for the
+ * read rate. The first query's results are compared with float64 attention over the cached, rounded keys.
  * On a GPU the pool of the CPU's cache is copied there, and a round's time is that of DEVICE_RUNS decodes in a row. */
 #define _GNU_SOURCE
 #include "bench.h"

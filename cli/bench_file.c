@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
- * emx bench file: one query token against a cache whose keys and values are in a file, cold, in a process that may not map more than
- * --room beyond what it has at the start. ALL is the first method, then the selectors; every output is compared with ALL's. Before every
- * call the file is written out and dropped from the system's cache, and the system's own count of bytes read is taken around it. */
+ * emx bench file: one query token against a cache whose keys and values are in a file, cold, in a process that may not map more
+ * than --room beyond what it has at the start. ALL is the first method, then the selectors; every output is compared with ALL's.
+ * Before every call the file is written out and dropped from the system's cache, and the system's own count of bytes read is
+ * taken around it. */
 #define _GNU_SOURCE
 #include "bench.h"
 #include "workload.h"

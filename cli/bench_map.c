@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * emx bench map: R rows of N scores through softmax and one other map in turn, forward, backward and loss, each against float64. */
+ * emx bench map: R rows of N scores through softmax and one other map in turn, forward, backward and loss, each against
+ * float64. */
 #include "bench.h"
 
 #include "base/num.h"
@@ -103,7 +104,8 @@ static emx_status run(const bench *b, const emx_entmax_desc *desc, int method, i
   return pass == FORWARD ? emx_entmax_forward(b->ctx, desc, &io) : emx_entmax_backward(b->ctx, desc, &io);
 }
 
-/* Largest error over the first row against float64: of a weight; of a gradient, relative to the largest one; of the loss or a gradient. */
+/* Largest error over the first row against float64: of a weight; of a gradient, relative to the largest one; of the loss or a
+ * gradient. */
 static double check(const bench *b, const emx_entmax_desc *desc, int method, int pass, int64_t *support) {
   const options *o = b->o;
   const int64_t n = o->n;

@@ -126,7 +126,8 @@ bool cli_interrupted(void);
 /* The whole file, NUL appended; "-" is standard input. CLI_ERROR with a message. */
 int cli_read_file(const char *path, char **data, size_t *size);
 
-/* Whether a file can be written, asked before the work: it will be replaced by one made beside it, so the folder decides. NULL: no file. */
+/* Whether a file can be written, asked before the work: it will be replaced by one made beside it, so the folder decides. NULL:
+ * no file. */
 int cli_check_out(const char *path);
 
 /* Element i of a checkpoint's tensor, whatever its dtype and alignment. */

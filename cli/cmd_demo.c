@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * emx demo: prefills a long text once, continues it from forks of that one cache with every selector, then measures for both models how
- * the error falls as more of the cache is read. scripts/demo.sh supplies models and text. */
+ * emx demo: prefills a long text once, continues it from forks of that one cache with every selector, then measures for both
+ * models how the error falls as more of the cache is read. scripts/demo.sh supplies models and text. */
 #define _GNU_SOURCE
 #include "cli.h"
 #include "session.h"

@@ -226,8 +226,8 @@ static int64_t context_of(const options *o, size_t size) {
   return o->session.ctx && (size_t)o->session.ctx < size ? o->session.ctx : (int64_t)size;
 }
 
-/* Prefills all but the last n bytes of the context once; every selector decodes those bytes in a fork, and what it expects after each of
- * them is compared with what ALL does. */
+/* Prefills all but the last n bytes of the context once; every selector decodes those bytes in a fork, and what it expects after
+ * each of them is compared with what ALL does. */
 static int compare_selectors(emx_model *model, const options *o, const emx_model_config *config, const char *text, size_t size,
                              json_t **list) {
   const int64_t context = context_of(o, size);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * emx selftest: what this CPU offers, whether every kernel table it can run gives the known answers, and how fast the chosen one is. */
+ * emx selftest: what this CPU offers, whether every kernel table it can run gives the known answers, and how fast the chosen one
+ * is. */
 #define _GNU_SOURCE
 #include "bench.h"
 #include "golden.h"

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * emx train: a byte model on text files, or a model of a synthetic task. The folder holds the model, the trainer's state, log.jsonl (one
- * object a step) and loss.svg. */
+ * emx train: a byte model on text files, or a model of a synthetic task. The folder holds the model, the trainer's state,
+ * log.jsonl (one object a step) and loss.svg. */
 #define _GNU_SOURCE
 #include "attention.h"
 #include "cli.h"
@@ -206,9 +206,9 @@ static char *path_in(const char *folder, const char *name) {
   return asprintf(&path, "%s/%s", folder, name) < 0 ? NULL : path;
 }
 
-/* Refuses a folder that another run writes, that holds a training unless it is continued, or that cannot be written. Called before the
- * trainer is made, when a new training makes nothing yet, and after it. *lock keeps other runs out until it is closed; the lock is the
- * folder's own, so a killed run leaves nothing behind. */
+/* Refuses a folder that another run writes, that holds a training unless it is continued, or that cannot be written. Called
+ * before the trainer is made, when a new training makes nothing yet, and after it. *lock keeps other runs out until it is closed;
+ * the lock is the folder's own, so a killed run leaves nothing behind. */
 static int open_folder(const options *o, bool make, int *lock) {
   if (*lock >= 0) return CLI_OK;
   if (make && mkdir(o->out, 0777) && errno != EEXIST) return cli_fail("cannot make %s: %s", o->out, strerror(errno));

@@ -289,7 +289,8 @@ const struct argp cli_select_argp = {.options = select_options, .parser = parse_
 
 json_t *cli_json_real(double x) { return isfinite(x) ? json_real(x) : json_null(); }
 
-/* Length of the UTF-8 sequence at s, 0 if there is none (Unicode 15, table 3-7: no surrogates, nothing overlong, up to U+10FFFF). */
+/* Length of the UTF-8 sequence at s, 0 if there is none (Unicode 15, table 3-7: no surrogates, nothing overlong, up to
+ * U+10FFFF). */
 static size_t utf8_length(const unsigned char *s, size_t n) {
   if (s[0] < 0x80) return 1;
   const size_t want = s[0] >= 0xC2 && s[0] <= 0xDF ? 2 : (s[0] & 0xF0) == 0xE0 ? 3 : s[0] >= 0xF0 && s[0] <= 0xF4 ? 4 : 0;

@@ -66,7 +66,8 @@ done:
   return code;
 }
 
-/* A line a sample: the tokens up to the one that must be answered, as `emx generate` takes them; with --json all tokens and labels. */
+/* A line a sample: the tokens up to the one that must be answered, as `emx generate` takes them; with --json all tokens and
+ * labels. */
 static int show(const eval_common *e, const emx_task_desc *kind) {
   const int64_t samples = e->cells->samples ? e->cells->samples : 1;
   int32_t *tokens = NULL;

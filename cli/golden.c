@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Tolerances. Inputs are exact in every dtype and every q.k is exact in float, so what is left is the float arithmetic of the weights
- * and of sums of at most 200 products: weights, outputs (|v| <= 1/2) and tau (|tau| < 8) within a few dozen units in the last place
- * of their scale; 1e-6 is what emx.h promises. A wrong threshold, mask, bias, page or head is off by 1e-3 and more. float64 rows: 1e-12. A wrong support
- * counts as an error of 1 and more. */
+ * Tolerances. Inputs are exact in every dtype and every q.k is exact in float, so what is left is the float arithmetic of the
+ * weights and of sums of at most 200 products: weights, outputs (|v| <= 1/2) and tau (|tau| < 8) within a few dozen units in the
+ * last place of their scale; 1e-6 is what emx.h promises. A wrong threshold, mask, bias, page or head is off by 1e-3 and more.
+ * float64 rows: 1e-12. A wrong support counts as an error of 1 and more. */
 #include "golden.h"
 
 #include <math.h>
@@ -115,9 +115,9 @@ static emx_status check_attention(emx_ctx *ctx, const golden *want, golden_repor
   return EMX_OK;
 }
 
-/* One decode step of two heads. Whatever was selected: a certified head must have the answer of reading everything; a head that is not
- * certified must bound the true weight of the pages it did not read; ALL, CERTIFIED, and the head whose weight is in one page must be
- * certified. CERTIFIED leaves out tokens, not pages: its answer alone is compared. */
+/* One decode step of two heads. Whatever was selected: a certified head must have the answer of reading everything; a head that
+ * is not certified must bound the true weight of the pages it did not read; ALL, CERTIFIED, and the head whose weight is in one
+ * page must be certified. CERTIFIED leaves out tokens, not pages: its answer alone is compared. */
 static emx_status check_selector(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const float *q, int row, int32_t kind,
                                  const golden *want, double *answer, double *certificate) {
   enum { H = 2, M = GOLDEN_DECODE_PAGES };

@@ -24,7 +24,8 @@ typedef struct qkv_recorder qkv_recorder;
 /* Room for `steps` steps, all layers or (layer >= 0) one. The session must live as long. Makes the folder. */
 int qkv_record(emx_session *s, const emx_model_config *config, const char *folder, int32_t layer, int64_t steps,
                qkv_recorder **out);
-/* folder/layer-L.safetensors with the steps since qkv_record and the cache's keys and values as they are; nothing if there was no step. */
+/* folder/layer-L.safetensors with the steps since qkv_record and the cache's keys and values as they are; nothing if there was no
+ * step. */
 int qkv_record_write(qkv_recorder *r);
 void qkv_record_end(qkv_recorder *r); /* before the session */
 

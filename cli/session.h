@@ -15,10 +15,11 @@ typedef struct cli_session {
 extern const struct argp cli_session_argp;
 void cli_session_init(cli_session *s);
 
-/* A session for `tokens` tokens, with the summaries that the selectors (or NULL) need; CLI_ERROR if they exceed -c, or the machine (with
- * the bytes). */
+/* A session for `tokens` tokens, with the summaries that the selectors (or NULL) need; CLI_ERROR if they exceed -c, or the
+ * machine (with the bytes). */
 int session_open(emx_model *model, const cli_session *opts, const cli_select *select, int64_t tokens, emx_session **out);
-/* Appends n bytes of text, with a progress bar if there is a label. nll [n] and logits [vocab] are optional. Bytes must be tokens of the model. */
+/* Appends n bytes of text, with a progress bar if there is a label. nll [n] and logits [vocab] are optional. Bytes must be tokens
+ * of the model. */
 int session_prefill(emx_session *s, const emx_model_config *config, const char *text, size_t n, float *nll, float *logits,
                     const char *label);
 
@@ -34,8 +35,9 @@ typedef struct session_summary {
 } session_summary;
 /* NaN where nothing was decoded. */
 int session_summarize(const emx_session *s, session_summary *out);
-/* {"tok_per_s", "budget" (topk), "attn_ms_per_tok", "select", "bytes_share", "support_mean", "delta_bound_max", "certified_share", "rows",
- * "certified", "paths": {"all", "pages", "ladder"} (rows that took each), "bytes_k", "bytes_v", "bytes_meta"} */
+/* {"tok_per_s", "budget" (topk), "attn_ms_per_tok", "select", "bytes_share", "support_mean", "delta_bound_max",
+ * "certified_share", "rows", "certified", "paths": {"all", "pages", "ladder"} (rows that took each), "bytes_k", "bytes_v",
+ * "bytes_meta"} */
 json_t *session_json(const session_summary *s, const emx_select_desc *select);
 
 /* What ALL expects after each of some tokens, and by how much a selector's expectation differs. */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Pictures as SVG. Line charts: the loss of a training, bits per byte against position, error against bytes read. Heat maps: tests by
- * length and depth. */
+ * Pictures as SVG. Line charts: the loss of a training, bits per byte against position, error against bytes read. Heat maps:
+ * tests by length and depth. */
 #ifndef EMX_CLI_SVG_H
 #define EMX_CLI_SVG_H
 

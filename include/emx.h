@@ -11,25 +11,25 @@
  * Conventions that hold for every function here:
  *   - emx_status is 0 or negative; results go through out-pointers that stay untouched on failure; emx_last_error() has a
  *     sentence of detail for the calling thread. The library never prints, exits or aborts, and never falls back silently.
- *   - Option and argument structs begin with struct_size; _init (which passes the caller's sizeof to _init_sized) fills in the size and
- *     the defaults; fields are only ever appended, and zero in an appended field means what held before it. A shorter struct of an
- *     older header counts as one with zeros behind it; a longer one of a newer header is UNSUPPORTED where it has more than zeros
- *     there. Structs that a function fills need struct_size set first, nothing else; they get the fields that they have room for. An
- *     option struct may also be written out, {.struct_size = sizeof opts, ...}: what is left out is zero then, also where the comment
- *     at _init names another default.
+ *   - Option and argument structs begin with struct_size; _init (which passes the caller's sizeof to _init_sized) fills in the
+ *     size and the defaults; fields are only ever appended, and zero in an appended field means what held before it. A shorter
+ *     struct of an older header counts as one with zeros behind it; a longer one of a newer header is UNSUPPORTED where it has
+ *     more than zeros there. Structs that a function fills need struct_size set first, nothing else; they get the fields that
+ *     they have room for. An option struct may also be written out, {.struct_size = sizeof opts, ...}: what is left out is zero
+ *     then, also where the comment at _init names another default.
  *   - Tensors are borrowed strided views with a contiguous last dimension. Sizes are size_t, counts int64_t.
  *   - No function allocates unless its name ends in _create, or its comment says so. Working memory is the caller's:
  *     ask for the size, pass a buffer (any alignment; slack to align it is included in the size).
  *   - tau is in units of (alpha-1) * score and is never a log-sum-exp. "score" is scale * (q.k) + ALiBi bias.
- *   - Infinities are data: a score of -inf is masked. A fully masked row gives zero output, support 0 and tau = -inf. A score of NaN
- *     or +inf, which is what a NaN or an infinity in q or in a key that is read makes unless the product is -inf, gives NaN for that
- *     row. A NaN in V of a token with weight zero does not leak.
+ *   - Infinities are data: a score of -inf is masked. A fully masked row gives zero output, support 0 and tau = -inf. A score of
+ *     NaN or +inf, which is what a NaN or an infinity in q or in a key that is read makes unless the product is -inf, gives NaN
+ *     for that row. A NaN in V of a token with weight zero does not leak.
  *   - Results do not depend on the number of threads, nor on the other rows of a batch.
  *   - Two threads that use one context are serialised. Handles made from a context are used with it and must not outlive it.
- *   - On a GPU a call checks its arguments, enqueues on the context's stream and returns. Structs, emx_tensors and host arrays are
- *     read before it returns; what the tensors point to, workspace and reports are device memory and must live until the stream has
- *     passed. Bad indices or lengths in device memory surface at emx_ctx_sync; "untouched on failure" is about failures that the call
- *     itself returns. A caller that sets the stream per call holds its own lock around the two calls.
+ *   - On a GPU a call checks its arguments, enqueues on the context's stream and returns. Structs, emx_tensors and host arrays
+ *     are read before it returns; what the tensors point to, workspace and reports are device memory and must live until the
+ *     stream has passed. Bad indices or lengths in device memory surface at emx_ctx_sync; "untouched on failure" is about
+ *     failures that the call itself returns. A caller that sets the stream per call holds its own lock around the two calls.
  *   - A field that a later version appends has the old behaviour at zero. Reserved fields are zero.
  */
 #ifndef EMX_H
@@ -129,9 +129,9 @@ typedef struct emx_ctx_opts {
 EMX_API void emx_ctx_opts_init_sized(emx_ctx_opts *opts, size_t size);
 #define emx_ctx_opts_init(opts) emx_ctx_opts_init_sized((opts), sizeof *(opts))
 
-/* opts may be NULL for the defaults. Errors: INVALID, UNSUPPORTED (device not in this build, GPU older than compute capability 8.0, unknown
- * EMX_ISA), DEVICE (no driver or no GPU; the detail is CUDA's), NOMEM. In this version a context on a GPU has caches without summaries and
- * emx_decode with ALL; maps, dense attention, models and training are UNSUPPORTED there. */
+/* opts may be NULL for the defaults. Errors: INVALID, UNSUPPORTED (device not in this build, GPU older than compute capability
+ * 8.0, unknown EMX_ISA), DEVICE (no driver or no GPU; the detail is CUDA's), NOMEM. In this version a context on a GPU has caches
+ * without summaries and emx_decode with ALL; maps, dense attention, models and training are UNSUPPORTED there. */
 EMX_API emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out);
 EMX_API void emx_ctx_destroy(emx_ctx *ctx); /* NULL is allowed */
 
@@ -193,11 +193,11 @@ EMX_API void emx_entmax_io_init_sized(emx_entmax_io *io, size_t size);
 #define emx_entmax_io_init(io) emx_entmax_io_init_sized((io), sizeof *(io))
 
 /* Rows of weights. f32 and f64 rows of any length are within 1e-6 of the exact map and sum to one (BUDGET: to the budget) within
- * 1e-6 of it, for alpha > 2 up to what an element on the threshold costs (docs/math.md, 2); f16 and bf16 weights are those, rounded.
- * A row is read once (softmax: twice); what follows touches only scores that lie within 1/(alpha-1) of the largest (NORMMAX: 1;
- * BUDGET: of the budget-th largest). Errors: INVALID (an alpha out of range, by row; budget > N), SHAPE, DTYPE, UNSUPPORTED,
- * CANCELLED. Working memory: one row a worker, kept by the context, which grows on the first call with a longer row (the one
- * allocation; NOMEM). */
+ * 1e-6 of it, for alpha > 2 up to what an element on the threshold costs (docs/math.md, 2); f16 and bf16 weights are those,
+ * rounded. A row is read once (softmax: twice); what follows touches only scores that lie within 1/(alpha-1) of the largest
+ * (NORMMAX: 1; BUDGET: of the budget-th largest). Errors: INVALID (an alpha out of range, by row; budget > N), SHAPE, DTYPE,
+ * UNSUPPORTED, CANCELLED. Working memory: one row a worker, kept by the context, which grows on the first call with a longer row
+ * (the one allocation; NOMEM). */
 EMX_API emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io);
 
 /* dx = J^T dp from the weights alone, 1 <= alpha <= 4; u_i = p_i^(2-alpha) on the support (docs/math.md, 6).
@@ -258,8 +258,8 @@ typedef struct emx_attn_desc {
 EMX_API void emx_attn_desc_init_sized(emx_attn_desc *desc, size_t size); /* alpha 1.5, causal, BHND, no window */
 #define emx_attn_desc_init(desc) emx_attn_desc_init_sized((desc), sizeof *(desc))
 
-/* The tensors of one attention call. Optional ones are NULL. k and v share one dtype (f32, f16, bf16 or f64); q has it too, or f32
- * over 16-bit keys; o and each gradient have the dtype of what they belong to, or f32. Head dims 16..256 (f64: 1..256).
+/* The tensors of one attention call. Optional ones are NULL. k and v share one dtype (f32, f16, bf16 or f64); q has it too, or
+ * f32 over 16-bit keys; o and each gradient have the dtype of what they belong to, or f32. Head dims 16..256 (f64: 1..256).
  *
  *   padded   q, o [B,H,S,D]; k, v [B,G,N,D] (in BNHD: [B,S,H,D], [B,N,G,D]); seqlens_q, seqlens_k [B] i32 optional: rows past a
  *            length are not read, outputs there are zero.
@@ -267,8 +267,9 @@ EMX_API void emx_attn_desc_init_sized(emx_attn_desc *desc, size_t size); /* alph
  *            rows past cu[B] are left alone.
  *   paged    block_table [B,M] i32 set: k, v are pools [M',P,G,D] (BNHD) or [M',G,P,D] (BHND), any strides; logical page p of
  *            sequence b is block_table[b][p]; seqlens_k [B] is required. Forward only.
- * tau, lse: f32 (f64 for f64 input), support: i32; shape of q without D. alibi_slopes [H] f32: adds -slope * |i+N-S-j| to the score,
- * S and N being the sequence's own lengths, as for the causal mask. A size query reads shapes only: data pointers may be NULL there. */
+ * tau, lse: f32 (f64 for f64 input), support: i32; shape of q without D. alibi_slopes [H] f32: adds -slope * |i+N-S-j| to the
+ * score, S and N being the sequence's own lengths, as for the causal mask. A size query reads shapes only: data pointers may be
+ * NULL there. */
 typedef struct emx_attn_io {
   uint32_t struct_size;
   uint32_t reserved;
@@ -283,15 +284,15 @@ typedef struct emx_attn_io {
   const emx_tensor *d_o;             /* backward: gradient of o, shape of q */
   const emx_tensor *d_q, *d_k, *d_v; /* backward: outputs; d_k, d_v are compact, with G heads */
   const emx_tensor *lse;             /* alpha = 1, instead of tau: natural log-sum-exp of the row's scores */
-  /* [H] f64, optional: each query head's alpha, instead of desc->alpha. The call has tau then, never lse; rows of a head whose alpha is
-   * exactly 1 hold their log-sum-exp in it. */
+  /* [H] f64, optional: each query head's alpha, instead of desc->alpha. The call has tau then, never lse; rows of a head whose
+   * alpha is exactly 1 hold their log-sum-exp in it. */
   const emx_tensor *alphas;
   const emx_tensor *d_alpha; /* backward, optional, with `alphas`: output [H] f64, the gradient of each head's alpha */
-  /* Support lists, optional, alpha > 1: i32, shape of q with any capacity C in the place of D. Forward writes the positions of a row's
-   * support in ascending order, where there are at most C of them; `support` (required) says how many, the entries past them are left
-   * alone. Backward reads both and scores only what is listed; rows with more than C, and rows whose list is no list of visible
-   * positions in ascending order or does not give back the row's tau, are found again by a scan. The gradients are bit for bit the
-   * same with and without lists. */
+  /* Support lists, optional, alpha > 1: i32, shape of q with any capacity C in the place of D. Forward writes the positions of a
+   * row's support in ascending order, where there are at most C of them; `support` (required) says how many, the entries past
+   * them are left alone. Backward reads both and scores only what is listed; rows with more than C, and rows whose list is no
+   * list of visible positions in ascending order or does not give back the row's tau, are found again by a scan. The gradients
+   * are bit for bit the same with and without lists. */
   const emx_tensor *support_index;
 } emx_attn_io;
 EMX_API void emx_attn_io_init_sized(emx_attn_io *io, size_t size);
@@ -332,26 +333,28 @@ typedef struct emx_kv_opts {
   int32_t summaries; /* EMX_SUMMARY_* bits */
   int32_t max_seqs;  /* sequences that may exist at the same time; default 64 */
   int64_t max_pages; /* size of the pool */
-  /* The caller's pool, or NULL for one of the library's: 4-D in `layout` order, any strides, page dimension = max_pages (K and V may
-   * be interleaved in one allocation). It must outlive the cache. */
+  /* The caller's pool, or NULL for one of the library's: 4-D in `layout` order, any strides, page dimension = max_pages (K and V
+   * may be interleaved in one allocation). It must outlive the cache. */
   const emx_tensor *k_pool, *v_pool;
-  /* CPU: K and V go into this file, summaries and tables stay in memory. NULL (default): a pool in memory. The file is scratch: it must
-   * not exist yet, loses its name as soon as it is made, and goes with the cache, or with the process however that ends; so no two
-   * caches share one. It grows with the pages that are used. A forked process cannot use the cache. */
+  /* CPU: K and V go into this file, summaries and tables stay in memory. NULL (default): a pool in memory. The file is scratch:
+   * it must not exist yet, loses its name as soon as it is made, and goes with the cache, or with the process however that ends;
+   * so no two caches share one. It grows with the pages that are used. A forked process cannot use the cache. */
   const char *file;
 } emx_kv_opts;
 EMX_API void emx_kv_opts_init_sized(emx_kv_opts *opts, size_t size); /* bf16, pages of 16, BHND, 64 sequences; the rest is zero */
 #define emx_kv_opts_init(opts) emx_kv_opts_init_sized((opts), sizeof *(opts))
 
-/* Bytes that emx_kv_create would take with these options on this context's device (the caller's pool not counted) and, for its tables
- * and lists, in host memory; on the CPU the two add up. A file is not counted. Either pointer may be NULL. */
+/* Bytes that emx_kv_create would take with these options on this context's device (the caller's pool not counted) and, for its
+ * tables and lists, in host memory; on the CPU the two add up. A file is not counted. Either pointer may be NULL. */
 EMX_API emx_status emx_kv_memory_size(emx_ctx *ctx, const emx_kv_opts *opts, size_t *device_bytes, size_t *host_bytes);
-/* Errors: INVALID, DTYPE, SHAPE, UNSUPPORTED, NOMEM (more than the machine has: refused before allocating, with the bytes), IO (file).
+/* Errors: INVALID, DTYPE, SHAPE, UNSUPPORTED, NOMEM (more than the machine has: refused before allocating, with the bytes), IO
+ * (file).
  *
- * With a file, every call that reads or writes K or V may return IO, with the system's reason: an append or a load then has changed
- * nothing, and a decode has written no output and no report. Reads and writes are pread and pwrite through buffers of 256 keys a worker
- * (ALL: of all heads, up to 1 MiB or one page) that belong to the cache or to the workspace; nothing is mapped. CERTIFIED reads the
- * keys and values that its sketches leave, the other selectors stream. The bits are those of a cache in memory. */
+ * With a file, every call that reads or writes K or V may return IO, with the system's reason: an append or a load then has
+ * changed nothing, and a decode has written no output and no report. Reads and writes are pread and pwrite through buffers of 256
+ * keys a worker (ALL: of all heads, up to 1 MiB or one page) that belong to the cache or to the workspace; nothing is mapped.
+ * CERTIFIED reads the keys and values that its sketches leave, the other selectors stream. The bits are those of a cache in
+ * memory. */
 EMX_API emx_status emx_kv_create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out);
 EMX_API void emx_kv_destroy(emx_kv *kv);
 
@@ -377,12 +380,12 @@ EMX_API emx_status emx_seq_length(const emx_kv *kv, int32_t seq, int64_t *length
 /* The sequence's physical pages in logical order; valid until the sequence is changed. */
 EMX_API emx_status emx_seq_block_table(const emx_kv *kv, int32_t seq, const int32_t **pages, int64_t *n);
 
-/* Which sequences a call works on: either `seqs` (ids of the library's sequences), or the caller's own tables as FlashInfer has them.
- * The two must not be mixed on one cache: the library would hand out pages that the caller uses. Lengths are those before an append in
- * the same call (without one, the full lengths; vLLM's seq_lens count the new tokens); the caller advances its own afterwards.
- * Tables and lengths live on the context's device. Entries of the table past a sequence's pages are not looked at.
- * A caller that writes K into a page other than by emx_kv_append must call emx_kv_summarize on it before the next selection: summaries
- * are trusted where they describe as many tokens as the page holds. */
+/* Which sequences a call works on: either `seqs` (ids of the library's sequences), or the caller's own tables as FlashInfer has
+ * them. The two must not be mixed on one cache: the library would hand out pages that the caller uses. Lengths are those before
+ * an append in the same call (without one, the full lengths; vLLM's seq_lens count the new tokens); the caller advances its own
+ * afterwards. Tables and lengths live on the context's device. Entries of the table past a sequence's pages are not looked at.
+ * A caller that writes K into a page other than by emx_kv_append must call emx_kv_summarize on it before the next selection:
+ * summaries are trusted where they describe as many tokens as the page holds. */
 typedef struct emx_kv_batch {
   uint32_t struct_size;
   int32_t batch;                 /* B */
@@ -395,13 +398,14 @@ EMX_API void emx_kv_batch_init_sized(emx_kv_batch *batch, size_t size);
 #define emx_kv_batch_init(batch) emx_kv_batch_init_sized((batch), sizeof *(batch))
 
 /* Appends n_new[b] tokens (i32 [B]; NULL: all T of them) to sequence b; k_new, v_new [B,G,T,D] (BHND) or [B,T,G,D] (BNHD) in the
- * cache's layout order and dtype, or f32, which is rounded to nearest. Summaries of touched pages are brought up to date in O(D) a token. Atomic: on
- * failure (STATE: not enough free pages; the detail has the number) no sequence has changed. */
+ * cache's layout order and dtype, or f32, which is rounded to nearest. Summaries of touched pages are brought up to date in O(D)
+ * a token. Atomic: on failure (STATE: not enough free pages; the detail has the number) no sequence has changed. */
 EMX_API emx_status emx_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_tensor *k_new,
                                  const emx_tensor *v_new, const emx_tensor *n_new);
-/* Builds the summaries of the given physical pages (i32 [n]), each holding tokens[i] tokens (i32 [n]; NULL: all full; 0: unknown from
- * now on), for pages that somebody else wrote into a caller's pool. With SKETCH, list a sequence's pages in order: 64/P complete ones next
- * to each other, from a multiple of 64/P in the list on, share a sketch of their 64 positions (only speed depends on it). */
+/* Builds the summaries of the given physical pages (i32 [n]), each holding tokens[i] tokens (i32 [n]; NULL: all full; 0: unknown
+ * from now on), for pages that somebody else wrote into a caller's pool. With SKETCH, list a sequence's pages in order: 64/P
+ * complete ones next to each other, from a multiple of 64/P in the list on, share a sketch of their 64 positions (only speed
+ * depends on it). */
 EMX_API emx_status emx_kv_summarize(emx_ctx *ctx, emx_kv *kv, const emx_tensor *pages, const emx_tensor *tokens);
 
 typedef struct emx_kv_summary {
@@ -415,8 +419,8 @@ typedef struct emx_kv_summary {
   float radius;          /* >= the largest distance of a key to `mean`; set when the page is complete, else +inf */
   int32_t reserved;
 } emx_kv_summary;
-/* A look at one page's summaries for one KV head (tests, inspection), CPU only. Set out->struct_size first. Pointers are valid until
- * the page changes. */
+/* A look at one page's summaries for one KV head (tests, inspection), CPU only. Set out->struct_size first. Pointers are valid
+ * until the page changes. */
 EMX_API emx_status emx_kv_get_summary(const emx_kv *kv, int32_t page, int32_t kv_head, emx_kv_summary *out);
 
 /* ------------------------------------------------------------------------------------------------ selection and decode */
@@ -425,10 +429,9 @@ enum {
   EMX_SELECT_ALL = 0,      /* every token; K streamed once; exact */
   EMX_SELECT_TOPK = 1,     /* the pages with the best box bound, fixed token budget (EntmaxKV's first selector; Quest's score) */
   EMX_SELECT_GAUSSIAN = 2, /* threshold estimated from page means and spreads (EntmaxKV's second selector, eq. 19) */
-  EMX_SELECT_CERTIFIED =
-      3,               /* exact without reading every key: tokens whose sound score bound lies below the threshold are left out.
-                             * Needs EMX_SUMMARY_SKETCH. alpha = 1: with max_delta, for no weight of softmax is
-                             * zero; heads without it take ALL's path */
+  /* Exact without reading every key: tokens whose sound score bound lies below the threshold are left out. Needs
+   * EMX_SUMMARY_SKETCH. alpha = 1: with max_delta, for no weight of softmax is zero; heads without it take ALL's path. */
+  EMX_SELECT_CERTIFIED = 3,
   EMX_SELECT_PAGES = 4 /* emx_decode only: the caller's page lists */
 };
 enum {
@@ -439,11 +442,12 @@ enum {
 
 typedef struct emx_select_desc {
   uint32_t struct_size;
-  int32_t kind;        /* EMX_SELECT_* */
-  int32_t tau_mode;    /* EMX_TAU_* */
-  int32_t tau_steps;   /* CORRECTED: steps; 0: 3 */
-  int64_t budget;      /* TOPK: tokens per query row, in whole pages, the newest page included; at least one page */
-  int64_t max_bytes;   /* CERTIFIED: stop a row once bytes_k + bytes_v + bytes_meta reach this; 0: none. Not where it takes ALL's path */
+  int32_t kind;      /* EMX_SELECT_* */
+  int32_t tau_mode;  /* EMX_TAU_* */
+  int32_t tau_steps; /* CORRECTED: steps; 0: 3 */
+  int64_t budget;    /* TOPK: tokens per query row, in whole pages, the newest page included; at least one page */
+  /* CERTIFIED: stop a row once bytes_k + bytes_v + bytes_meta reach this; 0: none. Not where it takes ALL's path. */
+  int64_t max_bytes;
   double max_delta;    /* CERTIFIED: stop when delta_bound is at most this (looked at every few keys); 0: exact */
   float max_quantile;  /* GAUSSIAN: quantile of a page's maximum that is compared with the threshold; 0.995 */
   float safety_margin; /* GAUSSIAN: margin below the threshold, in units of the overall score spread; 0 */
@@ -456,19 +460,19 @@ EMX_API void emx_select_desc_init_sized(emx_select_desc *desc, size_t size); /* 
 enum { EMX_STOP_DONE = 0, EMX_STOP_BUDGET = 1, EMX_STOP_BYTES = 2, EMX_STOP_DELTA = 3 };
 enum { EMX_PATH_ALL = 0, EMX_PATH_PAGES = 1, EMX_PATH_LADDER = 2 };
 enum {
-  EMX_REPORT_CERTIFIED =
-      1, /* tau was solved exactly, nothing unread can have weight, no score was NaN or +inf. V is not looked at */
+  /* tau was solved exactly, nothing unread can have weight, no score was NaN or +inf. V is not looked at. */
+  EMX_REPORT_CERTIFIED = 1,
   EMX_REPORT_NONFINITE = 2 /* a score was NaN or +inf: the output is NaN */
 };
 
 /* What one query row did: 64 bytes, written where the work runs. Bytes are counted in 64-byte lines. */
 typedef struct emx_report {
   float tau; /* threshold used, (alpha-1) * score units; alpha = 1: NaN */
-  float
-      delta_bound; /* (rounded up) sound upper bound of the entmax (alpha = 1: softmax) mass of all tokens that were not read; 0 if certified */
+  /* Sound upper bound, rounded up, of the entmax (alpha = 1: softmax) mass of all tokens that were not read; 0 if certified. */
+  float delta_bound;
   float mass; /* sum of the weights used: 1 up to rounding, except in EMX_TAU_FIXED and _CORRECTED */
-  float
-      max_unread; /* (rounded up) upper bound of (alpha-1) * score (alpha = 1: of the score) over all unread tokens; -inf if all were read */
+  /* Upper bound, rounded up, of (alpha-1) * score (alpha = 1: of the score) over all unread tokens; -inf if all were read. */
+  float max_unread;
   int32_t support;    /* tokens with a nonzero weight */
   int32_t tokens;     /* tokens whose key was read */
   int32_t pages;      /* pages read */
@@ -494,7 +498,8 @@ typedef struct emx_decode_io {
   const emx_tensor *k_new, *v_new; /* emx_decode: S new tokens to append first, or NULL */
   const emx_tensor *o;             /* emx_decode: output, dtype of q or f32 */
   const emx_tensor *alibi_slopes;  /* [H] f32: score gets slope * (j - i) */
-  /* Page lists, per row in BHND order: logical pages, ascending, unique. Outputs of emx_select; inputs of emx_decode with PAGES. */
+  /* Page lists, per row in BHND order: logical pages, ascending, unique. Outputs of emx_select; inputs of emx_decode with
+   * PAGES. */
   const emx_tensor *pages;   /* [B,H,S,M] i32, -1 past the end */
   const emx_tensor *n_pages; /* [B,H,S] i32 */
   const emx_tensor *bound;   /* [B,H,S] f32, emx_select: see emx_report.max_unread */
@@ -508,16 +513,17 @@ EMX_API void emx_decode_io_init_sized(emx_decode_io *io, size_t size); /* alpha 
 /* Working memory of emx_select and emx_decode for sequences of at most max_len tokens. */
 EMX_API emx_status emx_decode_workspace_size(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select,
                                              const emx_decode_io *io, int64_t max_len, size_t *bytes);
-/* Page lists and the bound of what they leave out, nothing else. TOPK and GAUSSIAN need their summaries (else STATE). CERTIFIED: the pages
- * of all keys that emx_decode would read, hence all that hold a token with weight (every page, where it would take ALL's path); a decode
- * with that list has CERTIFIED's answer, and its report is certified where CERTIFIED's is. Not with a cache in a file (UNSUPPORTED). */
+/* Page lists and the bound of what they leave out, nothing else. TOPK and GAUSSIAN need their summaries (else STATE). CERTIFIED:
+ * the pages of all keys that emx_decode would read, hence all that hold a token with weight (every page, where it would take
+ * ALL's path); a decode with that list has CERTIFIED's answer, and its report is certified where CERTIFIED's is. Not with a cache
+ * in a file (UNSUPPORTED). */
 EMX_API emx_status emx_select(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select,
                               const emx_decode_io *io, void *workspace, size_t workspace_bytes);
 /* Appends (if k_new), selects, solves tau, accumulates, reports. V is read for the support only (alpha > 1).
- * Page lists from anyone go through the same certificate as the library's own: bounds from MINMAX if the cache has them, else from
- * MOMENTS, and where reports are wanted from SKETCH as well, down to single keys. That takes as long as a certificate is possible for
- * PAGES, and for TOPK and GAUSSIAN where it reads no more than the decode itself did. Without any summaries nothing is known of unread
- * pages and delta_bound is 1. An empty sequence gives zeros, support 0.
+ * Page lists from anyone go through the same certificate as the library's own: bounds from MINMAX if the cache has them, else
+ * from MOMENTS, and where reports are wanted from SKETCH as well, down to single keys. That takes as long as a certificate is
+ * possible for PAGES, and for TOPK and GAUSSIAN where it reads no more than the decode itself did. Without any summaries nothing
+ * is known of unread pages and delta_bound is 1. An empty sequence gives zeros, support 0.
  * Errors: INVALID, SHAPE, DTYPE, UNSUPPORTED, STATE, WORKSPACE, CANCELLED, IO (file). A failed call has appended nothing. */
 EMX_API emx_status emx_decode(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_select_desc *select,
                               const emx_decode_io *io, void *workspace, size_t workspace_bytes);

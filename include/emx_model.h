@@ -37,8 +37,8 @@ typedef struct emx_named_tensor {
   const char *name;
   emx_tensor tensor; /* C-contiguous; f32, f16, bf16, f64 or i32 */
 } emx_named_tensor;
-/* Writes to a temporary name in the same folder, fsyncs, renames: an existing file is replaced whole or not at all. The data starts
- * at a multiple of 64 bytes and wide dtypes come first, so every tensor is aligned to its dtype (the format has no holes).
+/* Writes to a temporary name in the same folder, fsyncs, renames: an existing file is replaced whole or not at all. The data
+ * starts at a multiple of 64 bytes and wide dtypes come first, so every tensor is aligned to its dtype (the format has no holes).
  * metadata: 2*n_metadata strings, key then value. */
 EMX_API emx_status emx_checkpoint_write(const char *path, const emx_named_tensor *tensors, int64_t n, const char *const *metadata,
                                         int64_t n_metadata);
@@ -47,8 +47,8 @@ EMX_API emx_status emx_checkpoint_write(const char *path, const emx_named_tensor
 
 enum { EMX_POSITION_NAPE = 0, EMX_POSITION_ALIBI = 1, EMX_POSITION_NOPE = 2, EMX_POSITION_ROPE = 3 /* all heads, rotate-half */ };
 enum { EMX_SLOPE_LINEAR = 0 /* 1/(h+1) */, EMX_SLOPE_EXP = 1 /* 2^-h */, EMX_SLOPE_GIVEN = 2 /* alibi_slopes */ };
-/* theta, which multiplies the query of a token at position i (from 0) after RoPE and before 1/sqrt(head_dim); docs/math.md, "Scale and positions".
- * NAPE: only the heads without ALiBi have it; otherwise all heads. */
+/* theta, which multiplies the query of a token at position i (from 0) after RoPE and before 1/sqrt(head_dim); docs/math.md,
+ * "Scale and positions". NAPE: only the heads without ALiBi have it; otherwise all heads. */
 enum {
   EMX_ATTN_SCALE_NONE = 0,
   EMX_ATTN_SCALE_SSMAX = 1, /* s_h ln(i+2), s_h learned per layer and head (Nakanishi 2025) */
@@ -111,9 +111,9 @@ typedef struct emx_session_opts {
   int32_t chunk;        /* tokens per prefill chunk; 512 */
   int32_t max_sessions; /* forks that may exist at the same time; 16 */
   int64_t max_tokens;   /* 4096; of the whole pool: shared pages count once. Beyond the machine's memory: NOMEM with the bytes */
-  /* K and V of every layer in a scratch file of this name (emx_kv_opts.file; the name must be free), the summaries in memory: CERTIFIED
-   * then reads what its sketches leave. Prefill streams the keys for every few queries: slower than from memory, and its sums run in
-   * another order. NULL (default): in memory. */
+  /* K and V of every layer in a scratch file of this name (emx_kv_opts.file; the name must be free), the summaries in memory:
+   * CERTIFIED then reads what its sketches leave. Prefill streams the keys for every few queries: slower than from memory, and
+   * its sums run in another order. NULL (default): in memory. */
   const char *kv_file;
 } emx_session_opts;
 EMX_API void emx_session_opts_init_sized(emx_session_opts *opts, size_t size); /* the numbers in the comments above */
@@ -127,9 +127,10 @@ EMX_API int64_t emx_session_length(const emx_session *s);
 /* Called between chunks and tokens, on the calling thread. done tokens of total. May call emx_ctx_cancel. */
 typedef void (*emx_progress_fn)(void *user, int64_t done, int64_t total);
 
-/* Appends n >= 1 tokens with dense attention. nll: optional [n]; nll[i] = -ln p(tokens[i] | before), NaN for the first token of an
- * empty session and for the first after a truncation (the state before it is gone). logits: optional [vocab] after the last token.
- * On failure or cancellation the session and the results are as they were. Allocates where a context is longer than any before. */
+/* Appends n >= 1 tokens with dense attention. nll: optional [n]; nll[i] = -ln p(tokens[i] | before), NaN for the first token of
+ * an empty session and for the first after a truncation (the state before it is gone). logits: optional [vocab] after the last
+ * token. On failure or cancellation the session and the results are as they were. Allocates where a context is longer than any
+ * before. */
 EMX_API emx_status emx_session_prefill(emx_session *s, const int32_t *tokens, int64_t n, float *nll, float *logits,
                                        emx_progress_fn progress, void *user);
 /* Selector for emx_session_decode; the default is ALL, a fork starts with its parent's. Allocates the selector's working memory.
@@ -157,32 +158,33 @@ typedef struct emx_session_stats {
 EMX_API emx_status emx_session_get_stats(const emx_session *s, emx_session_stats *stats); /* set struct_size first */
 EMX_API void emx_session_reset_stats(emx_session *s);
 
-/* Logits [vocab] after the last token, as the call that appended it gave them. STATE for an empty session and after a truncation. */
+/* Logits [vocab] after the last token, as the call that appended it gave them. STATE for an empty session and after a
+ * truncation. */
 EMX_API emx_status emx_session_logits(emx_session *s, float *logits);
 
 /* --------------------------------------------------------------------------------------------------------- cache files
  *
- * safetensors with a checksum over every byte (docs/design.md, "Cache files"). Written like emx_checkpoint_write: a full disk, a folder
- * that cannot be written to and a cancelled call leave the old file. Read with every size checked, streamed into free pages: whatever is
- * wrong with a file - damaged, truncated, hostile, of another kind, model or shape - the cache is as it was before the call.
- * progress (may be NULL) counts bytes; it may call emx_ctx_cancel, nothing else on this context.
- * Errors of saving: INVALID, STATE (no such sequence), UNSUPPORTED (a GPU's cache), IO, NOMEM, CANCELLED. Of loading also: FORMAT (damaged,
- * not a cache, another kind), UNSUPPORTED (a later version), INVALID (another model, too few ids), DTYPE, SHAPE, STATE (too few
- * free pages or sequences; the detail has the numbers). */
+ * safetensors with a checksum over every byte (docs/design.md, "Cache files"). Written like emx_checkpoint_write: a full disk, a
+ * folder that cannot be written to and a cancelled call leave the old file. Read with every size checked, streamed into free
+ * pages: whatever is wrong with a file - damaged, truncated, hostile, of another kind, model or shape - the cache is as it was
+ * before the call. progress (may be NULL) counts bytes; it may call emx_ctx_cancel, nothing else on this context.
+ * Errors of saving: INVALID, STATE (no such sequence), UNSUPPORTED (a GPU's cache), IO, NOMEM, CANCELLED. Of loading also: FORMAT
+ * (damaged, not a cache, another kind), UNSUPPORTED (a later version), INVALID (another model, too few ids), DTYPE, SHAPE, STATE
+ * (too few free pages or sequences; the detail has the numbers). */
 enum { EMX_CACHE_KV = 1, EMX_CACHE_SESSION = 2 };
 
 /* Saves n sequences of a cache; pages that they share are stored once and shared again when they are loaded. */
 EMX_API emx_status emx_kv_save(const emx_kv *kv, const int32_t *seqs, int32_t n, const char *path, emx_progress_fn progress,
                                void *user);
-/* Adds the sequences of a file to a cache of the same dtype, page size, heads and head dim; layout, summaries and pool may differ. Summaries
- * are rebuilt from the keys, with the bits that they had if the CPU is of the same kind. seqs [room] takes the new ids, in the order of
- * the save, *n their number. */
+/* Adds the sequences of a file to a cache of the same dtype, page size, heads and head dim; layout, summaries and pool may
+ * differ. Summaries are rebuilt from the keys, with the bits that they had if the CPU is of the same kind. seqs [room] takes the
+ * new ids, in the order of the save, *n their number. */
 EMX_API emx_status emx_kv_load(emx_kv *kv, const char *path, int32_t *seqs, int32_t room, int32_t *n, emx_progress_fn progress,
                                void *user);
 /* All layers of a session and the state that continuing needs: a session that loads it goes on with the same bits. */
 EMX_API emx_status emx_session_save(emx_session *s, const char *path, emx_progress_fn progress, void *user);
-/* Into an empty session (else STATE) of the same model, by a hash of configuration and weights, of the same kv_dtype and page_size. The
- * selector and the statistics are not part of a file. */
+/* Into an empty session (else STATE) of the same model, by a hash of configuration and weights, of the same kv_dtype and
+ * page_size. The selector and the statistics are not part of a file. */
 EMX_API emx_status emx_session_load(emx_session *s, const char *path, emx_progress_fn progress, void *user);
 
 /* What the header of a cache file says. The data and the checksum are not looked at. */
@@ -236,8 +238,8 @@ typedef struct emx_task_desc {
   uint32_t struct_size;
   int32_t kind;  /* EMX_TASK_* */
   int32_t split; /* EMX_SPLIT_*; default train */
-  int32_t
-      answers; /* retrieval: tokens of the answer, steps along the cycle; 2. More of them in training are more labels a sample */
+  /* Retrieval: tokens of the answer, steps along the cycle; 2. More of them in training are more labels a sample. */
+  int32_t answers;
   uint64_t seed;      /* 1 */
   int64_t min_length; /* nominal length of a sample, uniform from min to max; the defaults are those of the task's recipe */
   int64_t max_length;
@@ -255,9 +257,9 @@ typedef struct emx_task_info {
 } emx_task_info;
 /* Errors: INVALID with the field that is wrong. */
 EMX_API emx_status emx_task_get_info(const emx_task_desc *task, emx_task_info *info); /* set struct_size first */
-/* Sample `index` >= 0, a function of (seed, split, index) and the task's parameters. tokens, labels [room >= max_tokens], *n of them
- * written; labels[i]: what must be said after tokens[0..i], or EMX_UNSCORED. The prompt ends with the first label; the tokens that
- * follow are the answer so far. */
+/* Sample `index` >= 0, a function of (seed, split, index) and the task's parameters. tokens, labels [room >= max_tokens], *n of
+ * them written; labels[i]: what must be said after tokens[0..i], or EMX_UNSCORED. The prompt ends with the first label; the
+ * tokens that follow are the answer so far. */
 EMX_API emx_status emx_task_sample(const emx_task_desc *task, int64_t index, int32_t *tokens, int32_t *labels, int64_t room,
                                    int64_t *n);
 
@@ -270,9 +272,9 @@ typedef struct emx_task_score {
   int64_t right;  /* labels that are the first choice (the lowest token id among equals) given the right answer so far */
   double nats;    /* mean -ln p of a label */
 } emx_task_score;
-/* Scores samples first .. first+n-1 with dense f32 attention, several at a time. A sample is exact if every label is the first choice
- * in one pass over the true sequence; greedy decoding gives that answer if and only if this holds (docs/tasks.md), up to rounding.
- * Allocates. Errors: INVALID (the model is of another task), NOMEM, CANCELLED, NONFINITE. */
+/* Scores samples first .. first+n-1 with dense f32 attention, several at a time. A sample is exact if every label is the first
+ * choice in one pass over the true sequence; greedy decoding gives that answer if and only if this holds (docs/tasks.md), up to
+ * rounding. Allocates. Errors: INVALID (the model is of another task), NOMEM, CANCELLED, NONFINITE. */
 EMX_API emx_status emx_task_evaluate(emx_model *model, const emx_task_desc *task, int64_t first, int64_t n,
                                      emx_progress_fn progress, void *user, emx_task_score *score); /* set struct_size first */
 
@@ -296,22 +298,22 @@ typedef struct emx_train_opts {
   double head_dropout;  /* the same for whole heads of a sequence, those without ALiBi (Zhou et al. 2020, DropHead) */
   uint64_t seed;        /* initial weights and the order of the data: sample i of step t depends on (seed, t, i) alone */
 } emx_train_opts;
-/* 10000 steps (200 of warm-up) of 16 sequences of 512; lr 2e-3 to 2e-4, beta 0.9 and 0.95, eps 1e-8, weight_decay 0.1, clip 1, no dropout,
- * seed 1. */
+/* 10000 steps (200 of warm-up) of 16 sequences of 512; lr 2e-3 to 2e-4, beta 0.9 and 0.95, eps 1e-8, weight_decay 0.1, clip 1, no
+ * dropout, seed 1. */
 EMX_API void emx_train_opts_init_sized(emx_train_opts *opts, size_t size);
 #define emx_train_opts_init(opts) emx_train_opts_init_sized((opts), sizeof *(opts))
 
-/* Bytes to train on: files[i] of sizes[i] bytes, borrowed for the life of the trainer. Windows are drawn uniformly and do not cross
- * files. Or a task: step t trains on its samples t*batch .. t*batch+batch-1, padded on the right to the longest, and the loss is the
- * mean over their labels. */
+/* Bytes to train on: files[i] of sizes[i] bytes, borrowed for the life of the trainer. Windows are drawn uniformly and do not
+ * cross files. Or a task: step t trains on its samples t*batch .. t*batch+batch-1, padded on the right to the longest, and the
+ * loss is the mean over their labels. */
 typedef struct emx_train_data {
   uint32_t struct_size;
   uint32_t reserved;
   int64_t n_files;
   const uint8_t *const *files;
   const int64_t *sizes;
-  const emx_task_desc
-      *task; /* copied; NULL: text. With a task there are no files, and config.task and vocab_size are the task's */
+  /* Copied; NULL: text. With a task there are no files, and config.task and vocab_size are the task's. */
+  const emx_task_desc *task;
 } emx_train_data;
 EMX_API void emx_train_data_init_sized(emx_train_data *data, size_t size);
 #define emx_train_data_init(data) emx_train_data_init_sized((data), sizeof *(data))
@@ -319,9 +321,10 @@ EMX_API void emx_train_data_init_sized(emx_train_data *data, size_t size);
 /* Errors: INVALID (no window fits), NOMEM with the bytes. */
 EMX_API emx_status emx_trainer_create(emx_ctx *ctx, const emx_model_config *config, const emx_train_opts *opts,
                                       const emx_train_data *data, emx_trainer **out);
-/* Continues from a folder that emx_trainer_save wrote; opts and data must be those of the first run (checked). The continued run is
- * bit-identical to an uninterrupted one, for any number of threads, with the same build on the same kind of CPU (the BLAS picks its
- * kernels by CPU). Errors: IO, FORMAT (files that are damaged or contradict each other), INVALID (what differs), NOMEM. */
+/* Continues from a folder that emx_trainer_save wrote; opts and data must be those of the first run (checked). The continued run
+ * is bit-identical to an uninterrupted one, for any number of threads, with the same build on the same kind of CPU (the BLAS
+ * picks its kernels by CPU). Errors: IO, FORMAT (files that are damaged or contradict each other), INVALID (what differs),
+ * NOMEM. */
 EMX_API emx_status emx_trainer_resume(emx_ctx *ctx, const char *folder, const emx_train_opts *opts, const emx_train_data *data,
                                       emx_trainer **out);
 EMX_API void emx_trainer_destroy(emx_trainer *t);
@@ -335,14 +338,14 @@ typedef struct emx_train_stats {
   double grad_norm; /* before clipping */
   double lr;
 } emx_train_stats;
-/* One optimiser step; STATE when all are done. EMX_ERR_NONFINITE when the loss or a gradient is NaN or infinite: the weights are those before the step, and
- * emx_trainer_save refuses from then on. EMX_ERR_CANCELLED leaves the weights as before the step. */
+/* One optimiser step; STATE when all are done. EMX_ERR_NONFINITE when the loss or a gradient is NaN or infinite: the weights are
+ * those before the step, and emx_trainer_save refuses from then on. EMX_ERR_CANCELLED leaves the weights as before the step. */
 EMX_API emx_status emx_trainer_step(emx_trainer *t, emx_train_stats *stats); /* set struct_size first */
 /* Writes config.json, model.safetensors and trainer.safetensors into `folder` (created if missing), each atomically, the
  * trainer's state before the model. */
 EMX_API emx_status emx_trainer_save(emx_trainer *t, const char *folder);
-/* Mean nats per byte of `data` over its whole windows of opts.length, one after the other, with the weights of now. What is left at
- * the end is not counted. Errors: INVALID (not one window, which takes opts.length + 1 bytes), CANCELLED. */
+/* Mean nats per byte of `data` over its whole windows of opts.length, one after the other, with the weights of now. What is left
+ * at the end is not counted. Errors: INVALID (not one window, which takes opts.length + 1 bytes), CANCELLED. */
 EMX_API emx_status emx_trainer_evaluate(emx_trainer *t, const uint8_t *data, int64_t size, double *nats);
 /* emx_task_evaluate with the weights of now. */
 EMX_API emx_status emx_trainer_evaluate_task(emx_trainer *t, const emx_task_desc *task, int64_t first, int64_t n,

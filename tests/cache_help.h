@@ -22,8 +22,8 @@ typedef struct fingerprint {
   uint8_t bytes[EMXI_HASH_SIZE];
 } fingerprint;
 
-/* Sequences, tables, reference counts, the order in which free pages will be handed out, and of the pages in use K, V and summaries. What
- * free pages hold does not count. */
+/* Sequences, tables, reference counts, the order in which free pages will be handed out, and of the pages in use K, V and
+ * summaries. What free pages hold does not count. */
 static inline void fingerprint_add(emxi_hash *h, const emx_kv *kv) {
   const size_t row = (size_t)kv->D * emx_dtype_size(kv->dtype);
   emxi_hash_add(h, &kv->n_seqs, sizeof kv->n_seqs);

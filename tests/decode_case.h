@@ -1,5 +1,5 @@
-/* One decode problem: a cache filled with known data through the public interface, queries, and a float64 reference computed from what
- * the cache stores. Used by test_decode.c and test_decode_props.c. */
+/* One decode problem: a cache filled with known data through the public interface, queries, and a float64 reference computed from
+ * what the cache stores. Used by test_decode.c and test_decode_props.c. */
 #ifndef DECODE_CASE_H
 #define DECODE_CASE_H
 
@@ -256,13 +256,15 @@ static inline emx_select_desc case_desc(int32_t kind, int64_t budget) {
   return d;
 }
 
-/* How far an output element may be from the oracle's when scores up to `size` carry float rounding. Up to alpha 2 a weight moves by
- * no more than a small multiple of that; beyond, a token at the threshold has weight y^b with b < 1, whose slope there is infinite. */
+/* How far an output element may be from the oracle's when scores up to `size` carry float rounding. Up to alpha 2 a weight moves
+ * by no more than a small multiple of that; beyond, a token at the threshold has weight y^b with b < 1, whose slope there is
+ * infinite. */
 static inline double case_tolerance(const decode_case *c, double size) {
   return c->alpha > 2 ? 2 * pow(1e-6 * size, 1 / (c->alpha - 1)) : 2e-5 * size;
 }
 
-/* Exact scores of a row in float64; tokens whose page is not in read[] (NULL: all) get -inf. Returns how many keys the row sees. */
+/* Exact scores of a row in float64; tokens whose page is not in read[] (NULL: all) get -inf. Returns how many keys the row
+ * sees. */
 static inline int64_t case_scores(const decode_case *c, int b, int h, int s, const uint8_t *read, double *out) {
   const int g = h / (c->H / c->G);
   const int64_t n = c->len[b] - c->S + s + 1;

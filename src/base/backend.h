@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * The back-end table: what a device must be able to do. Coarse on purpose, so that a GPU can fuse; nothing element-wise crosses it.
- * Arguments have been validated and resolved by the caller (src/entmax, src/attn, src/kv); a back end only computes. */
+ * The back-end table: what a device must be able to do. Coarse on purpose, so that a GPU can fuse; nothing element-wise crosses
+ * it. Arguments have been validated and resolved by the caller (src/entmax, src/attn, src/kv); a back end only computes. */
 #ifndef EMXI_BACKEND_H
 #define EMXI_BACKEND_H
 

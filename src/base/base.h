@@ -36,8 +36,8 @@ emxi_fail(emx_status status, const char *format, ...);
 
 /* Defaults into a caller's struct of `size` bytes. */
 EMXI_SHARED void emxi_struct_init(void *p, size_t size, const void *defaults, size_t known);
-/* What functions read: `out` [size] is the struct as this version has it, with zeros where p ends earlier. Refused: one shorter than
- * `first`, the size in the first header that had it, and one with anything in fields that this version does not have. */
+/* What functions read: `out` [size] is the struct as this version has it, with zeros where p ends earlier. Refused: one shorter
+ * than `first`, the size in the first header that had it, and one with anything in fields that this version does not have. */
 EMXI_SHARED emx_status emxi_struct_read(const void *p, size_t first, size_t size, void *out, const char *who, const char *type);
 /* What functions fill: p says how much of it there is; then as much of `from` [size] goes there, and zeros into the rest. */
 EMXI_SHARED emx_status emxi_struct_check(const void *p, size_t first, const char *who, const char *type);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * The last field of every versioned struct as 0.1.0 has it. Never changed when fields are appended: a caller that was compiled with
- * that header is served by all later libraries. A new struct gets a line with its last field. */
+ * The last field of every versioned struct as 0.1.0 has it. Never changed when fields are appended: a caller that was compiled
+ * with that header is served by all later libraries. A new struct gets a line with its last field. */
 #ifndef EMXI_LAYOUTS_H
 #define EMXI_LAYOUTS_H
 

@@ -4,21 +4,22 @@
  *   forward   o_i = sum_j p_ij v_j,  p_i = alpha-entmax(scale q_i.k + bias)          one pass over K, exact tau
  *   backward  u = p^(2-alpha),  ds = u (dp - (sum u dp)/(sum u)),  dp_ij = do_i.v_j
  *
- * A forward task owns the outputs of a block of queries times the query heads of one KV head. It walks the keys from the newest to the
- * oldest in tiles of 64 (collect): a tile is transposed once, its scores stay in registers, and (score, position) of what lies above a
- * running lower bound of the row's threshold is compressed into the row's list. The bound is that of the list so far: a threshold of a
- * subset is a lower bound (docs/math.md). The list that is left contains the support, and tau is solved exactly on it. Tiles whose
- * scores are bounded below the threshold of every row (center and radius of the tile, and the bias) are not even scored.
+ * A forward task owns the outputs of a block of queries times the query heads of one KV head. It walks the keys from the newest
+ * to the oldest in tiles of 64 (collect): a tile is transposed once, its scores stay in registers, and (score, position) of what
+ * lies above a running lower bound of the row's threshold is compressed into the row's list. The bound is that of the list so
+ * far: a threshold of a subset is a lower bound (docs/math.md). The list that is left contains the support, and tau is solved
+ * exactly on it. Tiles whose scores are bounded below the threshold of every row (center and radius of the tile, and the bias)
+ * are not even scored.
  *
- * A block's lists share a slab of fixed size. Should a list outgrow its share, which takes long and flat rows, the block is cut in two
- * and starts again; a block of one query always fits. Where the cuts are cannot be seen in the results.
+ * A block's lists share a slab of fixed size. Should a list outgrow its share, which takes long and flat rows, the block is cut
+ * in two and starts again; a block of one query always fits. Where the cuts are cannot be seen in the results.
  *
- * A backward task owns one KV head of one sequence, hence dk and dv; where there are fewer of those than workers, a first round of tasks
- * owns blocks of queries, a second ranges of keys, and the order of every sum is the same. Rows come from the caller's support lists, where they hold what
- * they should, else from the same walk over the keys with the row's threshold known.
+ * A backward task owns one KV head of one sequence, hence dk and dv; where there are fewer of those than workers, a first round
+ * of tasks owns blocks of queries, a second ranges of keys, and the order of every sum is the same. Rows come from the caller's
+ * support lists, where they hold what they should, else from the same walk over the keys with the row's threshold known.
  *
- * Cost: 2 D FLOP a visible pair that is not bounded away and 2 D (backward 10 D) a nonzero; K is read rows / block times from cache.
- * Scores accumulate in REAL (relative error of a sum of D products), tau in double. Oracle: tests/unit/test_attn.c.
+ * Cost: 2 D FLOP a visible pair that is not bounded away and 2 D (backward 10 D) a nonzero; K is read rows / block times from
+ * cache. Scores accumulate in REAL (relative error of a sum of D products), tau in double. Oracle: tests/unit/test_attn.c.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -96,8 +97,8 @@ typedef struct job {
   double *d_alpha;       /* [rows of q, heads]: each row's share */
   void *states;          /* the same, where queries and keys are tasks of their own; else NULL */
   int64_t range, ranges; /* keys of a task, tasks a KV head */
-  /* Bounds of key tiles, or NULL: centers [batch * kv_heads, panels, d, TILE] of REAL, a panel being TILE tiles, and what a unit of |q|
-   * adds to q.center [batch * kv_heads, panels * TILE]. */
+  /* Bounds of key tiles, or NULL: centers [batch * kv_heads, panels, d, TILE] of REAL, a panel being TILE tiles, and what a unit
+   * of |q| adds to q.center [batch * kv_heads, panels * TILE]. */
   void *center, *radius;
   int64_t panels;
   void *work[EMXI_MAX_THREADS]; /* per worker, carved by the template */
@@ -110,8 +111,9 @@ static int64_t row_index(const emxi_attn *a, const emxi_span *sp, int64_t b, int
 }
 enum { ROW_NONE, ROW_WEIGHTS, ROW_NAN }; /* sees nothing; has weights; is NaN */
 
-/* d p / d alpha, as far as it matters beside d_p - delta, whose mean under u is zero (docs/math.md, 6): -p L^2 (e^x - 1 - x) / x^2 with
- * L = log p and x = -(alpha-1) L. The quotient is 1/2 at x = 0 (alpha = 1) and is not taken as a difference where that cancels. */
+/* d p / d alpha, as far as it matters beside d_p - delta, whose mean under u is zero (docs/math.md, 6): -p L^2 (e^x - 1 - x) /
+ * x^2 with L = log p and x = -(alpha-1) L. The quotient is 1/2 at x = 0 (alpha = 1) and is not taken as a difference where that
+ * cancels. */
 static double alpha_slope(double alpha, double p) {
   const double l = log(p), x = -(alpha - 1.0) * l;
   const double psi = fabs(x) < 1e-2 ? 0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x / 5040))))
@@ -155,8 +157,8 @@ emx_status emxi_cpu_attn_supports(emx_ctx *ctx, const emxi_attn *a) {
   return EMX_OK;
 }
 
-/* Whether queries and keys are tasks of their own, which finds every row's weights twice but keeps more workers busy than one a KV head
- * does. The gradients have the same bits either way. */
+/* Whether queries and keys are tasks of their own, which finds every row's weights twice but keeps more workers busy than one a
+ * KV head does. The gradients have the same bits either way. */
 static bool split(const emx_ctx *ctx, const emxi_attn *a) {
   const int64_t heads = a->batch * a->kv_heads;
   return ctx->threads > 1 && a->max_k > 0 && a->max_q * (a->heads / a->kv_heads) > 2 * ROWS_WANTED &&

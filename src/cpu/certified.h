@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * The certified selector on the CPU: state of an item (a sequence, a KV head, up to 8 query heads that share every read) and of its
- * chunks (65536 positions each, whatever the number of threads). Bounds are derived in docs/numerics.md, "Sketches". */
+ * The certified selector on the CPU: state of an item (a sequence, a KV head, up to 8 query heads that share every read) and of
+ * its chunks (65536 positions each, whatever the number of threads). Bounds are derived in docs/numerics.md, "Sketches". */
 #ifndef EMXI_CERTIFIED_H
 #define EMXI_CERTIFIED_H
 
@@ -27,8 +27,8 @@ typedef struct cert_query {
   double rest, cool;
 } cert_query;
 
-/* Exact scores of one row that may matter, and what follows from them: nothing at or below `limit` has weight (alpha = 1: is read, or used
- * if it was). In score units. */
+/* Exact scores of one row that may matter, and what follows from them: nothing at or below `limit` has weight (alpha = 1: is
+ * read, or used if it was). In score units. */
 typedef struct cert_list {
   float *s;
   int32_t *pos;
@@ -109,10 +109,10 @@ void emxi_cert_superpages(cert_item *it, const uint8_t *valid, cert_slot *slot, 
 void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch);
 /* Judges a few groups from all over the sequence for the item's own lists. Returns the share of keys that the planes leave. */
 double emxi_cert_probe(cert_item *it, cert_list *scratch);
-/* The check of page lists: looks at n pages, each for the rows in rows[i], by ball and planes, and at what those leave by the key itself.
- * Afterwards all keys of page i are at or below own.found[r].limit or in own.left[r] with their bounds, for the rows still in rows[i]. A
- * row in `open` stays there until it has such a key, so that nothing can certify it; then it goes on only if it is one of `few`, and keys
- * are read up to `most` bytes. */
+/* The check of page lists: looks at n pages, each for the rows in rows[i], by ball and planes, and at what those leave by the key
+ * itself. Afterwards all keys of page i are at or below own.found[r].limit or in own.left[r] with their bounds, for the rows
+ * still in rows[i]. A row in `open` stays there until it has such a key, so that nothing can certify it; then it goes on only if
+ * it is one of `few`, and keys are read up to `most` bytes. */
 void emxi_cert_check(cert_item *it, const int32_t *pages, uint8_t *rows, int64_t n, unsigned open, unsigned few, int64_t most);
 /* Takes the residual rows of candidates into account. */
 void emxi_cert_refine(cert_item *it, int r, emxi_sketch_sink *c);
@@ -122,7 +122,8 @@ void emxi_cert_refine(cert_item *it, int r, emxi_sketch_sink *c);
 double emxi_cert_norm(const cert_item *it, int64_t position);
 /* Largest error of a row's score at a position. norm: >= |k|, or -1. */
 double emxi_cert_slack(const cert_item *it, int r, int64_t position, double norm);
-/* Scores tokens [from, from + n) of one page for all rows, or for row r >= 0 alone, into slot->found. norm: >= |k|, or -1: measure. */
+/* Scores tokens [from, from + n) of one page for all rows, or for row r >= 0 alone, into slot->found. norm: >= |k|, or -1:
+ * measure. */
 void emxi_cert_read(cert_item *it, cert_slot *slot, int r, int64_t from, int64_t n, double norm);
 /* A better limit from the list, which is cut down to what lies above it. */
 void emxi_cert_raise(const cert_item *it, int r, cert_list *list, cert_list *scratch);

@@ -5,8 +5,8 @@
  *   superpage   q.offset + s1 a.c                    + e1 |c|                       + |q'| radius
  *   group       q.offset + (s1 a + s2 b).c           + e2 |c|                       + |q'| radius
  *   planes      the same centre + s1 a.planes        + e2 |c| + e1 (radius + error) + |q'| error
- * plus the best bias of ALiBi and the error of a computed score, so that the bound is above the true score and above the one that the
- * library would compute. The products with a and b are integers and exact; the rest is double, whose rounding `slack` covers.
+ * plus the best bias of ALiBi and the error of a computed score, so that the bound is above the true score and above the one that
+ * the library would compute. The products with a and b are integers and exact; the rest is double, whose rounding `slack` covers.
  */
 #include "cpu/certified.h"
 
@@ -419,8 +419,8 @@ double emxi_cert_probe(cert_item *it, cert_list *scratch) {
   return tokens ? (double)(blind + most) / (double)tokens : 1;
 }
 
-/* Reads the keys that the codes have left from c->up[from] on: those at or below the limit go, and one above it ends the row's hope in
- * `open`, and with it, but for `most` bytes, the reading. Keys without a bound are read in any case. */
+/* Reads the keys that the codes have left from c->up[from] on: those at or below the limit go, and one above it ends the row's
+ * hope in `open`, and with it, but for `most` bytes, the reading. Keys without a bound are read in any case. */
 static void read_left(cert_item *it, int r, int64_t from, unsigned *open, int64_t most) {
   const emx_kv *kv = it->d->kv;
   const cert_query *q = &it->query[r];

@@ -4,25 +4,26 @@
  *   1. tasks (item, chunk): bounds of all superpages from their 4-bit centres, and the best ones (certified_bounds.c).
  *   2. tasks (item): the newest keys and the best superpages, exactly. Their threshold is a lower bound of the threshold (T1 of
  *      docs/math.md): what a bound puts at or below it has no weight. A probe of a few groups tells whether the ladder pays.
- *   3. tasks (item, chunk): groups of 16 keys by ball, then keys by two planes of 2-bit codes. Keys whose estimate exceeds the limit are
- *      read at once and raise it; the others that may have weight become candidates.
+ *   3. tasks (item, chunk): groups of 16 keys by ball, then keys by two planes of 2-bit codes. Keys whose estimate exceeds the
+ *      limit are read at once and raise it; the others that may have weight become candidates.
  *   4. tasks (item): candidates by their residual rows, the rest by their keys; threshold, values, output, report.
- * With enough items for the threads each does its own tasks in a row: steps that wait for each other cost more than they share. An item
- * is a sequence, a KV head and up to 8 of its query heads, which share every read. Chunks start from the item's limit and know nothing
- * of each other: no bit and no report depends on the number of threads. Lists are bounded; where one is too short, and where the
- * probe or the limit says that most keys would be read anyway, the item takes ALL's path, which is exact as well.
+ * With enough items for the threads each does its own tasks in a row: steps that wait for each other cost more than they share.
+ * An item is a sequence, a KV head and up to 8 of its query heads, which share every read. Chunks start from the item's limit and
+ * know nothing of each other: no bit and no report depends on the number of threads. Lists are bounded; where one is too short,
+ * and where the probe or the limit says that most keys would be read anyway, the item takes ALL's path, which is exact as well.
  *
- * Same bits as ALL: exact scores come from the same kernels, whatever is dropped has a computed score below the computed threshold, and
- * the threshold and the output depend on the support alone (decode_cpu.c).
- * Bytes at D = 128 and 16-bit keys: 80 a superpage, 160 a surviving group's centre, 32 and 32 a key and plane, 64 a residual row, 256 an
- * exact key or value.
+ * Same bits as ALL: exact scores come from the same kernels, whatever is dropped has a computed score below the computed
+ * threshold, and the threshold and the output depend on the support alone (decode_cpu.c).
+ * Bytes at D = 128 and 16-bit keys: 80 a superpage, 160 a surviving group's centre, 32 and 32 a key and plane, 64 a residual row,
+ * 256 an exact key or value.
  */
 #include "cpu/certified.h"
 
 #include <math.h>
 #include <string.h>
 
-/* Tokens times head dimension below which ALL's path is as fast on keys that give nothing away. A variable for the tests alone. */
+/* Tokens times head dimension below which ALL's path is as fast on keys that give nothing away. A variable for the tests
+ * alone. */
 int64_t emxi_certified_short = (int64_t)1 << 21;
 #define MIN_SLOTS 32          /* chunks in flight: several items together when sequences are short */
 #define FLAT 128              /* scores above the limit after the seeds */
@@ -339,8 +340,8 @@ static void read_range(cert_item *it, int64_t from, int64_t to) {
   }
 }
 
-/* Bound of the mass of what is neither in the list nor known to lie below its limit: candidates, and superpages in upper[]. alpha = 1:
- * of what lies below the limit, too, as far as scores that were read can tell. */
+/* Bound of the mass of what is neither in the list nor known to lie below its limit: candidates, and superpages in upper[]. alpha
+ * = 1: of what lies below the limit, too, as far as scores that were read can tell. */
 static double bound_dropped(const cert_item *it, int r, const cert_list *list, const float *up, int64_t n) {
   const float top = it->k->max(list->s, list->n), rest = nextafterf((float)(list->limit + list->slack), INFINITY);
   const emxi_dropped x = {
@@ -501,8 +502,8 @@ static bool settle(cert_item *it, cert_slot *all, cert_slot *from, int r, cert_l
   return true;
 }
 
-/* The same with a limit: best bound first, until nothing is left that can have weight, or enough has been read. False: as above, or
- * alpha = 1 and what lies below the limit is worth more than max_delta. */
+/* The same with a limit: best bound first, until nothing is left that can have weight, or enough has been read. False: as above,
+ * or alpha = 1 and what lies below the limit is worth more than max_delta. */
 static bool settle_limited(const job *j, cert_item *it, cert_slot *all, int r, emxi_row *row, cert_list *scratch,
                            emxi_sketch_sink *heap) {
   const emx_select_desc *select = &j->d->select;

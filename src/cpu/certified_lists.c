@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
- * The check of page lists: what sketches say about the pages that TOPK, GAUSSIAN or a caller left out, after the rows' thresholds are known.
+ * The check of page lists: what sketches say about the pages that TOPK, GAUSSIAN or a caller left out, after the rows' thresholds
+ * are known.
  *
  *   superpages  lower the bounds of pages that may still matter
- *   groups, planes, keys  of the pages that do, best bounds first (emxi_cert_check); of a page that was looked at all keys are at or
- *               below the limit but those in `far`, each with its own bound
- * It goes on to the end as long as a certificate is possible. Once a key is known that is above the limit, a row goes on only if the rest
- * costs little; what it did not get to keeps its bound. Bytes a token at D = 128: 1.3 of superpages; of a
- * page 10 of groups, 64 of planes, and 256 of a key that those leave.
+ *   groups, planes, keys  of the pages that do, best bounds first (emxi_cert_check); of a page that was looked at all keys are at
+ *               or below the limit but those in `far`, each with its own bound
+ * It goes on to the end as long as a certificate is possible. Once a key is known that is above the limit, a row goes on only if
+ * the rest costs little; what it did not get to keeps its bound. Bytes a token at D = 128: 1.3 of superpages; of a page 10 of
+ * groups, 64 of planes, and 256 of a key that those leave.
  */
 #include "cpu/certified.h"
 
@@ -101,8 +102,8 @@ static void list_page(const emxi_work *w, int64_t p, int64_t *n) {
   w->need[p] = 0;
 }
 
-/* Pages that may matter, those first that are among the best of a row: they tell soonest that it has no hope. Returns how many; *few: the
- * rows whose pages have no more than `most` bytes of sketches. */
+/* Pages that may matter, those first that are among the best of a row: they tell soonest that it has no hope. Returns how many;
+ * *few: the rows whose pages have no more than `most` bytes of sketches. */
 static int64_t list_pages(const cert_item *c, const emxi_item *e, int first, int64_t most, unsigned *few) {
   const emxi_work *w = e->w;
   const emx_kv *kv = c->d->kv;

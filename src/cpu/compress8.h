@@ -1,5 +1,5 @@
-/* Byte k of entry m: the position of the k-th set bit of m, then those of the clear ones. AVX2 has no compress instruction; a permutation
- * by these bytes is one. */
+/* Byte k of entry m: the position of the k-th set bit of m, then those of the clear ones. AVX2 has no compress instruction; a
+ * permutation by these bytes is one. */
 #include <stdint.h>
 static const uint64_t compress8[256] = {
     0x0706050403020100, 0x0706050403020100, 0x0706050403020001, 0x0706050403020100, 0x0706050403010002, 0x0706050403010200,

@@ -1,16 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Decode on the CPU.
  *
- *   s_j = q.k_j + slope (j - i),  o = sum_j [a s_j - tau]_+^(1/a) v_j,  a = alpha-1            (alpha = 1: softmax, one online pass)
+ *   s_j = q.k_j + slope (j - i),  o = sum_j [a s_j - tau]_+^(1/a) v_j,  a = alpha-1     (alpha = 1: softmax, one online pass)
  *
- * A work item is (sequence, KV head, up to 32 query rows); it owns those rows of o and their reports. Keys are scored 256 positions at
- * a time; what can still be in the support (above the running maximum minus 1/a, T1 of docs/math.md) is kept as (score, position), so
- * tau is solved exactly without another look at K, and values are read for the support only. Lists have room for every token.
- * Traffic: K of the pages read, once per item (N D bytes-per-element), and support * D of V; softmax reads all of V as well. 2 N D FLOP
- * a row. Error: scores and sums of 256 products in float, across blocks in double. Oracle: src/entmax/oracle.c on the stored values.
+ * A work item is (sequence, KV head, up to 32 query rows); it owns those rows of o and their reports. Keys are scored 256
+ * positions at a time; what can still be in the support (above the running maximum minus 1/a, T1 of docs/math.md) is kept as
+ * (score, position), so tau is solved exactly without another look at K, and values are read for the support only. Lists have
+ * room for every token. Traffic: K of the pages read, once per item (N D bytes-per-element), and support * D of V; softmax reads
+ * all of V as well. 2 N D FLOP a row. Error: scores and sums of 256 products in float, across blocks in double. Oracle:
+ * src/entmax/oracle.c on the stored values.
  *
- * Same support, same bits: scores do not depend on blocking, lists are in position order, tau is canonical (emxi_solve), and values are
- * added in chunks of 256 of the support. So ALL, TOPK with a full budget and any list that covers the support agree exactly.
+ * Same support, same bits: scores do not depend on blocking, lists are in position order, tau is canonical (emxi_solve), and
+ * values are added in chunks of 256 of the support. So ALL, TOPK with a full budget and any list that covers the support agree
+ * exactly.
  */
 #include "cpu/decode_cpu.h"
 
@@ -62,8 +64,8 @@ void emxi_cpu_carve(const emxi_decode *d, emxi_arena *a, emxi_work *w, int64_t r
 
 /* ---- reading keys */
 
-/* The keys of the next page that will be read. Pages of one head lie G pages of data apart, where a hardware prefetcher fetches mostly
- * what other heads need. */
+/* The keys of the next page that will be read. Pages of one head lie G pages of data apart, where a hardware prefetcher fetches
+ * mostly what other heads need. */
 static void prefetch_next(emxi_item *it) {
   const emx_kv *kv = it->d->kv;
   while (it->next < it->pages && it->sparse && !it->w->any[it->next]) it->next++;
@@ -71,8 +73,8 @@ static void prefetch_next(emxi_item *it) {
   emxi_prefetch_rows(emxi_kv_k(kv, it->table[it->next++], it->g, 0), kv->k_token, kv, kv->P);
 }
 
-/* Scores of the pages of block [start, start + 256) that some row reads. counts[r]: scores of row r, at w->score; their positions are at
- * w->at when `sparse`, else start, start + 1, ... */
+/* Scores of the pages of block [start, start + 256) that some row reads. counts[r]: scores of row r, at w->score; their positions
+ * are at w->at when `sparse`, else start, start + 1, ... */
 static void score_block(emxi_item *it, int64_t start, int64_t *counts) {
   const emx_kv *kv = it->d->kv;
   const emxi_work *w = it->w;
@@ -123,7 +125,8 @@ static void add_file_values(emxi_item *it, int r, int64_t n, int64_t step) {
   }
 }
 
-/* part += w->weight[0..n) times the values at w->offset. A weight of zero never meets its value: the caller has left those out. */
+/* part += w->weight[0..n) times the values at w->offset. A weight of zero never meets its value: the caller has left those
+ * out. */
 static void add_values(emxi_item *it, int r, int64_t n) {
   const emx_kv *kv = it->d->kv;
   const emxi_work *w = it->w;
@@ -482,8 +485,8 @@ void emxi_cpu_load_query(const emxi_table *k, const emxi_decode *d, int32_t b, e
     const float before = q[x];
     q[x] *= d->scale;
     square += (double)q[x] * (double)q[x];
-    /* Below the normal floats the product is off by up to 2^-150, or by all of 2^-126 in a thread that flushes subnormals to zero; a
-     * key element is below 2^128. */
+    /* Below the normal floats the product is off by up to 2^-150, or by all of 2^-126 in a thread that flushes subnormals to
+     * zero; a key element is below 2^128. */
     if (before != 0 && fabsf(q[x]) < FLT_MIN) lost += q[x] == 0 ? fabs((double)before * (double)d->scale) + 0x1p-150 : 0x1p-150;
   }
   row->underflow = lost * 0x1p128;
@@ -564,7 +567,8 @@ static emx_status run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
   return emxi_parallel(ctx, (int64_t)d->B * d->kv->G * j.blocks, run_item, &j);
 }
 
-/* K and V in a file: reads may fail when some rows have been written. So outputs and reports reach the caller when all is known. */
+/* K and V in a file: reads may fail when some rows have been written. So outputs and reports reach the caller when all is
+ * known. */
 static emx_status run_file(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
   const size_t es = emx_dtype_size(d->o_dtype);
   const int64_t rows = (int64_t)d->B * d->H * d->S, D = d->kv->D;

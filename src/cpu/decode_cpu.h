@@ -141,13 +141,13 @@ static inline void emxi_prefetch_key(const emx_kv *kv, int32_t page, int32_t hea
 /* What cannot be in the support once a score m was seen: one float further down covers the rounding of the difference. */
 static inline float emxi_below(float m, double alpha) { return nextafterf((float)((double)m - 1.0 / (alpha - 1.0)), -INFINITY); }
 
-/* For a block whose smallest score is -inf: where the key is finite, a partial sum has overflowed and the true score may be anything.
- * Such scores become NaN. Positions are at[j], or start + j. */
+/* For a block whose smallest score is -inf: where the key is finite, a partial sum has overflowed and the true score may be
+ * anything. Such scores become NaN. Positions are at[j], or start + j. */
 void emxi_cpu_overflows(const emx_kv *kv, const int32_t *table, int32_t g, float *s, const int32_t *at, int64_t start, int64_t n);
 /* Fills chosen[], any[] and, if wanted, the bounds (select_cpu.c). Leaves sparse false if every row reads every page. */
 void emxi_cpu_select(emxi_item *it);
-/* Bound of the mass of tokens that are not in the list, from its exact scores and upper bounds of theirs: T6 in its root form, and for
- * alpha = 1 the share of a sum of exponentials. */
+/* Bound of the mass of tokens that are not in the list, from its exact scores and upper bounds of theirs: T6 in its root form,
+ * and for alpha = 1 the share of a sum of exponentials. */
 typedef struct emxi_dropped {
   const emxi_table *k;
   double alpha;

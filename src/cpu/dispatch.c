@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Which kernel table runs. __builtin_cpu_supports reads CPUID and, through XGETBV, whether the operating system saves the registers. */
+ * Which kernel table runs. __builtin_cpu_supports reads CPUID and, through XGETBV, whether the operating system saves the
+ * registers. */
 #include "cpu/table.h"
 
 #include <stdlib.h>

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Row mapping on the CPU, one row a task. Forward: one pass over the row keeps what lies within the map's reach of the largest score
- * (nothing below it can be in the support); the threshold is solved on those, and the weights are written into a cleared row. Backward:
- * one pass over p keeps its nonzeros; everything else is work on those. Reads and writes each row once. Oracle: src/entmax/oracle.c. */
+ * Row mapping on the CPU, one row a task. Forward: one pass over the row keeps what lies within the map's reach of the largest
+ * score (nothing below it can be in the support); the threshold is solved on those, and the weights are written into a cleared
+ * row. Backward: one pass over p keeps its nonzeros; everything else is work on those. Reads and writes each row once. Oracle:
+ * src/entmax/oracle.c. */
 #include "base/num.h"
 #include "cpu/backend_cpu.h"
 #include "entmax/entmax.h"
@@ -37,9 +38,10 @@ typedef struct solved {
   double total;
 } solved;
 
-/* t in [-1, 0) with sum min(1, [y - t]_+^b) = budget, where the rank-th largest y is 0 and rank = budget rounded up. Elements under the
- * bracket (no weight) and over it by one (weight one) are settled and left behind, so passes get shorter. Otherwise as the entmax
- * solver's root: bracketed Newton, by geometric means for alpha > 2 (docs/math.md, 2), the left end when rounding decides. */
+/* t in [-1, 0) with sum min(1, [y - t]_+^b) = budget, where the rank-th largest y is 0 and rank = budget rounded up. Elements
+ * under the bracket (no weight) and over it by one (weight one) are settled and left behind, so passes get shorter. Otherwise as
+ * the entmax solver's root: bracketed Newton, by geometric means for alpha > 2 (docs/math.md, 2), the left end when rounding
+ * decides. */
 static double budget_root(double *y, int64_t n, double alpha, double budget, int64_t rank) {
   const double a = alpha - 1.0, b = 1.0 / a;
   const int ib = emxi_power_kind(b);

@@ -58,8 +58,8 @@ static void state_add(const emxi_table *k, const emx_kv *kv, const char *key, pa
   s->nonfinite |= k->kv->fold(x, kv->D, 1.0f / (float)s->tokens, s->lo, s->hi, s->mean, s->m2);
 }
 
-/* >= max ||k - mean|| over the page. Each computed square of a distance is within (D+3) 2^-24 of the true one, relatively, plus D 2^-149
- * for underflow, whose root is below 1e-21. */
+/* >= max ||k - mean|| over the page. Each computed square of a distance is within (D+3) 2^-24 of the true one, relatively, plus D
+ * 2^-149 for underflow, whose root is below 1e-21. */
 static float page_radius(const emxi_table *k, const emx_kv *kv, const char *keys, const float *mean) {
   const size_t step = (size_t)kv->k_token * emx_dtype_size(kv->dtype);
   float worst = 0;
@@ -220,7 +220,8 @@ static void summarize_page(void *arg, int64_t i, int32_t worker) {
   state_store(j->k, kv, page, head, keys, &s);
 }
 
-/* Sketches of the listed pages that are complete; 64/P of them next to each other, from a multiple of that number on, are a superpage. */
+/* Sketches of the listed pages that are complete; 64/P of them next to each other, from a multiple of that number on, are a
+ * superpage. */
 static void sketch_listed(void *arg, int64_t i, int32_t worker) {
   const job *j = arg;
   const emx_kv *kv = j->kv;

@@ -6,9 +6,9 @@
 #include "cpu/table.h"
 
 typedef struct emxi_kv_kernels {
-  /* The n-th token x enters the running minimum, maximum, mean and sum of squared deviations (Welford), inv_n = 1/n. Start from +inf,
-   * -inf, 0, 0. Element-wise, with the same roundings in every table: bits do not depend on the ISA, nor on whether the state went
-   * through memory between two tokens. Returns whether x holds a NaN or an infinity. */
+  /* The n-th token x enters the running minimum, maximum, mean and sum of squared deviations (Welford), inv_n = 1/n. Start from
+   * +inf, -inf, 0, 0. Element-wise, with the same roundings in every table: bits do not depend on the ISA, nor on whether the
+   * state went through memory between two tokens. Returns whether x holds a NaN or an infinity. */
   bool (*fold)(const float *x, int d, float inv_n, float *lo, float *hi, float *mean, float *m2);
   /* sum_d (x[d] - mean[d])^2 */
   float (*distance2)(const float *x, const float *mean, int d);

@@ -8,10 +8,11 @@
  *   the bound itself, D products and D sums in any order            (D+1) u A
  *   a computed score against the exact one: its dot product         (D)   u A
  *   q times scale, rounded once                                           u A
- * together (2D+2) u A; (2D+8) u A with A enlarged by 1 % also covers the rounding of A (D+2 operations on positive numbers, D <= 256)
- * and of the sum with the bias, which is itself within 4 u max|bias| of slope * (j-i). Underflow of products adds at most 2 D 2^-149.
- * upper = bound + best bias + slack is therefore above both the true score and the one that the library would compute, so a page with
- * a * upper <= tau can neither hold support nor, if it were read, change a bit of the result. All of this is rounded upwards.
+ * together (2D+2) u A; (2D+8) u A with A enlarged by 1 % also covers the rounding of A (D+2 operations on positive numbers, D <=
+ * 256) and of the sum with the bias, which is itself within 4 u max|bias| of slope * (j-i). Underflow of products adds at most 2
+ * D 2^-149. upper = bound + best bias + slack is therefore above both the true score and the one that the library would compute,
+ * so a page with a * upper <= tau can neither hold support nor, if it were read, change a bit of the result. All of this is
+ * rounded upwards.
  */
 #include "cpu/decode_cpu.h"
 #include "kv/gaussian.h"
@@ -306,7 +307,8 @@ void emxi_cpu_select(emxi_item *it) {
   summarise_bounds(it);
 }
 
-/* H = F over the candidates + F over the upper bounds of what was not read, each as often as it counts; slope: the sum of y^(b-1). */
+/* H = F over the candidates + F over the upper bounds of what was not read, each as often as it counts; slope: the sum of
+ * y^(b-1). */
 static double total(const emxi_dropped *x, double t, double *slope) {
   double f;
   emxi_power_sums(x->k, x->alpha, x->list, x->n, 0, t, &f, slope);
@@ -365,8 +367,8 @@ double emxi_cpu_dropped_mass(const emxi_dropped *x) {
     else
       hi = mid;
   }
-  /* The candidates' true scores may be lower by the slack: F_true(t) >= F(t + a slack), and the root found with computed scores may be
-   * lower than the true one by as much again. */
+  /* The candidates' true scores may be lower by the slack: F_true(t) >= F(t + a slack), and the root found with computed scores
+   * may be lower than the true one by as much again. */
   double f, g;
   emxi_power_sums(x->k, x->alpha, x->list, x->n, 0, hi + 2 * a * x->slack + 1e-12 * (1 + fabs(hi)), &f, &g);
   return fmin(fmax(1.0 - f + 1e-12 + (double)x->n * 0x1p-50, 0.0), 1.0);

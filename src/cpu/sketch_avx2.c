@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Sketch kernels for AVX2. Compiled with that ISA's flags; nothing here may run before the CPU has been checked.
- * vpmaddubsw saturates at 16 bits: codes up to 15 times 127, two products and at most four steps before widening stay below 15300. */
+ * vpmaddubsw saturates at 16 bits: codes up to 15 times 127, two products and at most four steps before widening stay below
+ * 15300. */
 #include "cpu/sketch_kernels.h"
 
 #include <immintrin.h>

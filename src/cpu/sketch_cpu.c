@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Makes key sketches on the CPU. A task owns the records of (range of pages, KV head); K is read back from the pool, so that sketches
- * describe what is stored. */
+ * Makes key sketches on the CPU. A task owns the records of (range of pages, KV head); K is read back from the pool, so that
+ * sketches describe what is stored. */
 #include "cpu/sketch_cpu.h"
 
 #include "cpu/sketch_kernels.h"
@@ -109,8 +109,8 @@ void emxi_sketch_learn(const emxi_table *k, const emx_kv *kv, const int32_t *pag
       for (; at > 0 && sorted[at - 1] > off[i]; at--) sorted[at] = sorted[at - 1];
       sorted[at] = off[i];
     }
-    /* A weight of its own only for a channel that is far out, an offset only where it is far from zero: what a few keys suggest about the
-     * others is noise, and weights that follow noise loosen every bound. */
+    /* A weight of its own only for a channel that is far out, an offset only where it is far from zero: what a few keys suggest
+     * about the others is noise, and weights that follow noise loosen every bound. */
     const double usual = sorted[D / 2] > 0 ? sorted[D / 2] : sorted[D - 1] > 0 ? sorted[D - 1] : 1;
     for (int32_t i = 0; i < dp; i++) {
       const bool out = i < D && off[i] > 4 * usual, shifted = i < D && fabs(mean[i]) > 2 * fmax(off[i], usual);

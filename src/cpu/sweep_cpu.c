@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0
  * ALL with one query token per sequence: all KV heads walk through the pages together.
  *
- * A page holds G heads next to each other. A worker that followed one head would jump G pages of data at every page, and the hardware
- * prefetchers would fetch what it does not want: measured, a third of the memory's rate. So a task is (sequence, 512 positions), takes
- * each page head by head, and memory is read in order; sequences are long enough for many tasks even where batch * G is small.
- *   1. tasks (sequence, chunk): scores of a block of 256 positions for all rows, page by page; alpha > 1: candidates into the chunk's
- *      list; alpha = 1: weights, then the values of the block, page by page.
+ * A page holds G heads next to each other. A worker that followed one head would jump G pages of data at every page, and the
+ * hardware prefetchers would fetch what it does not want: measured, a third of the memory's rate. So a task is (sequence, 512
+ * positions), takes each page head by head, and memory is read in order; sequences are long enough for many tasks even where
+ * batch * G is small.
+ *   1. tasks (sequence, chunk): scores of a block of 256 positions for all rows, page by page; alpha > 1: candidates into the
+ *      chunk's list; alpha = 1: weights, then the values of the block, page by page.
  *   2. tasks (sequence, KV head): lists of the chunks are joined in order (alpha = 1: partial sums), then as any other row.
- * Chunks are fixed, partial results have one owner and are joined in order: no bit depends on the number of threads. The lists hold
- * every token if need be. Bytes: N G D of K, and of V for alpha = 1 (else the support's); lists are 8 bytes a candidate and row.
+ * Chunks are fixed, partial results have one owner and are joined in order: no bit depends on the number of threads. The lists
+ * hold every token if need be. Bytes: N G D of K, and of V for alpha = 1 (else the support's); lists are 8 bytes a candidate and
+ * row.
  */
 #include "base/num.h"
 #include "cpu/decode_cpu.h"
@@ -68,7 +70,8 @@ static const char *file_page(const sweep *s, const bench *w, bool values, const 
   return w->pages + (size_t)(page % s->run) * bytes;
 }
 
-/* Scores of the n positions from `start`, row h at w->score + h*SLD. `more`: pages after this block that the task will read as well. */
+/* Scores of the n positions from `start`, row h at w->score + h*SLD. `more`: pages after this block that the task will read as
+ * well. */
 static void score_pages(const sweep *s, const bench *w, const int32_t *table, int64_t length, int64_t start, int64_t n,
                         bool more) {
   const emx_kv *kv = s->d->kv;

@@ -55,17 +55,19 @@ emxi_solution emxi_solve64(const emxi_table64 *k, double alpha, double *s, int32
 /* The same from a score that is known to lie at or below the threshold's, which saves steps; the bits are the same. */
 emxi_solution emxi_solve_above(const emxi_table *k, double alpha, float *s, int32_t *idx, int64_t n, float below);
 emxi_solution emxi_solve_above64(const emxi_table64 *k, double alpha, double *s, int32_t *idx, int64_t n, double below);
-/* What emxi_solve gives for a list of which s[n] is the support; false if it cannot be one. Whether anything is missing only tau tells. */
+/* What emxi_solve gives for a list of which s[n] is the support; false if it cannot be one. Whether anything is missing only tau
+ * tells. */
 bool emxi_resolve(const emxi_table *k, double alpha, const float *s, int64_t n, emxi_solution *sol);
 bool emxi_resolve64(const emxi_table64 *k, double alpha, const double *s, int64_t n, emxi_solution *sol);
-/* From a lower bound t of the threshold of s[n] relative to m (as in emxi_solution) a better one: two Newton steps, which from the left
- * stay left for alpha <= 2. alpha > 2: t. */
+/* From a lower bound t of the threshold of s[n] relative to m (as in emxi_solution) a better one: two Newton steps, which from
+ * the left stay left for alpha <= 2. alpha > 2: t. */
 double emxi_raise(const emxi_table *k, double alpha, const float *s, int64_t n, double m, double t);
 double emxi_raise64(const emxi_table64 *k, double alpha, const double *s, int64_t n, double m, double t);
 /* p[i] of the support that emxi_solve left; p may be s. */
 void emxi_weights(const emxi_table *k, double alpha, const emxi_solution *sol, const float *s, float *p);
 void emxi_weights64(const emxi_table64 *k, double alpha, const emxi_solution *sol, const double *s, double *p);
-/* *f = sum y^b, *g = sum y^(b-1) over y = (alpha-1) (s - m) - t > 0, b = 1/(alpha-1): a Newton step from t is (f-1) (alpha-1) / g. */
+/* *f = sum y^b, *g = sum y^(b-1) over y = (alpha-1) (s - m) - t > 0, b = 1/(alpha-1): a Newton step from t is (f-1) (alpha-1) /
+ * g. */
 void emxi_power_sums(const emxi_table *k, double alpha, const float *s, int64_t n, double m, double t, double *f, double *g);
 void emxi_power_sums64(const emxi_table64 *k, double alpha, const double *s, int64_t n, double m, double t, double *f, double *g);
 /* tau = t + (alpha-1) m, -inf for an empty row, NaN when nonfinite. */

@@ -40,8 +40,9 @@ typedef struct emxi_rows {
 /* Weights under this one are noise of the threshold's rounding: y = p^(alpha-1) is under the spacing of doubles at 1. */
 static inline double emxi_weight_floor(double alpha) { return alpha > 1 ? exp2(-52.0 / (alpha - 1.0)) : 0; }
 
-/* Float64 oracle: bisection on [m-1, m] in x = (alpha-1) s until the interval collapses, then the closed form (alpha 1.5, 2) on the
- * support found; alpha = 1 is softmax. Any alpha in [1, 4]. p[n] optional; returns tau (alpha = 1: NaN), the support in *support. */
+/* Float64 oracle: bisection on [m-1, m] in x = (alpha-1) s until the interval collapses, then the closed form (alpha 1.5, 2) on
+ * the support found; alpha = 1 is softmax. Any alpha in [1, 4]. p[n] optional; returns tau (alpha = 1: NaN), the support in
+ * *support. */
 double emxi_oracle_entmax(const double *s, int64_t n, double alpha, double *p, int64_t *support);
 /* The others by bisection alone; at least one finite score, no NaN or +inf, and for the budget at least that many finite ones. */
 double emxi_oracle_normmax(const double *s, int64_t n, double alpha, double *p);

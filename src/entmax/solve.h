@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * The threshold core: step formulas shared by C and CUDA. Derivations: docs/math.md.
  *
- * Rows are given as scores s relative to their maximum m, x = (alpha-1) (s - m) <= 0, and the threshold t = tau - (alpha-1) m, so that
- * -1 <= t <= -n^(1-alpha). Sums over the active set {x > t}:
+ * Rows are given as scores s relative to their maximum m, x = (alpha-1) (s - m) <= 0, and the threshold t = tau - (alpha-1) m, so
+ * that -1 <= t <= -n^(1-alpha). Sums over the active set {x > t}:
  *     k = count,  s1 = sum (x-t),  s2 = sum (x-t)^2          (f = s1-1 for alpha 2, s2-1 for alpha 1.5)
  */
 #ifndef EMXI_SOLVE_H
@@ -23,9 +23,9 @@ typedef struct emxi_sums {
 /* Exact threshold of the present active set, alpha = 2: s1 - k e = 1. */
 EMX_HD double emxi_step_sparsemax(emxi_sums s) { return (s.s1 - 1.0) / s.k; }
 
-/* Exact threshold of the present active set, alpha = 1.5: the smaller root of k e^2 - 2 s1 e + (s2 - 1) = 0, in the form that does
- * not cancel. From t <= t* it lands at or above t*, from above at or below. A negative discriminant (no root: the set is too wide)
- * takes the Newton step, which from the left stays left of t* because f is convex. */
+/* Exact threshold of the present active set, alpha = 1.5: the smaller root of k e^2 - 2 s1 e + (s2 - 1) = 0, in the form that
+ * does not cancel. From t <= t* it lands at or above t*, from above at or below. A negative discriminant (no root: the set is too
+ * wide) takes the Newton step, which from the left stays left of t* because f is convex. */
 EMX_HD double emxi_step_entmax15(emxi_sums s) {
   double f = s.s2 - 1.0, d = s.s1 * s.s1 - s.k * f;
   return d >= 0 ? f / (s.s1 + sqrt(d)) : f / (2.0 * s.s1);

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  * K and V of a cache in a file (emx_kv_opts.file).
  *
- * The file is K [G,M,P,D], then V, so that neighbouring pages of a head come in one read. It has no name from the moment it exists,
- * so nobody else can open it and nothing is left of it when the process ends, however it ends. Rows go through pread and pwrite, never
- * through a mapping: what is slow or fails does so in a call that can say so. Reads are for the row that is wanted alone
- * (POSIX_FADV_RANDOM), and the kernel is told of rows that will be wanted next, which a device then fetches at the same time.
+ * The file is K [G,M,P,D], then V, so that neighbouring pages of a head come in one read. It has no name from the moment it
+ * exists, so nobody else can open it and nothing is left of it when the process ends, however it ends. Rows go through pread and
+ * pwrite, never through a mapping: what is slow or fails does so in a call that can say so. Reads are for the row that is wanted
+ * alone (POSIX_FADV_RANDOM), and the kernel is told of rows that will be wanted next, which a device then fetches at the same
+ * time.
  *
- * Workers cannot return a status in the middle of a kernel. The first fault is kept, rows that could not be read are zeros, and the call
- * throws its results away at the end. */
+ * Workers cannot return a status in the middle of a kernel. The first fault is kept, rows that could not be read are zeros, and
+ * the call throws its results away at the end. */
 #define _GNU_SOURCE
 #include "kv/kv.h"
 

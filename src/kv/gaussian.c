@@ -21,8 +21,8 @@ static void integer_moments(double t, double out[4]) {
   }
   out[1] = out[2] = out[3] = 0;
   if (t < -38.0) return; /* below the smallest double */
-  /* For t < 0 the I_k are the minimal solution: every term of I_(k-2) = (I_k - t I_(k-1)) / (k-1) is positive. The start is arbitrary
-   * and its error dies out as exp(-2 |t| sqrt(2k)). */
+  /* For t < 0 the I_k are the minimal solution: every term of I_(k-2) = (I_k - t I_(k-1)) / (k-1) is positive. The start is
+   * arbitrary and its error dies out as exp(-2 |t| sqrt(2k)). */
   double high = 0, low = 1, scaled[4] = {0};
   for (int k = 8 + (int)(150.0 / (t * t)); k >= 0; k--) {
     /* low is I_k, high is I_(k+1) */
@@ -36,7 +36,8 @@ static void integer_moments(double t, double out[4]) {
 
 /* Any b > 0: the logarithm of E[(t+Z)_+^b], which for large b is far out of range itself, and E[(t+Z)_+^(b-1)] over it. */
 static double any_moment(double b, double t, double *ratio) {
-  /* With y = t + z = e^u the integrand y^(b+1) phi(y - t) is log-concave around its peak, analytic, and dies out on both sides. */
+  /* With y = t + z = e^u the integrand y^(b+1) phi(y - t) is log-concave around its peak, analytic, and dies out on both
+   * sides. */
   const double y0 = 0.5 * (t + sqrt(t * t + 4.0 * (b + 1.0)));
   const double peak = y0 > 0 ? y0 : (b + 1.0) / fmax(-t, 1.0), width = 1.0 / sqrt(peak * (2.0 * peak - t));
   const double step = 0.35 * width, u0 = log(peak), top = (b + 1.0) * u0 - 0.5 * (peak - t) * (peak - t);

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  * The paged KV cache and the resolved arguments of its back-end operations.
  *
- * A page's summaries describe its first sum_tokens[page] tokens. The number is 0 when they describe nothing. They are trusted only
- * where that number is the number of tokens a sequence sees in the page, so a truncated, recycled or half-written page is never
- * misjudged: it is read, and its summaries are rebuilt from K before the next token goes in.
+ * A page's summaries describe its first sum_tokens[page] tokens. The number is 0 when they describe nothing. They are trusted
+ * only where that number is the number of tokens a sequence sees in the page, so a truncated, recycled or half-written page is
+ * never misjudged: it is read, and its summaries are rebuilt from K before the next token goes in.
  */
 #ifndef EMXI_KV_H
 #define EMXI_KV_H
@@ -119,8 +119,9 @@ static inline const char *emxi_kv_v(const emx_kv *kv, int32_t page, int32_t head
 /* ---- in memory or in a file. Makes the file, kv->file and the strides being set; on failure there is none. */
 emx_status emxi_kv_file_open(emx_kv *kv, const char *path, const char *who);
 void emxi_kv_file_close(emx_kv *kv);
-/* Around everything that touches K or V: `begin` refuses a forked process, `end` is the first fault in between, by reads or writes of
- * any worker. Nothing in between fails: after a fault reads give zeros, writes do nothing, and the caller drops its results. */
+/* Around everything that touches K or V: `begin` refuses a forked process, `end` is the first fault in between, by reads or
+ * writes of any worker. Nothing in between fails: after a fault reads give zeros, writes do nothing, and the caller drops its
+ * results. */
 EMXI_SHARED emx_status emxi_kv_file_begin(const emx_kv *kv, const char *who);
 EMXI_SHARED emx_status emxi_kv_file_end(const emx_kv *kv, const char *who);
 /* Rows [token, token + n) of (page, head) of K or V, D apart. */
@@ -131,8 +132,8 @@ EMXI_SHARED void emxi_kv_file_write(const emx_kv *kv, bool values, int32_t page,
 /* Whole pages of a head, [n,P,D]; and word that they will be wanted. */
 void emxi_kv_file_pages(const emx_kv *kv, bool values, int32_t head, const int32_t *pages, int64_t n, char *out);
 void emxi_kv_file_expect_pages(const emx_kv *kv, bool values, int32_t head, const int32_t *pages, int64_t n);
-/* Values of a head at these offsets (elements, as of head 0); at[i]: where the i-th came to lie in rows, which takes 2 n D elements.
- * And word that they will be wanted, and that keys will be. */
+/* Values of a head at these offsets (elements, as of head 0); at[i]: where the i-th came to lie in rows, which takes 2 n D
+ * elements. And word that they will be wanted, and that keys will be. */
 void emxi_kv_file_values(const emx_kv *kv, int32_t head, const int64_t *offset, int64_t n, char *rows, int64_t *at);
 void emxi_kv_file_expect_values(const emx_kv *kv, int32_t head, const int64_t *offset, int64_t n);
 void emxi_kv_file_expect_keys(const emx_kv *kv, int32_t page, int32_t head, int64_t token, int64_t n);
@@ -178,8 +179,8 @@ static inline bool emxi_sketch_super_valid(const emx_kv *kv, const int32_t *page
   return true;
 }
 
-/* Everything about the batch is in range: sequences exist and are distinct, tables are wide enough for `extra` more tokens each (n
- * may be NULL: extra for all), every page index that would be touched lies in the pool. */
+/* Everything about the batch is in range: sequences exist and are distinct, tables are wide enough for `extra` more tokens each
+ * (n may be NULL: extra for all), every page index that would be touched lies in the pool. */
 emx_status emxi_kv_check_batch(const emx_kv *kv, const emx_kv_batch *batch, const int32_t *n, int64_t extra, const char *who);
 /* emx_kv_append with the layout of k_new and v_new named. The context's lock is held. */
 emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_tensor *k_new, const emx_tensor *v_new,
@@ -245,8 +246,8 @@ emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_de
 /* The above, and every tensor of the call. */
 emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_desc *select, const emx_decode_io *io,
                                bool select_only, const char *who, emxi_decode *out);
-/* The batch against the resolved shapes, max_len, the contents of the caller's page lists. `after`: tokens that an append will add
- * to each sequence first. */
+/* The batch against the resolved shapes, max_len, the contents of the caller's page lists. `after`: tokens that an append will
+ * add to each sequence first. */
 emx_status emxi_decode_bind(emxi_decode *d, const emx_kv_batch *batch, int32_t after, const char *who);
 emx_status emxi_decode_workspace(emx_ctx *ctx, const emxi_decode *d, size_t *bytes);
 emx_status emxi_decode_arena(emx_ctx *ctx, const emxi_decode *d, void *workspace, size_t bytes, const char *who,

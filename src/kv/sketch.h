@@ -1,20 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Sketches of keys: what the certified selector reads instead of keys. Derivations are in docs/numerics.md.
  *
- * Keys are seen as y = (k - offset) / weight with one offset and one weight (a power of two) per channel and KV head, fixed when the
- * cache makes its first sketch, so that a channel that is fifty times larger than the others costs the codes nothing.
+ * Keys are seen as y = (k - offset) / weight with one offset and one weight (a power of two) per channel and KV head, fixed when
+ * the cache makes its first sketch, so that a channel that is fifty times larger than the others costs the codes nothing.
  *
  *   superpage, 64 positions   4-bit centre c, radius >= |y - c|
- *   group, 16 positions       8-bit centre c, radius >= |y - c|; c = 0 (and its codes are never read) where a centre would not pay
+ *   group, 16 positions       8-bit centre c, radius >= |y - c|; c = 0 (and its codes are never read) where a centre would
+ *                             not pay
  *   key                       residual y - c in two 2-bit planes with one step a group, and bounds of what each leaves over
  *   key, optional             what the two planes leave over, once more in 4 bits
  *
- * Radii and bounds are measured on the codes as they were rounded, and rounded up. A group or superpage that cannot be described (a
- * NaN, an infinity, numbers near the end of their range) has radius +inf: it is always read.
+ * Radii and bounds are measured on the codes as they were rounded, and rounded up. A group or superpage that cannot be described
+ * (a NaN, an infinity, numbers near the end of their range) has radius +inf: it is always read.
  *
- * Groups are made when a cache page completes, superpages with the page that holds their last position, in whose slot they lie; so
- * sequences that share pages share sketches. Slots are numbered so that the superpages of pages in a row lie in a row. Nothing is ever invalidated: a page gets a new number whenever its groups are made, a
- * superpage remembers the numbers of its pages, and whoever reads compares.
+ * Groups are made when a cache page completes, superpages with the page that holds their last position, in whose slot they lie;
+ * so sequences that share pages share sketches. Slots are numbered so that the superpages of pages in a row lie in a row. Nothing
+ * is ever invalidated: a page gets a new number whenever its groups are made, a superpage remembers the numbers of its pages, and
+ * whoever reads compares.
  */
 #ifndef EMXI_SKETCH_H
 #define EMXI_SKETCH_H
@@ -37,7 +39,8 @@ typedef struct emxi_sketch_super {
   float step_c, norm_c, radius, norm_k;
 } emxi_sketch_super;
 
-/* Device arrays, by KV head, then physical page, then group of the page; D is padded to Dp, a multiple of 16. NULL: no sketches. */
+/* Device arrays, by KV head, then physical page, then group of the page; D is padded to Dp, a multiple of 16. NULL: no
+ * sketches. */
 typedef struct emxi_sketch {
   int32_t dp;
   int64_t groups;           /* of a KV head: max_pages * P / 16 */

@@ -4,14 +4,15 @@
  * A safetensors file: metadata kind, version, tokens and, for a session, model; then, in this order,
  *   last       f32 [W], session only: normed state of the last token; [0] if it is not known
  *   lengths    i32 [n] tokens of each sequence
- *   tables     i32 [..] pages of sequence 0, of sequence 1, ...; a page is numbered when it is first met, so shared pages are stored once
+ *   tables     i32 [..] pages of sequence 0, of sequence 1, ...; a page is numbered when it is first met, so shared
+ *              pages are stored once
  *   described  i32 [L,M] how many tokens the summaries of each page described; 0: none
  *   layer.I.k, layer.I.v  [M,G,P,D] in the cache's dtype, whatever its layout; rows that no sequence sees are zero
  *   checksum   i32 [8]: BLAKE2b-256 of every byte before it, the header included
  *
- * Summaries are not stored: they are rebuilt from K by the operation that built them, so they have the same bits, and no file can make
- * a decode claim what its keys do not bear out. The pages go into free pages of the pool while the checksum is computed; only when all
- * has been checked are they handed to sequences, so a refused file needs no undoing. */
+ * Summaries are not stored: they are rebuilt from K by the operation that built them, so they have the same bits, and no file can
+ * make a decode claim what its keys do not bear out. The pages go into free pages of the pool while the checksum is computed;
+ * only when all has been checked are they handed to sequences, so a refused file needs no undoing. */
 #define _GNU_SOURCE
 #include "cache.h"
 #include "base/backend.h"
@@ -383,8 +384,8 @@ static emx_status match(const emxi_cache *c, const emx_cache_info *info, int64_t
   return EMX_OK;
 }
 
-/* Lengths and tables agree with each other, every page is numbered when it is first met, and a shared one has the same place in all
- * its sequences. Fills rows. */
+/* Lengths and tables agree with each other, every page is numbered when it is first met, and a shared one has the same place in
+ * all its sequences. Fills rows. */
 static emx_status check_plan(const emxi_cache *c, const emx_cache_info *info, plan *p, const char *path) {
   const emx_kv *kv = c->kv[0];
   int64_t at = 0, met = 0, tokens = 0;

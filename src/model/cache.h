@@ -5,7 +5,8 @@
 
 #include "model.h"
 
-/* What a file holds: sequences over the pages of one cache (EMX_CACHE_KV), or one sequence over a cache a layer (EMX_CACHE_SESSION). */
+/* What a file holds: sequences over the pages of one cache (EMX_CACHE_KV), or one sequence over a cache a layer
+ * (EMX_CACHE_SESSION). */
 typedef struct emxi_cache {
   int32_t kind; /* EMX_CACHE_* */
   emx_ctx *ctx;
@@ -26,8 +27,9 @@ typedef struct emxi_cache {
 
 /* The context's lock is held. */
 emx_status emxi_cache_save(const emxi_cache *c, const char *path);
-/* KV: c->seqs has room for n_seqs, which becomes their number. SESSION: c->seqs are there and empty; last, last_known and length are
- * filled. Nothing of *c, its arrays and the caches has changed when it fails; pages that are free may have been written to. */
+/* KV: c->seqs has room for n_seqs, which becomes their number. SESSION: c->seqs are there and empty; last, last_known and length
+ * are filled. Nothing of *c, its arrays and the caches has changed when it fails; pages that are free may have been written
+ * to. */
 emx_status emxi_cache_load(emxi_cache *c, const char *path);
 
 #endif

@@ -47,8 +47,8 @@ struct emx_checkpoint {
   int64_t count;
 };
 
-/* jansson 2.14 writes past its token buffer when it cannot grow it. So memory for what a header of this size usually becomes is asked
- * for first, and given back: a process that is short of memory gets its error here. */
+/* jansson 2.14 writes past its token buffer when it cannot grow it. So memory for what a header of this size usually becomes is
+ * asked for first, and given back: a process that is short of memory gets its error here. */
 json_t *emxi_json_parse(const char *text, size_t size, json_error_t *e) {
   enum { MOST = 1 << 22, EACH = 64 };
   void *probe = emxi_alloc((size < MOST ? size : MOST) * EACH);

@@ -90,8 +90,8 @@ emx_status emxi_file_read(const char *path, size_t max, char **data, size_t *siz
   return EMX_OK;
 }
 
-/* What a rename onto `path` may replace: nothing, or a regular file. A link is followed, so that it stays a link; a device, a pipe or a
- * folder is left alone. *target is the caller's to free. */
+/* What a rename onto `path` may replace: nothing, or a regular file. A link is followed, so that it stays a link; a device, a
+ * pipe or a folder is left alone. *target is the caller's to free. */
 static emx_status replaceable(const char *path, char **target) {
   struct stat st;
   if (lstat(path, &st)) {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * BLAKE2b (RFC 7693), unkeyed, 256 bits: about a byte a nanosecond without any instructions of its own, and anybody can check a file
- * with b2sum. It is the checksum of cache files and the identity of models; the second needs more than a CRC. */
+ * BLAKE2b (RFC 7693), unkeyed, 256 bits: about a byte a nanosecond without any instructions of its own, and anybody can check a
+ * file with b2sum. It is the checksum of cache files and the identity of models; the second needs more than a CRC. */
 #include "model.h"
 
 #include <string.h>

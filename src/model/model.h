@@ -56,8 +56,8 @@ void emxi_weights_destroy(emxi_weights *w); /* of a zeroed struct: nothing */
 int32_t emxi_alibi_heads(const emx_model_config *c);
 /* slopes [H] of the ALiBi heads, the others 0. */
 void emxi_alibi_slopes(const emx_model_config *c, float *slopes);
-/* Learned alphas do not come closer to 1: from there on a head is softmax for all that floats can tell, and lists of candidates are as
- * long as the context. */
+/* Learned alphas do not come closer to 1: from there on a head is softmax for all that floats can tell, and lists of candidates
+ * are as long as the context. */
 #define EMXI_LEAST_ALPHA 1.01
 /* alphas [H] of a layer's parameters; slopes: optional [H], derivatives to them (0 where alpha is held at EMXI_LEAST_ALPHA). */
 void emxi_learned_alphas(const emx_model_config *c, const emxi_layer *w, double *alphas, double *slopes);
@@ -73,7 +73,8 @@ emx_status emxi_config_write(const char *folder, const emx_model_config *c, int3
 /* data (flat, f32) as a checkpoint of dtype f32, f16 or bf16, rounded to nearest; atomic. */
 emx_status emxi_weights_save(const char *path, const emx_model_config *c, const float *data, int32_t dtype,
                              const char *const *metadata, int64_t n_metadata);
-/* The other way: data [emx_model_config_parameters] from a checkpoint whose tensors must be exactly those of the configuration. */
+/* The other way: data [emx_model_config_parameters] from a checkpoint whose tensors must be exactly those of the
+ * configuration. */
 emx_status emxi_weights_load(const emx_checkpoint *ck, const emx_model_config *c, float *data);
 /* The check of emxi_weights_load alone, before memory is taken for the data. */
 emx_status emxi_weights_check(const emx_checkpoint *ck, const emx_model_config *c);
@@ -102,7 +103,8 @@ typedef struct emxi_source {
 } emxi_source;
 emx_status emxi_source_get(emxi_source *source, void *out, size_t size);
 
-/* Replaces a file as a whole or not at all: temporary name in the same folder, fsync, rename. A body that fails leaves the old file. */
+/* Replaces a file as a whole or not at all: temporary name in the same folder, fsync, rename. A body that fails leaves the old
+ * file. */
 typedef struct emxi_sink {
   const char *path;
   int fd;
@@ -146,8 +148,9 @@ struct emx_model {
 /* The context's lock is held. NULL when out of memory. */
 const char *emxi_model_identity(emx_model *model);
 
-/* What layer `layer` attended with, seen after it did: queries q [m,H,D] of tokens first .. first+m-1 as they meet the keys (f32, scores
- * are q.k/sqrt(D) plus the bias), their keys and values k, v [m,G,D] before the cache rounds them, and the cache, which holds them. */
+/* What layer `layer` attended with, seen after it did: queries q [m,H,D] of tokens first .. first+m-1 as they meet the keys (f32,
+ * scores are q.k/sqrt(D) plus the bias), their keys and values k, v [m,G,D] before the cache rounds them, and the cache, which
+ * holds them. */
 typedef struct emxi_layer_view {
   emx_ctx *ctx;
   emx_kv *kv;
@@ -158,8 +161,8 @@ typedef struct emxi_layer_view {
   const double *alphas;      /* [H]; NULL: the configuration's for all */
 } emxi_layer_view;
 typedef emx_status (*emxi_tap_fn)(void *user, const emxi_layer_view *view);
-/* Called for every layer of every chunk and token of this session (not of its forks) until the tap is NULL; a failure of the tap is
- * that of the call. The tap may use the cache but not change it. */
+/* Called for every layer of every chunk and token of this session (not of its forks) until the tap is NULL; a failure of the tap
+ * is that of the call. The tap may use the cache but not change it. */
 void emxi_session_tap(emx_session *s, emxi_tap_fn tap, void *user);
 
 #endif

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * A token from logits: temperature, then top-k, then top-p of what is left, then one draw by inverse cumulative sum.
  *
- * Nothing is sorted and nothing is allocated. Tokens are ordered by a 64-bit key, (logit, lower id first); the best k, or the best
- * that hold a share of the mass, are those with a key of at least some bound, and eight counting passes find that bound. */
+ * Nothing is sorted and nothing is allocated. Tokens are ordered by a 64-bit key, (logit, lower id first); the best k, or the
+ * best that hold a share of the mass, are those with a key of at least some bound, and eight counting passes find that bound. */
 #include "base/num.h"
 #include "model.h"
 
@@ -27,7 +27,8 @@ static uint64_t key_of(const sampler *s, int32_t i) {
 /* Not normalised. */
 static double weight(const sampler *s, int32_t i) { return exp(((double)s->logits[i] - s->best) * s->inverse_temperature); }
 
-/* The largest bound such that the tokens with keys >= bound (and >= floor) number at least `wanted`, or by_mass weigh that much. */
+/* The largest bound such that the tokens with keys >= bound (and >= floor) number at least `wanted`, or by_mass weigh that
+ * much. */
 static uint64_t cut(const sampler *s, uint64_t floor, bool by_mass, double wanted) {
   uint64_t bound = 0;
   double above = 0;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * RoPE and theta on the CPU: element-wise passes over queries and keys, bound by memory, and per query and head a few calls of libm in
- * double (about 0.2 us for ASEntmax). Tiles are fixed rows, sums are added in their order: bits do not depend on threads. */
+ * RoPE and theta on the CPU: element-wise passes over queries and keys, bound by memory, and per query and head a few calls of
+ * libm in double (about 0.2 us for ASEntmax). Tiles are fixed rows, sums are added in their order: bits do not depend on
+ * threads. */
 #include "model/scale.h"
 #include "model/nn.h"
 
@@ -141,8 +142,8 @@ emx_status emxi_scale_queries(emx_ctx *ctx, const emx_model_config *c, const emx
 
 int64_t emxi_scale_sums(const emx_model_config *c, int64_t m) { return tiles_of(m) * 2 * emxi_scaled_heads(c); }
 
-/* d theta = q.dq', dq' the gradient of theta q. What is at hand is theta q, so the product is divided by theta; where s = 0 (SSMax) has
- * made theta q zero, q is lost and the head's s gets no gradient from the row. */
+/* d theta = q.dq', dq' the gradient of theta q. What is at hand is theta q, so the product is divided by theta; where s = 0
+ * (SSMax) has made theta q zero, q is lost and the head's s gets no gradient from the row. */
 static void backward_task(void *arg, int64_t index, int32_t worker) {
   (void)worker;
   const struct scale *p = arg;

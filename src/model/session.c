@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Sessions: one sequence over a paged cache of every layer, and the forward pass through it.
  *
- * Sessions that come from one another by fork share a pool: the caches, and the activations of one call, which is why a call holds the
- * context's lock from its beginning to its end. A call that fails truncates every layer to where it was.
+ * Sessions that come from one another by fork share a pool: the caches, and the activations of one call, which is why a call
+ * holds the context's lock from its beginning to its end. A call that fails truncates every layer to where it was.
  * Queries stay f32 over a cache of any dtype, in prefill and in decode alike, so both compute the same scores. */
 #define _POSIX_C_SOURCE 200809L
 #include "base/num.h"
@@ -62,7 +62,8 @@ void emx_session_opts_init_sized(emx_session_opts *opts, size_t size) {
   emxi_struct_init(opts, size, &defaults, sizeof defaults);
 }
 
-/* ---- tensors of one call: queries and outputs [1,H,m,D] and keys [1,G,m,D] are views of what the linear layers write, [m,heads*D] */
+/* ---- tensors of one call: queries and outputs [1,H,m,D] and keys [1,G,m,D] are views of what the linear layers write,
+ * [m,heads*D] */
 
 static emx_tensor heads_view(float *data, int64_t heads, int64_t m, int64_t d) {
   emx_tensor t = emx_tensor_view(data, EMX_F32, 4, (int64_t[]){1, heads, m, d});
@@ -352,8 +353,8 @@ static emx_status cut(emx_session *s, int64_t length) {
   }
   return EMX_OK;
 }
-/* After a failure: back to where the session was, and what the caches had learned from its keys (`mapped`, before the call; one number,
- * for all layers hold the same tokens). Returns the failure. */
+/* After a failure: back to where the session was, and what the caches had learned from its keys (`mapped`, before the call; one
+ * number, for all layers hold the same tokens). Returns the failure. */
 static emx_status roll_back(emx_session *s, int32_t mapped, emx_status failure) {
   char detail[256];
   size_t n = strlen(emx_last_error());
@@ -479,7 +480,8 @@ static emx_status attend_decode(emx_session *s, int32_t l, emx_session_stats *st
   return EMX_OK;
 }
 
-/* m tokens after the first `length`: their keys and values go into the caches, their normed states into p->h. stats: decode (m = 1). */
+/* m tokens after the first `length`: their keys and values go into the caches, their normed states into p->h. stats: decode (m =
+ * 1). */
 static emx_status forward(emx_session *s, const int32_t *tokens, int64_t m, int64_t length, emx_session_stats *stats) {
   session_pool *p = s->pool;
   emx_ctx *ctx = p->model->ctx;

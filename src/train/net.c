@@ -184,7 +184,8 @@ static void drop_elements(const emxi_dropout *p, float *x, int64_t n) {
     for (int64_t j = 0; j < 8 && i + j < n; j++) x[i + j] *= factor[j];
   }
 }
-/* o [B,T,H D]: whole heads of a sequence, of those without a slope: the others hold the order of the tokens, which nothing replaces. */
+/* o [B,T,H D]: whole heads of a sequence, of those without a slope: the others hold the order of the tokens, which nothing
+ * replaces. */
 static void drop_heads(const emxi_net *net, int32_t layer, float *o, int64_t batch, int64_t length) {
   const int64_t heads = net->config.num_heads, d = net->config.head_dim;
   float factor[8];

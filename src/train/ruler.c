@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Writes the prompts: draws words, makes sentences ("needles") and a question of them, and fills up with text to the exact length. */
+ * Writes the prompts: draws words, makes sentences ("needles") and a question of them, and fills up with text to the exact
+ * length. */
 #include "train/ruler.h"
 
 #include "base/num.h"
@@ -197,7 +198,8 @@ static void plan_keys(plan *p, emxi_ruler_sample *s, int ask, const char *text, 
   }
 }
 
-/* Two keys with four words each; the words of one are asked for in the order of the text, those of the other are the choices beside. */
+/* Two keys with four words each; the words of one are asked for in the order of the text, those of the other are the choices
+ * beside. */
 static void plan_values(plan *p, emxi_ruler_sample *s, const char *text, int64_t size) {
   enum { N = 4 };
   int order[KEYS];
@@ -259,7 +261,8 @@ static emx_status take_prompt(const emxi_ruler_spec *spec, emxi_ruler_sample *s)
   return EMX_OK;
 }
 
-/* Needles go to shares of the text that are drawn, one by one; where two groups are told in order, each group's shares are sorted. */
+/* Needles go to shares of the text that are drawn, one by one; where two groups are told in order, each group's shares are
+ * sorted. */
 static void place_needles(plan *p, const emxi_ruler_spec *spec, const char *hay, int64_t n) {
   double share[MAX_NEEDLES];
   for (int i = 0; i < p->n_needles; i++) share[i] = uniform(&p->d);
@@ -318,7 +321,8 @@ static emx_status assemble(plan *p, const emxi_ruler_spec *spec, const char *tex
   return EMX_OK;
 }
 
-/* Words alone. Rank r comes floor(n / (r^2 sum)) times, at least once up to rank 3 + CHOICES; what rounding leaves over is rank 1's. */
+/* Words alone. Rank r comes floor(n / (r^2 sum)) times, at least once up to rank 3 + CHOICES; what rounding leaves over is rank
+ * 1's. */
 static emx_status make_frequent(plan *p, const emxi_ruler_spec *spec, emxi_ruler_sample *s) {
   enum { TOP = 3, BESIDE = 7, STEP = EMXI_RULER_WORD + 1, LEAST = 50 };
   static const char question[] = "\nThe three words that come most often, the first of them most often of all, are ";

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Long-context questions for byte models, in the categories of RULER (Hsieh et al. 2024) with sentences of our own: docs/ruler.md. */
+ * Long-context questions for byte models, in the categories of RULER (Hsieh et al. 2024) with sentences of our own:
+ * docs/ruler.md. */
 #ifndef EMXI_RULER_H
 #define EMXI_RULER_H
 
@@ -25,8 +26,8 @@ typedef struct emxi_ruler_spec {
   int64_t length; /* bytes of the prompt, exactly */
   double depth;   /* share of the text before the needle (NIAH, MULTIKEY: that of the key asked for, PASSKEY); negative: drawn */
   uint64_t seed;
-  const char
-      *text; /* haystack, read as a ring from a place that is drawn; NULL: the text built in. Not for FREQUENT and PASSKEY */
+  /* Haystack, read as a ring from a place that is drawn; NULL: the text built in. Not for FREQUENT and PASSKEY. */
+  const char *text;
   int64_t text_size;
 } emxi_ruler_spec;
 
@@ -34,8 +35,8 @@ typedef struct emxi_ruler_spec {
 typedef struct emxi_ruler_answer {
   char choices[EMXI_RULER_CHOICES][EMXI_RULER_WORD + 1];
   int n_choices, right;
-  int64_t
-      at; /* where the prompt tells the word: its one place, except in FREQUENT (the first) and TRACKING (where the name is explained) */
+  /* Where the prompt tells the word: its one place, except in FREQUENT (the first) and TRACKING (where the name is explained). */
+  int64_t at;
 } emxi_ruler_answer;
 
 /* The prompt ends just before the first answer; the answers are said one after the other with ", " between. */
@@ -48,8 +49,8 @@ typedef struct emxi_ruler_sample {
   emxi_ruler_answer answers[EMXI_RULER_ANSWERS];
 } emxi_ruler_sample;
 
-/* Sample i: a function of the spec and i alone. Errors: INVALID (unknown task, depth above 1, a text of no bytes, a length that is too
- * short, with the shortest), NOMEM. */
+/* Sample i: a function of the spec and i alone. Errors: INVALID (unknown task, depth above 1, a text of no bytes, a length that
+ * is too short, with the shortest), NOMEM. */
 emx_status emxi_ruler_make(const emxi_ruler_spec *spec, int64_t i, emxi_ruler_sample *out);
 void emxi_ruler_free(emxi_ruler_sample *s);
 

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Tasks meet the network: padded batches, and exact match.
  *
- * One pass over prompt and true answer decides exact match. Let a_1..a_m be the answer and g_i the first choice after the prompt and
- * a_1..a_{i-1}. Greedy decoding that says a_1..a_{i-1} says g_i next, because attention is causal: it has seen the same tokens. If g_i =
- * a_i for all i it says the answer; else, at the smallest i with g_i != a_i, it says a_1..a_{i-1} and then something else. */
+ * One pass over prompt and true answer decides exact match. Let a_1..a_m be the answer and g_i the first choice after the prompt
+ * and a_1..a_{i-1}. Greedy decoding that says a_1..a_{i-1} says g_i next, because attention is causal: it has seen the same
+ * tokens. If g_i = a_i for all i it says the answer; else, at the smallest i with g_i != a_i, it says a_1..a_{i-1} and then
+ * something else. */
 #include "base/num.h"
 #include "train.h"
 

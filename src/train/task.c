@@ -176,8 +176,8 @@ static void sequences(const emx_task_desc *t, source *r, int64_t s, const emx_ta
   last(w, id->eos);
 }
 
-/* Entry `slot` of a split's inventory of keys (which 0) or values (1): a keyed permutation of the 65,536 pairs of ids, eight rounds
- * of a Feistel network on two bytes, so that entries are distinct and no table is needed. */
+/* Entry `slot` of a split's inventory of keys (which 0) or values (1): a keyed permutation of the 65,536 pairs of ids, eight
+ * rounds of a Feistel network on two bytes, so that entries are distinct and no table is needed. */
 static uint32_t inventory(const emx_task_desc *t, int which, uint32_t slot) {
   uint32_t left = slot >> 8, right = slot & 255;
   for (uint32_t round = 0; round < 8; round++) {

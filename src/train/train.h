@@ -57,8 +57,8 @@ typedef struct emxi_net {
   float *dx, *dh, *dqkv, *d_o, *glu;  /* working memory, not per layer; glu [N,F] */
   float *partials;
   int32_t *tokens, *targets; /* [N], [M] */
-  /* Text: every row is scored, max_scored = n_scored = 0 and M = N. Tasks: max_scored is set before carving, n_scored >= 1 before a
-   * pass, and M = n_scored. */
+  /* Text: every row is scored, max_scored = n_scored = 0 and M = N. Tasks: max_scored is set before carving, n_scored >= 1 before
+   * a pass, and M = n_scored. */
   int64_t max_scored, n_scored;
   int32_t *scored;      /* [max_scored] rows, ascending */
   float *x_scored;      /* [max_scored,W] their x_last */
@@ -69,7 +69,8 @@ typedef struct emxi_net {
 /* Carves everything that depends on the number of tokens, for at most `tokens` in a batch of any of the n shapes (B,T).
  * A counting arena gives the size; net->layers [L] and the views must be there when it computes. */
 emx_status emxi_net_carve(emxi_net *net, emxi_arena *arena, const int64_t (*shapes)[2], int n);
-/* Mean loss of net->tokens and net->targets, losses of the scored rows in net->nll. want_gradient: net->logits becomes their gradient. */
+/* Mean loss of net->tokens and net->targets, losses of the scored rows in net->nll. want_gradient: net->logits becomes their
+ * gradient. */
 emx_status emxi_net_forward(emxi_net *net, int64_t batch, int64_t length, bool want_gradient, double *loss);
 /* All of net->g, after a forward pass that wanted it. */
 emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length);
@@ -78,8 +79,8 @@ emx_status emxi_net_backward(emxi_net *net, int64_t batch, int64_t length);
 emx_status emxi_task_check(const emx_task_desc *t);
 /* That a model with this configuration speaks the task's tokens. */
 emx_status emxi_task_fits(const emx_task_desc *t, const emx_model_config *c);
-/* Tokens, targets and scored rows of samples first .. first+n-1, padded to the longest, *length; tokens: optional, without padding.
- * The network has room for [n, max_tokens]. */
+/* Tokens, targets and scored rows of samples first .. first+n-1, padded to the longest, *length; tokens: optional, without
+ * padding. The network has room for [n, max_tokens]. */
 emx_status emxi_task_batch(const emx_task_desc *t, int64_t first, int64_t n, emxi_net *net, int64_t *length, int64_t *tokens);
 emx_status emxi_task_evaluate(emx_ctx *ctx, const emx_model_config *c, const emxi_weights *w, const emx_task_desc *t,
                               int64_t first, int64_t n, emx_progress_fn progress, void *user, emx_task_score *score);

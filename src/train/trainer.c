@@ -183,8 +183,8 @@ static emx_status take_memory(emx_trainer *t) {
 }
 
 /* N(0, 0.02), the projections onto the residual stream smaller by sqrt(2 L), which keeps its variance independent of the depth
- * (Radford et al. 2019); norms 1, the parameters of alpha and theta constant. The i-th tensor beside those is stream i of the seed:
- * models that differ in them alone start from the same weights. */
+ * (Radford et al. 2019); norms 1, the parameters of alpha and theta constant. The i-th tensor beside those is stream i of the
+ * seed: models that differ in them alone start from the same weights. */
 static void initial_weights(emx_trainer *t) {
   const double residual = 1 / sqrt(2.0 * t->config.num_layers);
   uint64_t stream = 0;

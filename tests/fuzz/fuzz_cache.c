@@ -1,8 +1,8 @@
-/* Any bytes as a cache file, loaded next to a sequence that is there: refused with everything as it was, or a cache that keeps its
- * promises: page counts, copy-on-write, a decode, the same file when it is saved again.
- * The first byte chooses. Bit 0: a session of two layers, else one cache. Bit 1: the rest describes a file that is well-formed up to
- * what it says of sequences and pages. Otherwise the rest is a header's length (two bytes), the header and the data. Bit 2: the right
- * checksum is put behind, without which nothing would get far. */
+/* Any bytes as a cache file, loaded next to a sequence that is there: refused with everything as it was, or a cache that keeps
+ * its promises: page counts, copy-on-write, a decode, the same file when it is saved again.
+ * The first byte chooses. Bit 0: a session of two layers, else one cache. Bit 1: the rest describes a file that is well-formed up
+ * to what it says of sequences and pages. Otherwise the rest is a header's length (two bytes), the header and the data. Bit 2:
+ * the right checksum is put behind, without which nothing would get far. */
 #define _GNU_SOURCE
 #include "fuzz/fuzz.h"
 

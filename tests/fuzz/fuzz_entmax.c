@@ -1,6 +1,6 @@
 /* Rows of scores through every entry of the mapping, against the float64 oracles on the rounded scores.
- * Input: alpha code, dtype, rows, row length, value mode + 6 * part, for the budget a byte of it, then the scores. Part 0: entmax forward;
- * 1: its gradient and loss as well; 2 and 3: normmax and budget, forward, gradient, and normmax's loss. */
+ * Input: alpha code, dtype, rows, row length, value mode + 6 * part, for the budget a byte of it, then the scores. Part 0: entmax
+ * forward; 1: its gradient and loss as well; 2 and 3: normmax and budget, forward, gradient, and normmax's loss. */
 #include "base/num.h"
 #include "entmax/entmax.h"
 #include "fuzz/fuzz.h"
@@ -120,7 +120,8 @@ static void check_loss(emx_ctx *ctx, map_args m, void *x, int32_t dtype, int64_t
     return;
   }
   const double want = emxi_oracle_loss(s, n, m.kind, m.alpha, y, p);
-  /* differences of scores first; the oracle adds numbers of their size. Near alpha = 1 an error of 1e-16 in tau is divided twice. */
+  /* differences of scores first; the oracle adds numbers of their size. Near alpha = 1 an error of 1e-16 in tau is divided
+   * twice. */
   const double slack = 1e-6 * (1 + want) + 1e-15 * fabs(top) + (m.alpha > 1 ? 1e-15 * (1 + fabs(top)) / (m.alpha - 1) : 0);
   FUZZ_CHECK(fabs(loss - want) <= slack, "kind %d alpha %g n %d: loss %.12g, oracle %.12g", m.kind, m.alpha, (int)n, loss, want);
 }
@@ -175,8 +176,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     double tau_want = emxi_oracle_entmax(s, n, alpha, want, &wanted), sum = 0;
     if (alpha > 1) FUZZ_CHECK(isnan(tau_want) == isnan(tau[r]), "tau %g, oracle %g", tau[r], tau_want);
-    /* 1e-6 is the promise; the output's rounding comes on top: half a unit of 11 or 8 bits, and f16's smallest step. For alpha > 2 an
-     * element whose score lies on the threshold is ill-conditioned: y^b with b < 1 turns an error of 1e-15 in y into 1e-15^b. */
+    /* 1e-6 is the promise; the output's rounding comes on top: half a unit of 11 or 8 bits, and f16's smallest step. For alpha >
+     * 2 an element whose score lies on the threshold is ill-conditioned: y^b with b < 1 turns an error of 1e-15 in y into
+     * 1e-15^b. */
     const double unit = dtype == EMX_F16 ? 0x1p-11 : dtype == EMX_BF16 ? 0x1p-8 : 0, b = alpha > 1 ? 1 / (alpha - 1) : 1;
     double sum_slack = 1e-6;
     for (int64_t i = 0; i < n; i++) {

@@ -1,5 +1,5 @@
-/* Sequences of cache operations against a naive model (each sequence an array of token ids), and decodes whose every claim is checked
- * against the float64 oracle over the model's tokens.
+/* Sequences of cache operations against a naive model (each sequence an array of token ids), and decodes whose every claim is
+ * checked against the float64 oracle over the model's tokens.
  * Input: shape bytes, then operations of one opcode byte and their arguments. */
 #include "base/num.h"
 #include "entmax/entmax.h"

@@ -1,6 +1,6 @@
 /* Any bytes as a safetensors file: refused, or every tensor lies inside of the file and can be read from end to end.
- * The first byte chooses: even, the rest is the file as it is; odd, the rest is a header and its data, and the length is put in front,
- * so that generated inputs get past the first check. */
+ * The first byte chooses: even, the rest is the file as it is; odd, the rest is a header and its data, and the length is put in
+ * front, so that generated inputs get past the first check. */
 #include "base/num.h"
 #include "fuzz/fuzz.h"
 #include "model/model.h"

@@ -1,4 +1,5 @@
-/* Runs a fuzz target without libFuzzer: every file named, every file of a folder named, then generated inputs, always the same ones. */
+/* Runs a fuzz target without libFuzzer: every file named, every file of a folder named, then generated inputs, always the same
+ * ones. */
 #include "fuzz.h"
 
 #include <dirent.h>

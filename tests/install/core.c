@@ -1,4 +1,5 @@
-/* A user's program on libentmax alone: the header it was compiled with is the library that is loaded, and entmax of a row is right. */
+/* A user's program on libentmax alone: the header it was compiled with is the library that is loaded, and entmax of a row is
+ * right. */
 #include <emx.h>
 #include <stdio.h>
 #include <string.h>

@@ -1,6 +1,6 @@
-/* Every public entry that computes, on every kernel table, with each tensor, list, report and workspace ending exactly at an unreadable
- * page, and again with each starting right behind one: a byte touched outside is a crash. Both runs must give the same bits, and what lies
- * between the rows of an output stays as it was. What the results should be is asked elsewhere. */
+/* Every public entry that computes, on every kernel table, with each tensor, list, report and workspace ending exactly at an
+ * unreadable page, and again with each starting right behind one: a byte touched outside is a crash. Both runs must give the same
+ * bits, and what lies between the rows of an output stays as it was. What the results should be is asked elsewhere. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,5 +1,6 @@
-/* Every entry of every kernel table that this CPU can run, against the scalar table or plain float64 code, over odd sizes. Inputs and
- * outputs stand against unreadable pages, once at their end and once at their start, so that a byte touched outside is a crash. */
+/* Every entry of every kernel table that this CPU can run, against the scalar table or plain float64 code, over odd sizes. Inputs
+ * and outputs stand against unreadable pages, once at their end and once at their start, so that a byte touched outside is a
+ * crash. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>

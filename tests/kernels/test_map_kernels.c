@@ -1,5 +1,5 @@
-/* The row mapping's kernels of every table against long double, bits alike where that is promised. Every array ends at a page that must
- * not be touched. */
+/* The row mapping's kernels of every table against long double, bits alike where that is promised. Every array ends at a page
+ * that must not be touched. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Certificates against the truth: CERTIFIED on caches of many shapes and kinds of data, adversarial ones among them, compared with
- * float64 attention and, bit for bit, with ALL. `test_certificates [decodes [seed [shortest [longest]]]]`; a decode is one query head. */
+ * Certificates against the truth: CERTIFIED on caches of many shapes and kinds of data, adversarial ones among them, compared
+ * with float64 attention and, bit for bit, with ALL. `test_certificates [decodes [seed [shortest [longest]]]]`; a decode is one
+ * query head. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -204,7 +205,8 @@ static double scores(const problem *c, const float *q, int h, double scale, doub
   return m;
 }
 
-/* Exact threshold of scores. Newton from the left gives lower bounds (alpha <= 2), below which nothing matters; the oracle does the rest. */
+/* Exact threshold of scores. Newton from the left gives lower bounds (alpha <= 2), below which nothing matters; the oracle does
+ * the rest. */
 static double threshold(const double *s, int64_t n, double m, double alpha, double *near, double *p) {
   const double a = alpha - 1, b = 1 / a;
   double t = a * m - 1;
@@ -247,8 +249,8 @@ static int descending(const void *a, const void *b) {
   return x < y ? 1 : x > y ? -1 : 0;
 }
 
-/* Softmax with max_delta against float64: what was kept is worth at most what as many of the best keys are, and no element of the output
- * is further off than the dropped mass times the range of V, which is 2. */
+/* Softmax with max_delta against float64: what was kept is worth at most what as many of the best keys are, and no element of the
+ * output is further off than the dropped mass times the range of V, which is 2. */
 static void run_softmax(emx_ctx *ctx, const problem *c, emx_decode_io io, const double *z, const double *m, const double *size) {
   emx_report reports[16];
   float *o = malloc(sizeof(float) * (size_t)(c->H * c->D));
@@ -288,8 +290,8 @@ static void run_softmax(emx_ctx *ctx, const problem *c, emx_decode_io io, const 
   free(o), free(p);
 }
 
-/* Page lists against float64: those of CERTIFIED, TOPK and GAUSSIAN, of pages that hold a key near or above the threshold (where nothing may be wrong
- * with leaving out the others), and at random. `all` and `truth`: what ALL gave. */
+/* Page lists against float64: those of CERTIFIED, TOPK and GAUSSIAN, of pages that hold a key near or above the threshold (where
+ * nothing may be wrong with leaving out the others), and at random. `all` and `truth`: what ALL gave. */
 static void run_list(emx_ctx *ctx, const problem *c, emx_decode_io io, const double *z, double stretch, const double *m,
                      const double *size, const float *all, const emx_report *truth, double *near, double *p) {
   const int64_t pages = (c->n + c->P - 1) / c->P;

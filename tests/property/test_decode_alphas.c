@@ -1,5 +1,5 @@
-/* One alpha per query head: every selector and path gives each head the bits it has in a decode where all heads share its alpha, and
- * the float64 oracle's result over the pages that were read; what a report promises holds head by head. */
+/* One alpha per query head: every selector and path gives each head the bits it has in a decode where all heads share its alpha,
+ * and the float64 oracle's result over the pages that were read; what a report promises holds head by head. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

@@ -48,8 +48,8 @@ static double diameter_of_values(const decode_case *c, int b, int g) { /* at mos
   return 2 * far;
 }
 
-/* One decode with the given selector; every claim of every row is checked. Page lists come from emx_select, or are already in c for
- * PAGES. */
+/* One decode with the given selector; every claim of every row is checked. Page lists come from emx_select, or are already in c
+ * for PAGES. */
 static void check_claims(decode_case *c, const emx_select_desc *select, truth *t) {
   if (select->kind != EMX_SELECT_PAGES) CASE_OK(case_select(c, select));
   CASE_OK(case_decode(c, select));
@@ -236,8 +236,8 @@ static void test_claims_by_summary(void **state) {
   }
 }
 
-/* TOPK reads the pages with the best boxes (in float64; pages within rounding of the last may go either way), the newest one, and no
- * more than its budget. */
+/* TOPK reads the pages with the best boxes (in float64; pages within rounding of the last may go either way), the newest one, and
+ * no more than its budget. */
 static void test_topk_choice(void **state) {
   (void)state;
   for (int i = 0; i < 12; i++) {
@@ -416,7 +416,8 @@ static void test_gaussian_without_spread(void **state) {
   }
 }
 
-/* CORRECTED stays within [m-1, m] and converges to EXACT; FIXED says what its weights sum to, and they are what the formula says. */
+/* CORRECTED stays within [m-1, m] and converges to EXACT; FIXED says what its weights sum to, and they are what the formula
+ * says. */
 static void test_tau_modes(void **state) {
   (void)state;
   for (int i = 0; i < 8; i++) {
@@ -483,7 +484,8 @@ static void test_entmax_drops_less(void **state) {
   assert_true(dropped[1] < dropped[0] && dropped[0] > .3);
 }
 
-/* Pages that no bound may judge are read whatever the budget: non-finite keys, and pages whose summaries are not of all their tokens. */
+/* Pages that no bound may judge are read whatever the budget: non-finite keys, and pages whose summaries are not of all their
+ * tokens. */
 static void test_always_read(void **state) {
   (void)state;
   for (int kind = 0; kind < 2; kind++)
@@ -516,8 +518,8 @@ static void test_always_read(void **state) {
     }
 }
 
-/* The score that was read is computed too high by cancellation, the unread one lies between the true and the computed threshold: a
- * certificate that trusted computed scores would be wrong. */
+/* The score that was read is computed too high by cancellation, the unread one lies between the true and the computed threshold:
+ * a certificate that trusted computed scores would be wrong. */
 static void test_certificate_covers_rounding(void **state) {
   (void)state;
   int tried = 0;

@@ -58,7 +58,8 @@ static result map(emx_ctx *ctx, double alpha, void *x, void *p, int32_t dtype, i
 }
 
 /* |p - want| of one element: 1e-6, the promise. For alpha > 2 the mapping is ill-conditioned at the threshold: p = y^b with b =
- * 1/(alpha-1) < 1, so an unavoidable 4e-15 in y = (alpha-1)(s-m) - t (rounding of its terms, |y| <= 1) is worth (y + 4e-15)^b - y^b. */
+ * 1/(alpha-1) < 1, so an unavoidable 4e-15 in y = (alpha-1)(s-m) - t (rounding of its terms, |y| <= 1) is worth (y + 4e-15)^b -
+ * y^b. */
 static double slack_at(double alpha, double y) {
   if (alpha <= 2) return 1e-6;
   double b = 1 / (alpha - 1);
@@ -138,7 +139,8 @@ static void test_equal_rows(void **state) {
       double sum = 0;
       for (int64_t i = 0; i < n; i++) {
         sum += p32[i];
-        /* equal scores, equal weights; 1/n to float rounding and the solver's 1e-15 in t, that is (alpha-1)^-1 n^(alpha-1) 1e-15 */
+        /* equal scores, equal weights; 1/n to float rounding and the solver's 1e-15 in t, that is (alpha-1)^-1 n^(alpha-1)
+         * 1e-15 */
         if (p32[i] != p32[0]) fail_msg("alpha %g n %d: weights differ", a, (int)n);
       }
       if (fabs(sum - 1) > 1e-6 || fabs(p32[0] * (double)n - 1) > 1e-6) fail_msg("alpha %g n %d: sum %.9g", a, (int)n, sum);
@@ -166,8 +168,8 @@ static void test_two_maxima_and_dominant(void **state) {
   }
 }
 
-/* A score exactly at tau has weight zero; adding or removing it changes no bit. Exact in float: alpha = 1.5, k equal scores m have
- * tau/(alpha-1) = m - 2/sqrt(k); k = 1, 4, 16. alpha = 2: m - 1/k; k = 1, 2, 4. */
+/* A score exactly at tau has weight zero; adding or removing it changes no bit. Exact in float: alpha = 1.5, k equal scores m
+ * have tau/(alpha-1) = m - 2/sqrt(k); k = 1, 4, 16. alpha = 2: m - 1/k; k = 1, 2, 4. */
 static void test_score_at_threshold(void **state) {
   (void)state;
   static const struct {
@@ -265,8 +267,8 @@ static void test_random_rows(void **state) {
   }
 }
 
-/* Lemma 2 of the long-context paper: k equal maxima, the others lower by delta. At delta >= 2/sqrt(k) (alpha 1.5) the support is the
- * maxima alone, just below that it is everything. The edge n = 65536, 1.0001 or 0.98 of the gap, is from its test list. */
+/* Lemma 2 of the long-context paper: k equal maxima, the others lower by delta. At delta >= 2/sqrt(k) (alpha 1.5) the support is
+ * the maxima alone, just below that it is everything. The edge n = 65536, 1.0001 or 0.98 of the gap, is from its test list. */
 static void test_lemma2(void **state) {
   (void)state;
   static const int ks[] = {1, 2, 4, 9}, ns[] = {64, 65536};

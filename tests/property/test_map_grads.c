@@ -1,5 +1,5 @@
-/* Gradients of the row maps: finite differences in float64 for every map and alpha, the gradient of alpha, tiny weights, masks, NaN, one
- * alpha a row, dtypes and kernel tables. */
+/* Gradients of the row maps: finite differences in float64 for every map and alpha, the gradient of alpha, tiny weights, masks,
+ * NaN, one alpha a row, dtypes and kernel tables. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -278,8 +278,8 @@ static void test_dtypes(void **state) {
           }
           emxi_oracle_backward(q, dp, L, kind, a, want);
           for (int i = 0; i < L; i++) size = fmax(size, fabs(want[i]));
-          /* u is held as float: 6e-8 of the largest term; f16 and bf16 round the result. normmax and the mean over stored weights whose
-           * sum is off by their rounding agree, being the same formulas. */
+          /* u is held as float: 6e-8 of the largest term; f16 and bf16 round the result. normmax and the mean over stored weights
+           * whose sum is off by their rounding agree, being the same formulas. */
           const double unit = dtypes[t] == EMX_F16    ? 0x1p-11
                               : dtypes[t] == EMX_BF16 ? 0x1p-8
                                                       : 0,

@@ -64,8 +64,8 @@ static void check_row(map_args m, int64_t n, const char *what) {
     int64_t positive = 0;
     for (int64_t i = 0; i < n; i++) {
       const double got = f64 ? p64[i] : p32[i], y = fmax(a * x64[i] - tau_want, 0);
-      /* 1e-6 is the promise; beyond it the oracle's own y, a difference of numbers of the row's size, is off by their rounding, which b
-       * multiplies, and without bound at y = 0 for alpha > 2 */
+      /* 1e-6 is the promise; beyond it the oracle's own y, a difference of numbers of the row's size, is off by their rounding,
+       * which b multiplies, and without bound at y = 0 for alpha > 2 */
       const double off = 4e-16 * (1 + fabs(a * x64[i]) + fabs(tau_want)) + 4e-15, slack = 1e-6 + pow(y + off, b) - pow(y, b);
       if (fabs(got - want[i]) > slack)
         fail_msg("%s kind %d alpha %g budget %g n %d table %d: weight %d is %.9g, oracle %.9g", what, m.kind, m.alpha, m.budget,
@@ -235,7 +235,8 @@ static void test_refusals(void **state) {
   assert_memory_equal(before, p, sizeof p);
 }
 
-/* Rows that softmax cannot tell from flat sum to one at any length. The issue asks for 1e-5; the promise of the header is 1e-6. */
+/* Rows that softmax cannot tell from flat sum to one at any length. The issue asks for 1e-5; the promise of the header is
+ * 1e-6. */
 static void test_near_uniform(void **state) {
   (void)state;
   static const int64_t lengths[] = {1000, 8192, 131072, LONGEST};

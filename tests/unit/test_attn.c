@@ -491,7 +491,8 @@ static void test_backward_types(void **state) {
   }
 }
 
-/* Long rows of equal scores, and scores far from zero: tau reaches the backward pass rounded to a float, the sums must not show it. */
+/* Long rows of equal scores, and scores far from zero: tau reaches the backward pass rounded to a float, the sums must not show
+ * it. */
 static void test_flat_and_far_rows(void **state) {
   (void)state;
   enum { N = 20011, D = 16 };

@@ -265,7 +265,8 @@ static void forget(gradients *g) {
   for (int i = 0; i < 3; i++) free(g->g[i]);
 }
 
-/* What the lists hold, that the backward pass has the same bits with them, without them and with lists that lie, on any number of threads. */
+/* What the lists hold, that the backward pass has the same bits with them, without them and with lists that lie, on any number of
+ * threads. */
 static void test_lists(void **state) {
   (void)state;
   static const int32_t dtypes[] = {EMX_F32, EMX_BF16, EMX_F64};
@@ -355,7 +356,8 @@ static void test_lists(void **state) {
   }
 }
 
-/* Rows that are uniform or nearly so, and longer than their share of the working memory: every block is cut until its lists fit. */
+/* Rows that are uniform or nearly so, and longer than their share of the working memory: every block is cut until its lists
+ * fit. */
 static void test_flat_rows(void **state) {
   (void)state;
   enum { S = 24, D = 16 };
@@ -424,7 +426,8 @@ static void test_backward(void **state) {
     for (int t = 0; t < 4; t++) {
       const int64_t n = t == 0 ? nq : t == 3 ? p.h : nk;
       for (int64_t i = 0; i < n; i += 1 + (t == 3 ? 0 : n / 20)) {
-        /* The difference is off by eps^2 times a third derivative, about 1e-10, and by the rounding of the two values, 1e-15 / eps. */
+        /* The difference is off by eps^2 times a third derivative, about 1e-10, and by the rounding of the two values, 1e-15 /
+         * eps. */
         const double eps = 1e-5, keep = at[t][i];
         at[t][i] = keep + eps;
         const double hi = objective(&w, weight, nq);
@@ -432,8 +435,8 @@ static void test_backward(void **state) {
         const double lo = objective(&w, weight, nq);
         at[t][i] = keep;
         const double fd = (hi - lo) / (2 * eps);
-        /* alpha near 1 has no kinks at all, larger alphas have one of the first derivative where a score crosses the threshold: by chance
-         * a difference straddles one, and is then off by eps times the jump */
+        /* alpha near 1 has no kinks at all, larger alphas have one of the first derivative where a score crosses the threshold:
+         * by chance a difference straddles one, and is then off by eps times the jump */
         if (fabs(fd - grad[t][i]) > 3e-5 * fmax(1, fabs(fd)))
           fail_msg("case %d tensor %d [%d]: %.9g, finite difference %.9g", c, t, (int)i, grad[t][i], fd);
       }
@@ -444,7 +447,8 @@ static void test_backward(void **state) {
   }
 }
 
-/* At alpha = 1 there is no difference to take on the left: the gradient is the limit from above, 1e-6 of a second derivative away. */
+/* At alpha = 1 there is no difference to take on the left: the gradient is the limit from above, 1e-6 of a second derivative
+ * away. */
 static void test_d_alpha_of_softmax(void **state) {
   (void)state;
   packed p = {.b = 1, .h = 2, .g = 1, .d = 8, .sq = {9}, .sk = {30}, .left = -1, .right = -1, .spread = 1, .dtype = EMX_F64};
@@ -499,8 +503,8 @@ static void test_bad_alphas(void **state) {
   drop(&p);
 }
 
-/* Powers of two that cancel between queries and keys change no score, hence no bit, also where the squares of keys are below all floats and
- * the bounds of tiles are made from them. */
+/* Powers of two that cancel between queries and keys change no score, hence no bit, also where the squares of keys are below all
+ * floats and the bounds of tiles are made from them. */
 static void test_tiny_keys(void **state) {
   (void)state;
   for (int i = 0; i < 8; i++) {

@@ -124,8 +124,8 @@ static void same_sequence(const emx_kv *a, int32_t sa, const emx_kv *b, int32_t 
     }
   }
 }
-/* Pages, bounds, outputs and reports of a selector, one after the other, as bytes. The bytes that a report counts are left out: they
- * depend on the layout. */
+/* Pages, bounds, outputs and reports of a selector, one after the other, as bytes. The bytes that a report counts are left out:
+ * they depend on the layout. */
 static size_t selection(emx_kv *kv, int32_t seq, int32_t kind, uint8_t out[1 << 14]) {
   enum { H = 4, M = 64 };
   static float q[H * 64], o[H * 64], bound[H], slopes[H] = {0.5f, 0, 0.25f, 0};

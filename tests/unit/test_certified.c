@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Key sketches and CERTIFIED: kernels against the reference, rebuilds, foreign block tables, limits, threads, refusals. Certificates by the
- * thousand are in test_certificates.c. */
+ * Key sketches and CERTIFIED: kernels against the reference, rebuilds, foreign block tables, limits, threads, refusals.
+ * Certificates by the thousand are in test_certificates.c. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -244,8 +244,8 @@ static void test_foreign_tables(void **state) {
   }
 }
 
-/* ---- limits: T1, T4 and the report's claims. Values are unit vectors, so that half the L1 distance of two outputs is at most the total
- * variation of their weights, which T4 says is the dropped mass. */
+/* ---- limits: T1, T4 and the report's claims. Values are unit vectors, so that half the L1 distance of two outputs is at most
+ * the total variation of their weights, which T4 says is the dropped mass. */
 static void test_limits(void **state) {
   (void)state;
   int stopped[4] = {0};
@@ -345,8 +345,8 @@ static void test_same(void **state) {
     }
 }
 
-/* Bounds beyond the floats: keys in sketches whose weights fit other keys, and a query that leans on the channel with the large weight.
- * Sums of codes overflow while scores do not; a bound that is inf - inf must not rule a key out. */
+/* Bounds beyond the floats: keys in sketches whose weights fit other keys, and a query that leans on the channel with the large
+ * weight. Sums of codes overflow while scores do not; a bound that is inf - inf must not rule a key out. */
 static void test_far_bounds(void **state) {
   (void)state;
   enum { D = 16, N = 4096 };

@@ -1,4 +1,5 @@
-/* safetensors: what is written comes back, what is malformed is refused with the right sentence, a failed write changes nothing. */
+/* safetensors: what is written comes back, what is malformed is refused with the right sentence, a failed write changes
+ * nothing. */
 #define _DEFAULT_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,4 +1,5 @@
-/* config.json and the model folder: round trips, every key's absence, type and range, weights that contradict the configuration. */
+/* config.json and the model folder: round trips, every key's absence, type and range, weights that contradict the
+ * configuration. */
 #define _DEFAULT_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -394,8 +395,8 @@ static void test_parameters(void **state) {
   assert_string_equal(p.name, "model.layers.1.input_layernorm.weight");
 }
 
-/* The tensors that a scale and a learned alpha add: names, shapes, no decay of what is not a matrix; what the trainer's one product
- * takes together lies together. */
+/* The tensors that a scale and a learned alpha add: names, shapes, no decay of what is not a matrix; what the trainer's one
+ * product takes together lies together. */
 static void test_parameters_of_scales(void **state) {
   (void)state;
   static const struct {

@@ -263,7 +263,8 @@ static void test_vanishing_weight(void **state) {
   case_close(&c);
 }
 
-/* The same bits from either layout, any page size, any number of threads, alone or in a batch, and for a head alone or in a group. */
+/* The same bits from either layout, any page size, any number of threads, alone or in a batch, and for a head alone or in a
+ * group. */
 static void test_same_bits(void **state) {
   (void)state;
   static const double alphas[] = {1, 1.25, 1.5, 2, 3};

@@ -1,4 +1,5 @@
-/* Inputs at the ends of the float range, where a certificate could be wrong or a bound could take forever. One head, one sequence. */
+/* Inputs at the ends of the float range, where a certificate could be wrong or a bound could take forever. One head, one
+ * sequence. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -136,8 +137,8 @@ static void test_subnormal_query(void **state) {
     }
 }
 
-/* A finite key whose partial sums overflow to -inf although its score is the largest. Where the order of the sum avoids the overflow
- * the result is right; elsewhere it is NaN with its flag. Dropping the token is what must not happen. */
+/* A finite key whose partial sums overflow to -inf although its score is the largest. Where the order of the sum avoids the
+ * overflow the result is right; elsewhere it is NaN with its flag. Dropping the token is what must not happen. */
 static void test_overflow_on_the_way(void **state) {
   (void)state;
   static const double alphas[] = {1, 1.5};

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * What was left out, and what reports say about it: softmax with max_delta; page lists that sketches check, those of CERTIFIED among
- * them. */
+ * What was left out, and what reports say about it: softmax with max_delta; page lists that sketches check, those of CERTIFIED
+ * among them. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -25,8 +25,8 @@ static int teardown(void **state) {
   return 0;
 }
 
-/* ---- softmax with max_delta. The best key of each head has a channel of V to itself, so that the weight it got tells how much mass was
- * dropped: p / (1 - delta). The others' values are unit vectors: no two values are further apart than sqrt(2). */
+/* ---- softmax with max_delta. The best key of each head has a channel of V to itself, so that the weight it got tells how much
+ * mass was dropped: p / (1 - delta). The others' values are unit vectors: no two values are further apart than sqrt(2). */
 enum { D = 32, H = 3, N = 6000 };
 static double s[N], p[N];
 
@@ -139,8 +139,8 @@ static void test_mixed_alphas(void **state) {
   case_close(&c);
 }
 
-/* ---- page lists. What a report claims about the pages outside a list against float64: the mass of those tokens, and whether the answer
- * is ALL's. */
+/* ---- page lists. What a report claims about the pages outside a list against float64: the mass of those tokens, and whether the
+ * answer is ALL's. */
 enum { SUPPORT, ALL_BUT_ONE, RANDOM, HALF, TOPK, GAUSSIAN, LISTS };
 
 /* Fills the rows' lists: pages with a weight (and the best one taken away), some at random, the newer half. */
@@ -226,7 +226,8 @@ static void test_lists(void **state) {
       case_close(&x);
     }
   }
-  /* sketches see what boxes do not; a list that holds the support is lucky but where scores lie closer to tau than their rounding */
+  /* sketches see what boxes do not; a list that holds the support is lucky but where scores lie closer to tau than their
+   * rounding */
   for (int k = 0; k < LISTS; k++) assert_true(certified[k][1] >= certified[k][0]);
   assert_true(certified[SUPPORT][1] > 120 && certified[SUPPORT][1] > certified[SUPPORT][0] + 60 &&
               certified[ALL_BUT_ONE][1] == 0);

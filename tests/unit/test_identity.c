@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
- * The shipped text model says the same with the certified selector as with all keys: every logit of every step, bit for bit, with the
- * ladder taken at lengths where it would not pay. `test_identity FILE BYTES TOKENS` is the long run: the first BYTES of FILE are the
- * context; one line of JSON says what was done. */
+ * The shipped text model says the same with the certified selector as with all keys: every logit of every step, bit for bit, with
+ * the ladder taken at lengths where it would not pay. `test_identity FILE BYTES TOKENS` is the long run: the first BYTES of FILE
+ * are the context; one line of JSON says what was done. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

@@ -404,8 +404,8 @@ static void test_cancel_midway(void **state) {
   ctx = keep;
 }
 
-/* A cancelled append to two holders of one page, of different lengths: neither may have been written to. A third sequence comes after
- * them, so that a cancellation can fall behind both their writes. */
+/* A cancelled append to two holders of one page, of different lengths: neither may have been written to. A third sequence comes
+ * after them, so that a cancellation can fall behind both their writes. */
 static void test_cancel_two_holders(void **state) {
   (void)state;
   emx_ctx *keep = ctx;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
- * K and V in a file: the bits of a cache in memory, whatever is done to it; faults of the file; and a context whose K and V are larger
- * than what the process may map, with the bytes that the system read from the device. */
+ * K and V in a file: the bits of a cache in memory, whatever is done to it; faults of the file; and a context whose K and V are
+ * larger than what the process may map, with the bytes that the system read from the device. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -582,8 +582,8 @@ static void test_larger_than_memory(void **state) {
       "K and V %lld MiB, at most %lld MiB more than at the start were mapped; cold, the system read %lld bytes a token for "
       "%.1f keys of support a head\n",
       (long long)(BIG_BYTES >> 20), (long long)(ROOM >> 20), (long long)total / QUERIES, (double)support / (QUERIES * G));
-  /* A file system in memory reads from no device, and then there is nothing to count. Else: something was read, a hundredth of K and V at
-   * most (they have 2048 topics). */
+  /* A file system in memory reads from no device, and then there is nothing to count. Else: something was read, a hundredth of K
+   * and V at most (they have 2048 topics). */
   if (total > 0) assert_true(most <= BIG_BYTES / 100);
   munmap(out, 2 * sizeof *out);
 }

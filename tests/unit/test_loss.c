@@ -1,5 +1,5 @@
-/* Fenchel-Young losses against their definition in float64, their gradients by finite differences, and what a training loop relies on:
- * ignored rows, reductions, upstream gradients, errors that name the row. */
+/* Fenchel-Young losses against their definition in float64, their gradients by finite differences, and what a training loop
+ * relies on: ignored rows, reductions, upstream gradients, errors that name the row. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -81,9 +81,9 @@ static void test_against_definition(void **state) {
             if (s[y] == -INFINITY) continue;
             const double want = emxi_oracle_loss(s, n, m.kind, m.alpha, y, p);
             OK(map_loss(contexts[c], m, x, y, dx, dtypes[t], n, &loss));
-            /* float: exponentials of softmax are good to 1e-6, everything else is in double; near alpha = 1 what a threshold known to
-             * 1e-16 leaves after two divisions by alpha - 1. alpha > 2: the oracle's threshold moves p by 1e-5, H by its square root's
-             * share of that */
+            /* float: exponentials of softmax are good to 1e-6, everything else is in double; near alpha = 1 what a threshold
+             * known to 1e-16 leaves after two divisions by alpha - 1. alpha > 2: the oracle's threshold moves p by 1e-5, H by its
+             * square root's share of that */
             const double slack = (dtypes[t] == EMX_F64 ? 1e-12 : 1e-6) * (1 + want) + (m.alpha > 1 ? 2e-15 / (m.alpha - 1) : 0) +
                                  (m.alpha > 2 ? 1e-9 : 0);
             if (!(fabs(loss - want) <= slack) || loss < 0)
@@ -113,7 +113,8 @@ static void test_gradient(void **state) {
       const int32_t y = seed % V;
       OK(map_loss(ctx, m, x, y, dx, EMX_F64, V, &loss));
       for (int i = 0; i < V; i++) {
-        /* the loss is once differentiable, its slope has a bounded slope for alpha <= 2: h of error; symmetric differences do better */
+        /* the loss is once differentiable, its slope has a bounded slope for alpha <= 2: h of error; symmetric differences do
+         * better */
         const double h = 1e-6, x0 = x[i];
         x[i] = x0 + h;
         OK(map_loss(ctx, m, x, y, NULL, EMX_F64, V, &up));

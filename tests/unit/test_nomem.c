@@ -1,9 +1,9 @@
 /* Out of memory at every place: each public call that may allocate runs with its first, second, ... allocation failing, until it
- * succeeds; once with that one alone, once with all later ones failing too. The call must say NOMEM, leave handles, results, caches and
- * files as they were, and leak nothing (the ASan build looks). Calls that promise not to allocate are held to that.
+ * succeeds; once with that one alone, once with all later ones failing too. The call must say NOMEM, leave handles, results,
+ * caches and files as they were, and leak nothing (the ASan build looks). Calls that promise not to allocate are held to that.
  *
- * The program is linked so that malloc and its like, as called by the libraries, come here first (CMakeLists.txt, --wrap); jansson is
- * told to come here as well. */
+ * The program is linked so that malloc and its like, as called by the libraries, come here first (CMakeLists.txt, --wrap);
+ * jansson is told to come here as well. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -66,8 +66,8 @@ char *__wrap_realpath(const char *path, char *out) { return refuse(false) ? NULL
 void *__wrap_mmap(void *p, size_t size, int protection, int flags, int fd, off_t offset) {
   return refuse(false) ? MAP_FAILED : __real_mmap(p, size, protection, flags, fd, offset);
 }
-/* jansson 2.14 writes past its token buffer, of 32, 64, ... bytes, when it cannot grow it. That is not ours to test; the library asks for
- * memory before it parses. */
+/* jansson 2.14 writes past its token buffer, of 32, 64, ... bytes, when it cannot grow it. That is not ours to test; the library
+ * asks for memory before it parses. */
 static bool parses;
 static void *json_alloc(size_t size) {
   const bool token = parses && size >= 32 && !(size & (size - 1));

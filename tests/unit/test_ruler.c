@@ -1,5 +1,5 @@
-/* The generator of long-context questions: exact lengths, answers where they are said to be and true by what the prompt says, samples that
- * depend on nothing but their own number. The questions are parsed here by themselves, as a reader would. */
+/* The generator of long-context questions: exact lengths, answers where they are said to be and true by what the prompt says,
+ * samples that depend on nothing but their own number. The questions are parsed here by themselves, as a reader would. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>

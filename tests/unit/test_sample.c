@@ -102,7 +102,8 @@ static void test_distribution(void **state) {
       count[t]++;
     }
     for (int i = 0; i < N; i++) {
-      /* Never a token outside of the kept set; inside, five standard deviations of a binomial, and five for where that is small. */
+      /* Never a token outside of the kept set; inside, five standard deviations of a binomial, and five for where that is
+       * small. */
       double slack = p[i] > 0 ? 5 * sqrt(p[i] * (1 - p[i]) * DRAWS) + 5 : 0;
       if (fabs(count[i] - p[i] * DRAWS) > slack)
         fail_msg("case %d token %d: drawn %d, expected %g", (int)c, i, count[i], p[i] * DRAWS);

@@ -1,4 +1,5 @@
-/* theta and RoPE by themselves: published values, limits, derivatives, positions up to 2^20; what a layer's weights make of them. */
+/* theta and RoPE by themselves: published values, limits, derivatives, positions up to 2^20; what a layer's weights make of
+ * them. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -65,7 +66,8 @@ static void test_limits(void **state) {
   }
 }
 
-/* Central differences with h = 1e-5: truncation h^2/6 times the third derivative, rounding 1e-16/h; both below 1e-9 of the size of theta. */
+/* Central differences with h = 1e-5: truncation h^2/6 times the third derivative, rounding 1e-16/h; both below 1e-9 of the size
+ * of theta. */
 static void test_derivatives(void **state) {
   (void)state;
   static const int32_t types[] = {EMX_ATTN_SCALE_ASENTMAX, EMX_ATTN_SCALE_SSMAX, EMX_ATTN_SCALE_FOCAL};
@@ -96,7 +98,8 @@ static emx_model_config config(int32_t position, int32_t scale) {
   return c;
 }
 
-/* Rows of the pass itself: the heads without ALiBi times theta in float, the others untouched; beta -> 0 leaves every bit alone. */
+/* Rows of the pass itself: the heads without ALiBi times theta in float, the others untouched; beta -> 0 leaves every bit
+ * alone. */
 static void test_queries(void **state) {
   (void)state;
   emx_model_config c = config(EMX_POSITION_NAPE, EMX_ATTN_SCALE_ASENTMAX);
@@ -126,8 +129,8 @@ static void test_queries(void **state) {
   }
 }
 
-/* Against complex numbers in double. The angle is exact to 1e-10 at position 2^20, so only the roundings of the sine, the products and the
- * sum remain; turning back gives what was there. Scores depend on the distance alone. */
+/* Against complex numbers in double. The angle is exact to 1e-10 at position 2^20, so only the roundings of the sine, the
+ * products and the sum remain; turning back gives what was there. Scores depend on the distance alone. */
 static void test_rope(void **state) {
   (void)state;
   emx_model_config c = config(EMX_POSITION_ROPE, EMX_ATTN_SCALE_NONE);
@@ -215,8 +218,8 @@ static double layer64(bool gradient) {
   }
   return loss;
 }
-/* Central differences of h = 1e-5 in double: 1e-10 of truncation, 1e-11 of rounding. Supports do not change within h: the weights are
- * square roots away from the threshold, and a kink would show as an error of 1e-3. */
+/* Central differences of h = 1e-5 in double: 1e-10 of truncation, 1e-11 of rounding. Supports do not change within h: the weights
+ * are square roots away from the threshold, and a kink would show as an error of 1e-3. */
 static void expect_slope(double *at, double got, const char *what) {
   const double keep = *at, h = 1e-5;
   *at = keep + h;

@@ -1,6 +1,6 @@
 #define _GNU_SOURCE /* setenv */
-/* `emx selftest` can fail: every stored value that is changed is noticed, on every kernel table; and the stored values, which a Python
- * program made, agree with the library's float64 oracle, which shares nothing with it. */
+/* `emx selftest` can fail: every stored value that is changed is noticed, on every kernel table; and the stored values, which a
+ * Python program made, agree with the library's float64 oracle, which shares nothing with it. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -72,8 +72,8 @@ static void test_wrong_values_are_noticed(void **state) {
   spoil(ctx, copy.map_p, 3, NAN, &copy, "map");
   spoil(ctx, copy.attn_o, 3, NAN, &copy, "attention");
   spoil(ctx, copy.decode_o, 3, NAN, &copy, "decode");
-  /* A page that top-k did not read for head 0, whose answer it certified, would have had a weight; and so much weight on a page that
-   * head 1 did not read that its bound does not cover it. A page that was read may have any. */
+  /* A page that top-k did not read for head 0, whose answer it certified, would have had a weight; and so much weight on a page
+   * that head 1 did not read that its bound does not cover it. A page that was read may have any. */
   double *certified = copy.decode_mass + 2 * GOLDEN_DECODE_PAGES, *bounded = copy.decode_mass + 3 * GOLDEN_DECODE_PAGES;
   int noticed[2] = {0};
   for (int page = 0; page < GOLDEN_DECODE_PAGES; page++)

@@ -209,9 +209,9 @@ static void expect_near(const float *got, const double *want, double slack, cons
       fail_msg("%s, token %d, logit %d: %g, expected %g", what, (int)at, i, (double)got[i], want[i]);
 }
 
-/* Logits are of size 1 to 5 and come out of sums of at most 100 products in f32, a handful in a row: errors near 1e-6. 1e-4 leaves
- * room for the softmax-like amplification of scores in two layers. With a bf16 cache, a key or value whose f32 forms differ in the
- * last bit may round to neighbours 2^-8 apart; one such coordinate of thousands moves a logit by less than 2e-2. */
+/* Logits are of size 1 to 5 and come out of sums of at most 100 products in f32, a handful in a row: errors near 1e-6. 1e-4
+ * leaves room for the softmax-like amplification of scores in two layers. With a bf16 cache, a key or value whose f32 forms
+ * differ in the last bit may round to neighbours 2^-8 apart; one such coordinate of thousands moves a logit by less than 2e-2. */
 static const double TIGHT = 1e-4, BF16 = 2e-2;
 
 static void test_against_reference(void **state) {
@@ -657,8 +657,8 @@ static void test_tap(void **state) {
   emx_session_destroy(s);
 }
 
-/* Every scale and position type: prefill in chunks and step by step, after a fork and after a truncation, against the reference, and
- * the same bits for any number of threads. */
+/* Every scale and position type: prefill in chunks and step by step, after a fork and after a truncation, against the reference,
+ * and the same bits for any number of threads. */
 static void test_scales_and_positions(void **state) {
   (void)state;
   static double plain[N][V];

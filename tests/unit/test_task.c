@@ -1,5 +1,5 @@
-/* The synthetic tasks: every generator against its definition, batches, the trainer on labels alone, and exact match against greedy
- * decoding. */
+/* The synthetic tasks: every generator against its definition, batches, the trainer on labels alone, and exact match against
+ * greedy decoding. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>
@@ -50,7 +50,8 @@ static int64_t find(int32_t token, int64_t from) {
     if (tokens[i] == token) return i;
   return -1;
 }
-/* Sequence tasks: the answer is the label chain from `at` to the end, each label the next input; returns its length without the end. */
+/* Sequence tasks: the answer is the label chain from `at` to the end, each label the next input; returns its length without the
+ * end. */
 static int64_t answer_at(int64_t at, int32_t end) {
   for (int64_t i = 0; i < at; i++) assert_int_equal(labels[i], EMX_UNSCORED);
   for (int64_t i = at; i + 1 < length; i++) assert_int_equal(labels[i], tokens[i + 1]);
@@ -395,8 +396,8 @@ static emx_trainer *trainer_of(emx_ctx *ctx, const emx_task_desc *t, const emx_t
   return trainer;
 }
 
-/* The loss of a step is the mean over the labels of its samples, each sample by itself: neither padding nor neighbours change it, and
- * padding gets no gradient. Sums of 1e-7 roundings over at most 60 tokens: 1e-5 is far above, a wrong row far below. */
+/* The loss of a step is the mean over the labels of its samples, each sample by itself: neither padding nor neighbours change it,
+ * and padding gets no gradient. Sums of 1e-7 roundings over at most 60 tokens: 1e-5 is far above, a wrong row far below. */
 static void test_batch(void **state) {
   (void)state;
   static const int32_t kinds[] = {EMX_TASK_RETRIEVAL, EMX_TASK_COUNT, EMX_TASK_SORT, EMX_TASK_FLIPFLOP};
@@ -578,8 +579,8 @@ static void test_mixed_up(void **state) {
   emx_trainer_destroy(trainer);
 }
 
-/* What emx_task_evaluate calls exact is what greedy decoding answers, token by token through a session's cache (f32 keys and values:
- * the two paths round differently, but only a tie could part them). A small model learns half of its samples. */
+/* What emx_task_evaluate calls exact is what greedy decoding answers, token by token through a session's cache (f32 keys and
+ * values: the two paths round differently, but only a tie could part them). A small model learns half of its samples. */
 static void test_greedy(void **state) {
   (void)state;
   static const int32_t kinds[] = {EMX_TASK_FLIPFLOP, EMX_TASK_COPY};

@@ -1,5 +1,5 @@
-/* Threads: two on one context, several contexts at once, a cancellation from outside, a fork of a process with workers. What each thread
- * computes is what it computes alone. Run these under ThreadSanitizer. */
+/* Threads: two on one context, several contexts at once, a cancellation from outside, a fork of a process with workers. What each
+ * thread computes is what it computes alone. Run these under ThreadSanitizer. */
 #define _GNU_SOURCE
 #include <setjmp.h>
 #include <stdarg.h>

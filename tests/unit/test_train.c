@@ -485,7 +485,8 @@ static void test_initial_weights(void **state) {
     const double want = info.ndim == 1 ? 1 : residual ? 0.02 / sqrt(8) : 0.02;
     assert_true(fabs(got / want - 1) < 0.03); /* >= 18,432 normals: 5 standard deviations of 0.5 % */
   }
-  /* Every scale: the shared tensors start with the same bits, theta at 1.05, at 1 at the last position, at the temperature's inverse. */
+  /* Every scale: the shared tensors start with the same bits, theta at 1.05, at 1 at the last position, at the temperature's
+   * inverse. */
   static const int32_t scales[] = {EMX_ATTN_SCALE_ASENTMAX, EMX_ATTN_SCALE_SSMAX, EMX_ATTN_SCALE_FOCAL};
   for (int i = 0; i < 3; i++) {
     emx_model_config other = c;
