@@ -194,6 +194,10 @@ int bench_map(int argc, char **argv) {
     goto done;
   }
   for (int64_t r = 0; r < o.rows; r++) {
+    if (cli_interrupted()) {
+      code = CLI_INTERRUPTED;
+      goto done;
+    }
     emxi_normals(o.seed, (uint64_t)r, noise, o.n);
     for (int64_t i = 0; i < o.n; i++) emxi_store(b.x, o.dtype, r * o.n + i, noise[i] * o.std);
     emxi_normals(o.seed + 1, (uint64_t)r, noise, o.n);
