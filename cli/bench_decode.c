@@ -679,7 +679,7 @@ typedef struct picture {
   int64_t n;
 } picture;
 static int draw(const options *o, const picture *p) {
-  char rows[MAX_FILES][24], columns[MAX_HEADS][8], panels[2][40], title[96];
+  char rows[MAX_FILES][24], columns[MAX_HEADS][12], panels[2][40], title[96];
   const char *row[MAX_FILES], *column[MAX_HEADS], *panel[2] = {panels[0], panels[1]};
   double values[2 * MAX_FILES * MAX_HEADS], floor[MAX_FILES] = {0};
   const char *select = cli_select_name(o->select.desc[o->select.n - 1].kind);
