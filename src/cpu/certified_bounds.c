@@ -187,7 +187,7 @@ static void list_group(const cert_item *it, block *b, int64_t position, unsigned
                 (size_t)kv->sketch.dp);
 }
 
-/* Centres and balls: the groups that may matter stay, their planes are on their way. */
+/* Centres and balls: the groups that may matter stay. Their high planes are on their way. */
 static void judge(scan *s, block *b) {
   cert_item *it = s->it;
   const emxi_sketch *k = &it->d->kv->sketch;
@@ -248,8 +248,7 @@ static void judge(scan *s, block *b) {
     b->at[left] = b->at[i];
     b->from[left] = b->from[i];
     b->x[left++] = i;
-    emxi_prefetch((const char *)(k->high + (base + b->at[i]) * k->dp), (size_t)k->dp * 4);
-    if (s->fused) emxi_prefetch((const char *)(k->low + (base + b->at[i]) * k->dp), (size_t)k->dp * 4);
+    if (!s->fused) emxi_prefetch((const char *)(k->high + (base + b->at[i]) * k->dp), (size_t)k->dp * 4);
   }
   b->n = left;
 }
@@ -315,7 +314,7 @@ static void keep_hot(scan *s, int r, const emxi_sketch_row *row, int x, int32_t 
 }
 
 /* Both planes of the groups, the high one alone first unless most of them pass it; then groups that nothing describes. */
-static void read_planes(scan *s, block *b) {
+static void read_planes(scan *s, block *b, const block *next) {
   cert_item *it = s->it;
   const emxi_sketch *k = &it->d->kv->sketch;
   const int64_t base = (int64_t)it->g * k->groups;
@@ -326,6 +325,11 @@ static void read_planes(scan *s, block *b) {
   for (int r = 0; r < it->rows; r++) make_room(s->slot, r, b->n * EMXI_GROUP);
   for (int i = 0; i < b->n && !s->slot->full; i++) {
     const int x = b->x[i];
+    if (s->fused &&
+        i < next->n) { /* both planes of a block at once would fill the queue of misses, and leave memory idle afterwards */
+      emxi_prefetch((const char *)(k->high + (base + next->at[i]) * k->dp), (size_t)k->dp * 4);
+      emxi_prefetch((const char *)(k->low + (base + next->at[i]) * k->dp), (size_t)k->dp * 4);
+    }
     const uint32_t *upper = k->high + (base + b->at[i]) * k->dp, *lower = k->low + (base + b->at[i]) * k->dp;
     high_only++;
     if (!s->fused) {
@@ -378,7 +382,7 @@ void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch) {
     drained += p >= to;
     judge(&s, judged);
     since += ready->n;
-    read_planes(&s, ready);
+    read_planes(&s, ready, judged);
     if (!s.fused && s.tried >= 64) { /* most groups pass the high plane: both at once, with another look later on */
       s.fused = s.passed * 2 > s.tried;
       s.tried = s.passed = since = 0;
@@ -408,7 +412,7 @@ double emxi_cert_probe(cert_item *it, cert_list *scratch) {
     }
     judge(&s, listed);
     blind += listed->n_exact * EMXI_GROUP;
-    read_planes(&s, ready);
+    read_planes(&s, ready, listed);
   }
   int64_t most = 0;
   for (int r = 0; r < it->rows; r++) {
