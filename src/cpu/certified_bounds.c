@@ -187,6 +187,16 @@ static void list_group(const cert_item *it, block *b, int64_t position, unsigned
                 (size_t)kv->sketch.dp);
 }
 
+/* One plane of a group, or both, on the way to the cache. */
+static inline void send_plane(const scan *s, const uint32_t *plane, int64_t at) {
+  const emxi_sketch *k = &s->it->d->kv->sketch;
+  emxi_prefetch((const char *)(plane + ((int64_t)s->it->g * k->groups + at) * k->dp), (size_t)k->dp * 4);
+}
+static inline void send_both(const scan *s, int64_t at) {
+  send_plane(s, s->it->d->kv->sketch.high, at);
+  send_plane(s, s->it->d->kv->sketch.low, at);
+}
+
 /* Centres and balls: the groups that may matter stay. Their high planes are on their way. */
 static void judge(scan *s, block *b) {
   cert_item *it = s->it;
@@ -248,7 +258,7 @@ static void judge(scan *s, block *b) {
     b->at[left] = b->at[i];
     b->from[left] = b->from[i];
     b->x[left++] = i;
-    if (!s->fused) emxi_prefetch((const char *)(k->high + (base + b->at[i]) * k->dp), (size_t)k->dp * 4);
+    if (!s->fused) send_plane(s, k->high, b->at[i]);
   }
   b->n = left;
 }
@@ -313,7 +323,8 @@ static void keep_hot(scan *s, int r, const emxi_sketch_row *row, int x, int32_t 
   }
 }
 
-/* Both planes of the groups, the high one alone first unless most of them pass it; then groups that nothing describes. */
+/* Both planes of the groups, the high one alone first unless most of them pass it; then groups that nothing describes. Where both planes of
+ * a whole block are wanted, `next` gets its own one by one: all at once would fill the queue of misses and leave memory idle afterwards. */
 static void read_planes(scan *s, block *b, const block *next) {
   cert_item *it = s->it;
   const emxi_sketch *k = &it->d->kv->sketch;
@@ -321,24 +332,26 @@ static void read_planes(scan *s, block *b, const block *next) {
   const emxi_sketch_group *head = heads_of(it);
   int32_t dot[CERT_ROWS * EMXI_GROUP];
   uint16_t mask[CERT_ROWS];
-  int64_t high_only = 0, low = 0;
+  const int64_t high_only = b->n;
+  int sent = 0;
   for (int r = 0; r < it->rows; r++) make_room(s->slot, r, b->n * EMXI_GROUP);
+  if (!s->fused) { /* the low planes of what passes are on their way while the other high planes are read */
+    int left = 0;
+    for (int i = 0; i < b->n; i++) {
+      if (!it->sk->high(it->q8, it->rows, k->high + (base + b->at[i]) * k->dp, k->dp, &b->high[0][b->x[i]])) continue;
+      send_plane(s, k->low, b->at[i]);
+      b->at[left] = b->at[i];
+      b->from[left] = b->from[i];
+      b->x[left++] = b->x[i];
+    }
+    s->tried += b->n;
+    s->passed += left;
+    b->n = left;
+  }
   for (int i = 0; i < b->n && !s->slot->full; i++) {
     const int x = b->x[i];
-    if (s->fused &&
-        i < next->n) { /* both planes of a block at once would fill the queue of misses, and leave memory idle afterwards */
-      emxi_prefetch((const char *)(k->high + (base + next->at[i]) * k->dp), (size_t)k->dp * 4);
-      emxi_prefetch((const char *)(k->low + (base + next->at[i]) * k->dp), (size_t)k->dp * 4);
-    }
+    if (s->fused && sent < next->n) send_both(s, next->at[sent++]);
     const uint32_t *upper = k->high + (base + b->at[i]) * k->dp, *lower = k->low + (base + b->at[i]) * k->dp;
-    high_only++;
-    if (!s->fused) {
-      const bool any = it->sk->high(it->q8, it->rows, upper, k->dp, &b->high[0][x]);
-      s->tried++;
-      s->passed += any;
-      if (!any) continue;
-    }
-    low++;
     if (!it->sk->both(it->q8, it->rows, upper, lower, k->dp, b->want, x, (int32_t)b->from[i], s->slot->left, dot, mask)) continue;
     const double norm = (double)from16(head[b->at[i]].norm_k);
     for (int r = 0; r < it->rows; r++)
@@ -346,7 +359,8 @@ static void read_planes(scan *s, block *b, const block *next) {
     for (int r = 0; r < it->rows; r++)
       make_room(s->slot, r, (b->n - i) * EMXI_GROUP); /* some went from the hot ones to the others */
   }
-  for (int r = 0; r < it->rows; r++) s->slot->count[r].bytes_meta += (high_only + low) * k->dp * 4;
+  while (s->fused && sent < next->n) send_both(s, next->at[sent++]);
+  for (int r = 0; r < it->rows; r++) s->slot->count[r].bytes_meta += (high_only + b->n) * k->dp * 4;
   for (int i = 0; i < b->n_exact && !s->slot->full; i++) {
     emxi_cert_read(it, s->slot, -1, b->exact[i], EMXI_GROUP, -1);
     for (int r = 0; r < it->rows; r++) emxi_cert_raise(it, r, &s->slot->found[r], s->scratch);

@@ -174,9 +174,10 @@ static inline int64_t emxi_sketch_super_slot(const emx_kv *kv, int32_t last) {
 static inline bool emxi_sketch_super_valid(const emx_kv *kv, const int32_t *pages) {
   const int32_t n = EMXI_SUPER / kv->P;
   const uint64_t *number = kv->sketch.super_number + emxi_sketch_super_slot(kv, pages[n - 1]) * n;
-  for (int32_t i = 0; i < n; i++)
-    if (!emxi_sketch_page_valid(kv, pages[i]) || kv->sketch.number[pages[i]] != number[i]) return false;
-  return true;
+  bool valid = true;
+  for (int32_t i = 0; i < n; i++) /* no branches: they would wait for memory one by one */
+    valid &= (kv->sum_tokens[pages[i]] == kv->P) & (number[i] != 0) & (kv->sketch.number[pages[i]] == number[i]);
+  return valid;
 }
 
 /* Everything about the batch is in range: sequences exist and are distinct, tables are wide enough for `extra` more tokens each
