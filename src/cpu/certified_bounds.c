@@ -323,8 +323,9 @@ static void keep_hot(scan *s, int r, const emxi_sketch_row *row, int x, int32_t 
   }
 }
 
-/* Both planes of the groups, the high one alone first unless most of them pass it; then groups that nothing describes. Where both planes of
- * a whole block are wanted, `next` gets its own one by one: all at once would fill the queue of misses and leave memory idle afterwards. */
+/* Both planes of the groups, the high one alone first unless most of them pass it; then groups that nothing describes. Where both
+ * planes of a whole block are wanted, `next` gets its own one by one: all at once would fill the queue of misses and leave memory
+ * idle afterwards. */
 static void read_planes(scan *s, block *b, const block *next) {
   cert_item *it = s->it;
   const emxi_sketch *k = &it->d->kv->sketch;
