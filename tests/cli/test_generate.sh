@@ -57,7 +57,7 @@ jq '.entmax_alpha = 1.25' "$MODEL/config.json" >config
 cp -r "$MODEL" quarter
 mv config quarter/config.json
 for model in "$MODEL" quarter; do
-  run 0 generate -m $model -p "The licence" -n 20 --dump-qkv dump --kv-dtype bf16 --json
+  run 0 generate -m "$model" -p "The licence" -n 20 --dump-qkv dump --kv-dtype bf16 --json
   cp out told
   for layer in 0 1; do
     run 0 decode -f dump/layer-$layer.safetensors --json
