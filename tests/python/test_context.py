@@ -69,14 +69,22 @@ class Contexts(unittest.TestCase):
 
     def test_forked_worker(self):
         want = L.entmax(X)  # the default context has its threads now
-        _c.context().lock.acquire()  # as if another thread were in a call
+        held, done = threading.Event(), threading.Event()
+
+        def hold():  # as a thread in a long call does
+            with _c.context().lock:
+                held.set()
+                done.wait()
+        threading.Thread(target=hold).start()
+        held.wait()
         child = os.fork()
         if child == 0:
+            signal.alarm(10)  # a lock that nobody opens
             try:
                 os._exit(0 if np.array_equal(L.entmax(X), want) else 3)
             except BaseException:
                 os._exit(4)
-        _c.context().lock.release()
+        done.set()
         self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), 0)
         np.testing.assert_array_equal(L.entmax(X), want)
 
