@@ -51,3 +51,22 @@ def difference(f, x, step=1e-6):
         out[index] = (above - f(x)) / (2 * step)
         x[index] = old
     return out
+
+
+def attention(q, k, v, alpha, causal=False, scale=None, slopes=None):
+    """(o, tau, p) of [H,S,D] queries over [G,N,D] keys in float64; alpha is one number or one a head."""
+    q, k, v = (np.asarray(a, dtype=np.float64) for a in (q, k, v))
+    heads, s, d = q.shape
+    n = k.shape[1]
+    alpha = np.broadcast_to(alpha, heads)
+    p, tau = np.zeros((heads, s, n)), np.zeros((heads, s))
+    for h in range(heads):
+        for i in range(s):
+            at = i + n - s
+            x = k[h * k.shape[0] // heads] @ q[h, i] * (scale or d ** -0.5)
+            if slopes is not None:
+                x = x - slopes[h] * np.abs(at - np.arange(n))
+            seen = at + 1 if causal else n
+            p[h, i, :seen], tau[h, i] = row(x[:seen], alpha[h])
+    o = np.stack([p[h] @ v[h * k.shape[0] // heads] for h in range(heads)])
+    return o, tau, p
