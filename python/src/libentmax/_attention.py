@@ -41,29 +41,30 @@ def slopes(array):
 
 def _desc(alpha, causal, scale, window, layout):
     left, right = window
-    return _c.make(_c.AttnDesc, flags=_c.ATTN_CAUSAL if causal else 0, alpha=alpha, scale=scale or 0.0, layout=layout_code(layout),
-                   window_left=left, window_right=right)
+    return _c.make(_c.AttnDesc, flags=_c.ATTN_CAUSAL if causal else 0, alpha=alpha, scale=scale or 0.0,
+                   layout=layout_code(layout), window_left=left, window_right=right)
 
 
 def _run(function, backward, desc, io, ctx):
     ctx = _c.context(ctx)
     size = c_size_t()
-    _c.run(ctx, _c.lib.emx_attn_workspace_size, byref(desc), byref(io), _c.PASS_BACKWARD if backward else _c.PASS_FORWARD, byref(size))
+    which = _c.PASS_BACKWARD if backward else _c.PASS_FORWARD
+    _c.run(ctx, _c.lib.emx_attn_workspace_size, byref(desc), byref(io), which, byref(size))
     workspace = np.empty(size.value, np.uint8)
     _c.run(ctx, function, byref(desc), byref(io), workspace.ctypes.data, size)
 
 
-def attention(q, k, v, alpha=1.5, *, causal=False, scale=None, window=(-1, -1), layout="BHND", alibi_slopes=None, block_table=None,
-              seqlens_q=None, seqlens_k=None, cu_seqlens_q=None, cu_seqlens_k=None, return_tau=False, return_support_size=False,
-              ctx=None):
+def attention(q, k, v, alpha=1.5, *, causal=False, scale=None, window=(-1, -1), layout="BHND", alibi_slopes=None,
+              block_table=None, seqlens_q=None, seqlens_k=None, cu_seqlens_q=None, cu_seqlens_k=None, return_tau=False,
+              return_support_size=False, ctx=None):
     """o_i = sum_j p_ij v_j, with p_i the alpha-entmax of the scores scale * (q_i . k_j) + ALiBi.
 
     padded: q [B,H,S,D], k and v [B,G,N,D] ("BNHD": [B,S,H,D], [B,N,G,D]); seqlens_q, seqlens_k [B] optional.
     packed: q [T,H,D], k and v [T',G,D] with cu_seqlens_q and cu_seqlens_k [B+1].
     paged: k, v pools [M',G,P,D] ("BNHD": [M',P,G,D]) with block_table [B,M] and seqlens_k.
     Query head h reads KV head h / (H/G). k and v: float32, float16, bfloat16 or float64; q the same, or float32 over 16-bit keys.
-    alpha: 1 (softmax) or 1 + 1e-6 to 4; a number, or one a head [H]. scale None: 1/sqrt(D). window: keys before and after the query's
-    own position, -1: all. causal is bottom-right aligned. alibi_slopes [H] float32: adds -slope * distance.
+    alpha: 1 (softmax) or 1 + 1e-6 to 4; a number, or one a head [H]. scale None: 1/sqrt(D). window: keys before and after the
+    query's own position, -1: all. causal is bottom-right aligned. alibi_slopes [H] float32: adds -slope * distance.
     Returns o, shape and dtype of q; with return_tau also the threshold, in units of (alpha-1) * score (at a number alpha = 1 the
     log-sum-exp), with return_support_size also the number of nonzero weights (int32), both of q's shape without D.
     Arrays whose last dimension is contiguous are read in place.
@@ -91,8 +92,8 @@ def attention_backward(d_o, q, k, v, tau, alpha=1.5, *, causal=False, scale=None
                        return_d_alpha=False, ctx=None):
     """Gradients (d_q, d_k, d_v) of attention, each with shape and dtype of what it belongs to.
 
-    d_o: gradient of o, shape of q; tau: what attention(..., return_tau=True) gave with the same arguments. 1 <= alpha <= 2, k and v
-    contiguous or packed. With return_d_alpha, where alpha is one number a head, also its gradient [H] float64.
+    d_o: gradient of o, shape of q; tau: what attention(..., return_tau=True) gave with the same arguments. 1 <= alpha <= 2, k and
+    v contiguous or packed. With return_d_alpha, where alpha is one number a head, also its gradient [H] float64.
     Errors: as for attention.
     """
     q, k, v, d_o = _c.readable(q, "q"), _c.readable(k, "k"), _c.readable(v, "v"), _c.readable(d_o, "d_o")

@@ -88,25 +88,26 @@ class AttnIo(ctypes.Structure):
 
 
 class KvOpts(ctypes.Structure):
-    _fields_ = [("struct_size", c_uint32), ("dtype", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32), ("page_size", c_int32),
-                ("layout", c_int32), ("summaries", c_int32), ("max_seqs", c_int32), ("max_pages", c_int64), ("k_pool", _PT),
-                ("v_pool", _PT), ("file", c_char_p)]
+    _fields_ = [("struct_size", c_uint32), ("dtype", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32),
+                ("page_size", c_int32), ("layout", c_int32), ("summaries", c_int32), ("max_seqs", c_int32),
+                ("max_pages", c_int64), ("k_pool", _PT), ("v_pool", _PT), ("file", c_char_p)]
 
 
 class KvInfo(ctypes.Structure):
-    _fields_ = [("struct_size", c_uint32), ("dtype", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32), ("page_size", c_int32),
-                ("layout", c_int32), ("summaries", c_int32), ("seqs", c_int32), ("max_pages", c_int64), ("free_pages", c_int64),
-                ("bytes_kv", c_int64), ("bytes_summary", c_int64)]
+    _fields_ = [("struct_size", c_uint32), ("dtype", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32),
+                ("page_size", c_int32), ("layout", c_int32), ("summaries", c_int32), ("seqs", c_int32), ("max_pages", c_int64),
+                ("free_pages", c_int64), ("bytes_kv", c_int64), ("bytes_summary", c_int64)]
 
 
 class KvBatch(ctypes.Structure):
-    _fields_ = [("struct_size", c_uint32), ("batch", c_int32), ("seqs", POINTER(c_int32)), ("block_table", _PT), ("seq_lens", _PT),
-                ("max_len", c_int64)]
+    _fields_ = [("struct_size", c_uint32), ("batch", c_int32), ("seqs", POINTER(c_int32)), ("block_table", _PT),
+                ("seq_lens", _PT), ("max_len", c_int64)]
 
 
 class KvSummary(ctypes.Structure):
     _fields_ = [("struct_size", c_uint32), ("valid", c_int32), ("tokens", c_int32), ("nonfinite", c_int32), ("min", c_void_p),
-                ("max", c_void_p), ("mean", POINTER(c_float)), ("m2", POINTER(c_float)), ("radius", c_float), ("reserved", c_int32)]
+                ("max", c_void_p), ("mean", POINTER(c_float)), ("m2", POINTER(c_float)), ("radius", c_float),
+                ("reserved", c_int32)]
 
 
 class SelectDesc(ctypes.Structure):
@@ -137,15 +138,15 @@ class ModelConfig(ctypes.Structure):
 
 
 class SessionOpts(ctypes.Structure):
-    _fields_ = [("struct_size", c_uint32), ("kv_dtype", c_int32), ("page_size", c_int32), ("summaries", c_int32), ("chunk", c_int32),
-                ("max_sessions", c_int32), ("max_tokens", c_int64), ("kv_file", c_char_p)]
+    _fields_ = [("struct_size", c_uint32), ("kv_dtype", c_int32), ("page_size", c_int32), ("summaries", c_int32),
+                ("chunk", c_int32), ("max_sessions", c_int32), ("max_tokens", c_int64), ("kv_file", c_char_p)]
 
 
 class SessionStats(ctypes.Structure):
     _fields_ = [("struct_size", c_uint32), ("nonfinite", c_int32), ("tokens", c_int64), ("rows", c_int64), ("certified", c_int64),
                 ("support_sum", c_double), ("delta_bound_sum", c_double), ("delta_bound_max", c_double), ("mass_min", c_double),
-                ("mass_max", c_double), ("bytes_k", c_int64), ("bytes_v", c_int64), ("bytes_meta", c_int64), ("bytes_full", c_int64),
-                ("attn_seconds", c_double), ("seconds", c_double), ("paths", c_int64 * 3)]
+                ("mass_max", c_double), ("bytes_k", c_int64), ("bytes_v", c_int64), ("bytes_meta", c_int64),
+                ("bytes_full", c_int64), ("attn_seconds", c_double), ("seconds", c_double), ("paths", c_int64 * 3)]
 
 
 class SampleOpts(ctypes.Structure):
@@ -154,10 +155,10 @@ class SampleOpts(ctypes.Structure):
 
 # The header's name of every struct above.
 STRUCTS = {"emx_tensor": Tensor, "emx_ctx_opts": CtxOpts, "emx_ctx_info": CtxInfo, "emx_entmax_desc": EntmaxDesc,
-           "emx_entmax_io": EntmaxIo, "emx_loss_io": LossIo, "emx_attn_desc": AttnDesc, "emx_attn_io": AttnIo, "emx_kv_opts": KvOpts,
-           "emx_kv_info": KvInfo, "emx_kv_batch": KvBatch, "emx_kv_summary": KvSummary, "emx_select_desc": SelectDesc,
-           "emx_report": Report, "emx_decode_io": DecodeIo, "emx_model_config": ModelConfig, "emx_session_opts": SessionOpts,
-           "emx_session_stats": SessionStats, "emx_sample_opts": SampleOpts}
+           "emx_entmax_io": EntmaxIo, "emx_loss_io": LossIo, "emx_attn_desc": AttnDesc, "emx_attn_io": AttnIo,
+           "emx_kv_opts": KvOpts, "emx_kv_info": KvInfo, "emx_kv_batch": KvBatch, "emx_kv_summary": KvSummary,
+           "emx_select_desc": SelectDesc, "emx_report": Report, "emx_decode_io": DecodeIo, "emx_model_config": ModelConfig,
+           "emx_session_opts": SessionOpts, "emx_session_stats": SessionStats, "emx_sample_opts": SampleOpts}
 _HEADER_NAMES = {struct: name for name, struct in STRUCTS.items()}
 
 # ------------------------------------------------------------------------------------------------------------ prototypes

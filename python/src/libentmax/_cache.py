@@ -20,7 +20,8 @@ REPORT = np.dtype({"names": [f[0] for f in _c.Report._fields_], "formats": [np.d
 
 
 class Decoded(NamedTuple):
-    """o: shape and dtype of q. reports: [B,H,S] records (emx.h, emx_report). certified: [B,H,S] bool, the output is the dense one's."""
+    """o: shape and dtype of q. reports: [B,H,S] records (emx.h, emx_report). certified: [B,H,S] bool: nothing that has weight
+    was left out."""
     o: np.ndarray
     reports: np.ndarray
 
@@ -30,17 +31,17 @@ class Decoded(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """pages: [B,H,S,M] int32, logical, ascending, -1 past the end; n_pages: [B,H,S] int32; bound: [B,H,S] float32, of the scores left
-    out, times alpha-1."""
+    """pages: [B,H,S,M] int32, logical, ascending, -1 past the end; n_pages: [B,H,S] int32; bound: [B,H,S] float32, of the scores
+    left out, times alpha-1."""
     pages: np.ndarray
     n_pages: np.ndarray
     bound: np.ndarray
 
 
 class Summaries(NamedTuple):
-    """Of every page (first axis) and KV head (second). min, max, mean, spread: [M,G,D] float32, None without that summary; spread is
-    the root of the mean squared deviation. radius: [M,G], the largest distance of a key to the mean, +inf while the page fills.
-    tokens: [M] int32, keys in the page; 0 where the summary of a page is not valid. nonfinite: [M,G] bool, always read."""
+    """Of every page (first axis) and KV head (second). min, max, mean, spread: [M,G,D] float32, None without that summary; spread
+    is the root of the mean squared deviation. radius: [M,G], the largest distance of a key to the mean, +inf while the page
+    fills. tokens: [M] int32, keys in the page; 0 where the summary of a page is not valid. nonfinite: [M,G] bool, always read."""
     min: Optional[np.ndarray]
     max: Optional[np.ndarray]
     mean: Optional[np.ndarray]
@@ -70,31 +71,33 @@ def select_desc(select="all", *, budget=0, max_bytes=0, max_delta=0.0, tau_mode=
     for name in margins:
         if name not in ("tau_steps", "max_quantile", "safety_margin", "excess_margin"):
             raise _c.InvalidError(f"a selector has no {name}")
-    return _c.make(_c.SelectDesc, kind=_named(SELECTORS, select, "select"), budget=budget, max_bytes=max_bytes, max_delta=max_delta,
-                   tau_mode=_named(TAU_MODES, tau_mode, "tau_mode"), **margins)
+    return _c.make(_c.SelectDesc, kind=_named(SELECTORS, select, "select"), budget=budget, max_bytes=max_bytes,
+                   max_delta=max_delta, tau_mode=_named(TAU_MODES, tau_mode, "tau_mode"), **margins)
 
 
 class KVCache:
     """Keys and values of one layer in pages, and sequences over them.
 
     kv_heads G, head_dim D (16..256). max_tokens: how many the pool holds, whatever number of the at most max_seqs sequences they
-    are spread over; pages of page_size 16, 32 or 64. dtype: "float32", "float16" or "bfloat16". summaries: of "minmax", "moments",
-    "sketch", "residual"; what selectors read ("topk": minmax, "gaussian": moments, "certified": sketch). layout: of k, v, q and o,
-    "BHND" ([B,H,S,D], [B,G,T,D]) or "BNHD". file: a name that does not exist yet; keys and values go there, not into memory.
+    are spread over; pages of page_size 16, 32 or 64. dtype: "float32", "float16" or "bfloat16". summaries: of "minmax",
+    "moments", "sketch", "residual"; what selectors read ("topk": minmax, "gaussian": moments, "certified": sketch). layout: of k,
+    v, q and o, "BHND" ([B,H,S,D], [B,G,T,D]) or "BNHD". file: a name that does not exist yet; keys and values go there, not into
+    memory.
 
     Calls of several threads run one after the other. A forked child has its own copy (not with a file: UnsupportedError or
     StateError there). Methods raise StateError for an unknown sequence and after close().
     Source: EntmaxKV (selectors), and ours (certified).
     """
 
-    def __init__(self, kv_heads, head_dim, max_tokens, *, dtype="float32", page_size=16, summaries="minmax,moments,sketch,residual",
-                 max_seqs=64, layout="BHND", file=None, ctx=None):
+    def __init__(self, kv_heads, head_dim, max_tokens, *, dtype="float32", page_size=16,
+                 summaries="minmax,moments,sketch,residual", max_seqs=64, layout="BHND", file=None, ctx=None):
         self._kv = None
         self._ctx = _c.context(ctx)
         if dtype not in ("float32", "float16", "bfloat16"):
             raise _c.DtypeError(f"a cache of {dtype!r} is not possible; 'float32', 'float16' and 'bfloat16' are")
         if page_size not in (16, 32, 64) or max_tokens < 1 or max_seqs < 1:
-            raise _c.InvalidError(f"page_size {page_size} (16, 32 or 64), max_tokens {max_tokens} and max_seqs {max_seqs} (at least 1)")
+            raise _c.InvalidError(f"page_size {page_size} (16, 32 or 64), max_tokens {max_tokens} and max_seqs {max_seqs} "
+                                  "(at least 1)")
         self.layout = layout
         opts = _c.make(_c.KvOpts, dtype=_c.DTYPES[dtype], kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
                        layout=layout_code(layout), summaries=summary_bits(summaries), max_seqs=max_seqs,
@@ -227,15 +230,16 @@ class KVCache:
             pages[row][n_pages[row]:] = -1
         return Selection(pages, n_pages, bound)
 
-    def decode(self, seqs, q, k_new=None, v_new=None, alpha=1.5, *, select="all", pages=None, scale=None, alibi_slopes=None, **options):
+    def decode(self, seqs, q, k_new=None, v_new=None, alpha=1.5, *, select="all", pages=None, scale=None, alibi_slopes=None,
+               **options):
         """Attention of the newest tokens over the cache: Decoded(o, reports).
 
         seqs: one id or [B]; q [B,H,S,D] ("BNHD": [B,S,H,D]), float32, float16 or bfloat16, S = 1 unless select is "all".
         k_new, v_new: appended first, as by append(). alpha: 1 or up to 4, a number or one a head [H]. alibi_slopes [H].
         select: "all", "topk" (budget=TOKENS), "gaussian" (tau_mode "exact", "corrected", "fixed"; max_quantile, safety_margin,
         excess_margin, tau_steps), "certified" (max_bytes, max_delta). Or pages: the logical pages to read, from anywhere: int32
-        [B,H,S,M], ascending, -1 past the end, or for B = S = 1 a list of H lists. Every report says what was dropped: delta_bound is a
-        sound bound of the mass of all tokens that were not read, for a caller's pages as for a selector's.
+        [B,H,S,M], ascending, -1 past the end, or for B = S = 1 a list of H lists. Every report says what was dropped: delta_bound
+        is a sound bound of the mass of all tokens that were not read, for a caller's pages as for a selector's.
         Errors: StateError, UnsupportedError, InvalidError, ShapeError, DtypeError, Cancelled; a failed call has appended nothing.
         """
         if (k_new is None) != (v_new is None):
@@ -317,14 +321,18 @@ class KVCache:
     # ----------------------------------------------------------------------------------------------------------- files
 
     def save(self, path, seqs):
-        """Writes sequences to a file with a checksum; an existing file is replaced whole or not at all. Errors: FileError, StateError."""
+        """Writes sequences to a file with a checksum; an existing file is replaced whole or not at all.
+
+        Errors: FileError, StateError.
+        """
         batch = self._batch(seqs)
         self._call(_c.model_lib().emx_kv_save, batch.seqs, batch.batch, os.fsencode(path), _c.Progress(), None)
 
     def load(self, path):
         """Adds the sequences of a file to this cache and returns their ids, in the order of the save.
 
-        Errors: FileError (damaged, not a cache), ShapeError, DtypeError, StateError (too few free pages); nothing has changed then.
+        Errors: FileError (damaged, not a cache), ShapeError, DtypeError, StateError (too few free pages); nothing has changed
+        then.
         """
         ids, n = (c_int32 * 4096)(), c_int32()
         self._call(_c.model_lib().emx_kv_load, os.fsencode(path), ids, len(ids), byref(n), _c.Progress(), None)

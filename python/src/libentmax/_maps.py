@@ -89,8 +89,8 @@ def entmax(x, alpha=1.5, axis=-1, *, return_support_size=False, return_tau=False
     x: scores, any shape, float16, bfloat16, float32 or float64; -inf is masked. Contiguous rows are read in place.
     alpha: 1 (softmax), or 1 + 1e-6 to 4; a number, or an array that broadcasts to x's shape with `axis` of length 1.
     Returns p, shape and dtype of x; with return_support_size also the number of nonzero weights (int32), with return_tau also the
-    threshold (float64 for float64, else float32; NaN at alpha = 1), both with x's shape and `axis` of length 1. A fully masked row
-    gives zeros, a row with NaN or +inf gives NaN.
+    threshold (float64 for float64, else float32; NaN at alpha = 1), both with x's shape and `axis` of length 1. A fully masked
+    row gives zeros, a row with NaN or +inf gives NaN.
     Errors: DtypeError, ShapeError, InvalidError (alpha), Cancelled.
     Source: Peters, Niculae, Martins 2019, "Sparse Sequence-to-Sequence Models".
     """
@@ -124,7 +124,8 @@ def normmax(x, alpha=2.0, axis=-1, *, return_support_size=False, return_tau=Fals
 def budget(x, budget, alpha=2.0, axis=-1, *, return_support_size=False, return_tau=False, ctx=None):
     """Weights of at most one each and `budget` in all: p_i = min(1, [(alpha-1) x_i - tau]_+ ^ (1/(alpha-1))), sum p = budget.
 
-    budget: 0 < budget <= length of `axis`, one number for all rows. 1 + 1e-6 <= alpha <= 4; alpha = 2 is the k-subsets relaxation.
+    budget: 0 < budget <= length of `axis`, one number for all rows. 1 + 1e-6 <= alpha <= 4; alpha = 2 is the k-subsets
+    relaxation.
     Arguments, results and errors otherwise as for entmax. A row with fewer unmasked scores than the budget gives each weight 1.
     Source: Malaviya, Ferreira, Martins 2018, "Sparse and Constrained Attention for Neural Machine Translation" (upper bounds).
     """
@@ -199,8 +200,8 @@ def entmax_loss(x, target, alpha=1.5, *, ignore_index=-100, reduction="mean", re
     """Fenchel-Young loss of entmax: max_p (p.x + H(p)) - x_target. alpha = 1 is cross-entropy in nats, 2 the sparsemax loss.
 
     x: scores [..., V], float16, bfloat16, float32 or float64; target: integers [...], 0 <= target < V or ignore_index (loss and
-    gradient 0). reduction: "none" gives losses [...], "sum" their sum, "mean" that over the rows that are not ignored (NaN if there
-    is none); float64 for float64 scores, else float32.
+    gradient 0). reduction: "none" gives losses [...], "sum" their sum, "mean" that over the rows that are not ignored (NaN if
+    there is none); float64 for float64 scores, else float32.
     With return_grad also the gradient of the result (of each row's loss for "none") by x, shape and dtype of x: p - e_target.
     Errors: DtypeError, ShapeError, InvalidError (a target that is no class, alpha, reduction), Cancelled.
     Sources: Blondel, Martins, Niculae 2020; Peters, Niculae, Martins 2019.

@@ -12,8 +12,8 @@ from ._cache import select_desc, summary_bits
 
 
 class Generated(NamedTuple):
-    """tokens: int32, without the prompt. text: their bytes, for a model of text. stats: emx_session_stats of the decode steps (rows,
-    certified, support_sum, delta_bound_max, bytes_k, bytes_full, ...)."""
+    """tokens: int32, without the prompt. text: their bytes, for a model of text. stats: emx_session_stats of the decode steps
+    (rows, certified, support_sum, delta_bound_max, bytes_k, bytes_full, ...)."""
     tokens: np.ndarray
     text: bytes
     stats: dict
@@ -36,8 +36,8 @@ class Model:
             with self._ctx.lock:
                 _c.model_lib().emx_model_close(self._model)
 
-    def generate(self, prompt, n=128, *, select="all", temperature=0.0, top_k=0, top_p=1.0, seed=0, kv_dtype="bfloat16", page_size=16,
-                 summaries="minmax,moments,sketch,residual", **options):
+    def generate(self, prompt, n=128, *, select="all", temperature=0.0, top_k=0, top_p=1.0, seed=0, kv_dtype="bfloat16",
+                 page_size=16, summaries="minmax,moments,sketch,residual", **options):
         """Continues a prompt by n tokens: Generated.
 
         prompt: str or bytes (their bytes are the tokens of a model of text) or integers [T], T >= 1. temperature 0: greedy.
@@ -67,8 +67,8 @@ class Model:
         ctx.call(lib.emx_session_create, self._model, byref(opts), byref(session))
         try:
             ctx.call(lib.emx_session_set_select, session, byref(desc))
-            ctx.call(lib.emx_session_prefill, session, tokens.ctypes.data_as(POINTER(c_int32)), tokens.size, None, at, _c.Progress(),
-                     None)
+            ctx.call(lib.emx_session_prefill, session, tokens.ctypes.data_as(POINTER(c_int32)), tokens.size, None, at,
+                     _c.Progress(), None)
             made, token = [], c_int32()
             for step in range(n):
                 if step:
