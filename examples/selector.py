@@ -4,8 +4,8 @@
     python3 examples/selector.py [selector.svg]
 
 A selector is any function from page summaries and a query to page lists. Prints one line a setting; with a file name also
-draws it (needs matplotlib). Bytes are those of the report: keys, values, and what the certificate of the page list looked at;
-what the function of this file read of the summaries is not in them.
+draws it (needs matplotlib). Bytes are those of the report: keys and values, and in all, with summaries and what the
+certificate of the page list looked at; what the function of this file read of the summaries is not in them.
 """
 import sys
 
@@ -18,7 +18,7 @@ rng = np.random.default_rng(0)
 topic = np.repeat(rng.standard_normal((G, N // 256, D)), 256, axis=1)  # stretches of 256 keys have something in common
 k = (topic + 0.7 * rng.standard_normal((G, N, D))).astype(np.float32)[None]
 v = rng.standard_normal((1, G, N, D)).astype(np.float32)
-q = 1.5 * (k[0, np.arange(H) * G // H, rng.integers(0, N, H)] + 0.3 * rng.standard_normal((H, D)))  # each looks for some key
+q = 0.6 * (k[0, np.arange(H) * G // H, rng.integers(0, N, H)] + 0.3 * rng.standard_normal((H, D)))  # each looks for some key
 q = q.astype(np.float32)[None, :, None]
 
 cache = libentmax.KVCache(G, D, N, page_size=P, max_seqs=1)
@@ -40,10 +40,11 @@ def farthest_reach(head, budget):
 
 def run(name, setting, decoded):
     r = decoded.reports
-    row = (name, setting, float((r["bytes_k"] + r["bytes_v"] + r["bytes_meta"]).mean()),
+    data = (r["bytes_k"] + r["bytes_v"]).mean()
+    row = (name, setting, float(data), float(data + r["bytes_meta"].mean()),
            float(np.linalg.norm(decoded.o - exact) / np.linalg.norm(exact)), float(r["delta_bound"].max()),
            int(decoded.certified.sum()))
-    print("%-10s %8s  %9.0f bytes a head  error %.2e  delta_bound %.2e  certified %d of %d" % (row + (H,)))
+    print("%-10s %8s  %9.0f bytes of K and V, %9.0f in all  error %.2e  delta_bound %.2e  certified %d of %d" % (row + (H,)))
     return row
 
 
@@ -58,13 +59,12 @@ if len(sys.argv) > 1:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    for name in dict.fromkeys(row[0] for row in rows):
-        chosen = sorted(row for row in rows if row[0] == name)
-        chosen.sort(key=lambda row: row[2])
-        plt.plot([row[2] for row in chosen], [max(row[3], 1e-8) for row in chosen], "o-", label=name)
-    plt.xscale("log")
-    plt.yscale("log")
-    plt.xlabel("bytes read a head, summaries included")
-    plt.ylabel("relative error of the output")
-    plt.legend()
-    plt.savefig(sys.argv[1], bbox_inches="tight")
+    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(11, 4))
+    for panel, column, label in ((panels[0], 2, "keys and values"), (panels[1], 3, "keys, values, summaries and certificate")):
+        for name in dict.fromkeys(row[0] for row in rows):
+            chosen = [row for row in rows if row[0] == name]
+            panel.plot([row[column] for row in chosen], [row[4] for row in chosen], "o-" if column == 2 else "o", label=name)
+        panel.set(xscale="log", yscale="log", xlabel="bytes read a head: " + label)
+    panels[0].set_ylabel("relative error of the output")
+    panels[0].legend()
+    figure.savefig(sys.argv[1], bbox_inches="tight")
