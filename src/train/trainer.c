@@ -115,6 +115,8 @@ static emx_status open_trainer(emx_ctx *ctx, const emx_model_config *config, con
     t->config.alibi_num_heads = config->position_type == EMX_POSITION_ALIBI ? config->num_heads : 0;
   if (!t->config.alibi_num_heads) t->config.alibi_slope_type = EMX_SLOPE_LINEAR;
   emx_status status = take_data(t, data);
+  if (!status && opts->head_dropout > 0 && t->config.alibi_num_heads == t->config.num_heads)
+    status = emxi_fail(EMX_ERR_INVALID, "trainer options: head_dropout is %g, but every head has ALiBi", opts->head_dropout);
   if (status)
     emx_trainer_destroy(t);
   else

@@ -665,6 +665,8 @@ static void test_resume_errors(void **state) {
   CHANGED(clip, 2, "clip");
   CHANGED(save_dtype, EMX_F32, "save_dtype");
   CHANGED(beta2, 2, "beta2");
+  CHANGED(embed_dropout, 0.1, "embed_dropout was 0");
+  CHANGED(head_dropout, 0.1, "head_dropout was 0");
 #undef CHANGED
   bytes[1][30]++;
   expect_resume_error(folder, &o, EMX_ERR_INVALID, "content of the data");
@@ -858,6 +860,15 @@ static void test_invalid(void **state) {
   OPTION(eps, 0);
   OPTION(weight_decay, -1);
   OPTION(clip, 0);
+  OPTION(embed_dropout, 1);
+  OPTION(embed_dropout, -0.1);
+  OPTION(head_dropout, 1);
+  OPTION(head_dropout, NAN);
+  other = o;
+  other.head_dropout = 0.1;
+  bad = c;
+  bad.alibi_num_heads = bad.num_heads;
+  REFUSED(EMX_ERR_INVALID, "every head has ALiBi");
   other = o;
   bad = c;
   bad.entmax_alpha = 2.5;
