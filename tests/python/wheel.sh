@@ -41,6 +41,7 @@ cd "$work"
 "$work/empty/bin/python" - <<'PYTHON'
 import pathlib
 import libentmax
+import libentmax.torch  # needs no torch until a name of it is used
 from libentmax import _c
 import numpy as np
 

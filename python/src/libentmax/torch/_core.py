@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators share: views of tensors, contexts, and the registration of an operator with old and new PyTorch."""
+import torch
+from torch.autograd.function import once_differentiable
+
+from .. import _c
+
+_DTYPES = {torch.float32: _c.F32, torch.float16: _c.F16, torch.bfloat16: _c.BF16, torch.float64: _c.F64, torch.int32: _c.I32}
+_contexts = {}
+
+
+def context(tensor):
+    """The context that works on the tensor's device, with as many threads as torch uses now. Raises UnsupportedError."""
+    if tensor.device.type != "cpu":
+        raise _c.UnsupportedError(f"a tensor is on {tensor.device}; libentmax.torch computes on the CPU in this version: move it "
+                                  "with .cpu()")
+    threads = torch.get_num_threads()
+    found = _contexts.get(threads)
+    return found or _contexts.setdefault(threads, _c.Context(threads))
+
+
+def run(tensor, function, *args):
+    """Runs a function of the library, whose first argument is a context, where the tensor is."""
+    ctx = context(tensor)
+    ctx.call(function, ctx.handle, *args)
+
+
+def readable(tensor, name):
+    """The tensor itself where the library can read it in place, else a contiguous copy."""
+    if tensor.dtype not in _DTYPES:
+        raise _c.DtypeError(f"{name} has dtype {tensor.dtype}; float32, float64, float16 and bfloat16 are possible")
+    if tensor.device.type != "cpu":
+        context(tensor)  # raises
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    if tensor.numel() == 0:
+        return tensor.new_empty(tensor.shape)
+    shape, strides = tensor.shape, tensor.stride()
+    in_place = (len(shape) == 0 or shape[-1] == 1 or strides[-1] == 1) and all(
+        n == 1 or s > 0 for n, s in zip(shape, strides)) and tensor.data_ptr() % tensor.element_size() == 0
+    return tensor if in_place else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def fill(struct, **tensors):
+    """Sets tensor fields of a struct from readable() tensors, which it does not keep alive; None leaves a field NULL."""
+    return _c.fill(struct, **{name: _c.tensor(t.data_ptr(), _DTYPES[t.dtype], t.shape, t.stride())
+                              for name, t in tensors.items() if t is not None})
+
+
+def fine(dtype):
+    """The dtype of thresholds and losses that goes with scores of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operator(name, fake, setup_context=None, backward=None):
+    """Makes an operator of a function of tensors and numbers, whose annotations are its schema.
+
+    fake: the same from shapes alone. setup_context(ctx, inputs, output) and backward(ctx, *gradients): its derivative, as
+    torch.library.register_autograd takes them; without them it has none.
+    """
+    def register(function):
+        if hasattr(torch.library, "custom_op"):
+            op = torch.library.custom_op("libentmax::" + name, mutates_args=())(function)
+            op.register_fake(fake)
+            if backward is not None:
+                op.register_autograd(backward, setup_context=setup_context)
+            return op
+        if backward is None:
+            return function
+
+        def forward(ctx, *inputs):
+            output = function(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+        return type(name, (torch.autograd.Function,), {
+            "forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}).apply
+    return register
+
+
+def no_gradient(value, name, function):
+    """Refuses a tensor whose gradient somebody would wait for in vain."""
+    if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise _c.UnsupportedError(f"{function} has no gradient by {name}; pass {name}.detach()")

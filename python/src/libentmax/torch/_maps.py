@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps of scores to weights with exact zeros, on PyTorch tensors."""
+from ctypes import byref
+from math import prod
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import _c
+from . import _core
+
+__all__ = ["entmax", "entmax15", "sparsemax", "entmax_bisect", "sparsemax_bisect", "normmax_bisect", "budget_bisect", "Entmax15",
+           "Sparsemax", "EntmaxBisect", "SparsemaxBisect", "NormmaxBisect", "BudgetBisect"]
+
+# ------------------------------------------------------------------------------------------------------------- operators
+
+
+def _rows_backward_fake(p, dp, alphas, kind, alpha, want_alpha):
+    return p.new_empty(p.shape), p.new_empty((p.shape[0] if want_alpha else 0,), dtype=torch.float64)
+
+
+@_core.operator("map_backward", _rows_backward_fake)
+def _rows_backward(p: Tensor, dp: Tensor, alphas: Optional[Tensor], kind: int, alpha: float,
+                   want_alpha: bool) -> Tuple[Tensor, Tensor]:
+    p, dp = _core.readable(p, "p"), _core.readable(dp, "dp")
+    dx, d_alpha = _rows_backward_fake(p, dp, alphas, kind, alpha, want_alpha)
+    alphas = None if alphas is None else _core.readable(alphas, "alpha")
+    io = _core.fill(_c.make(_c.EntmaxIo), p=p, dp=dp, dx=dx, alpha=alphas, d_alpha=d_alpha if want_alpha else None)
+    _core.run(p, _c.lib.emx_entmax_backward, byref(_c.make(_c.EntmaxDesc, kind=kind, alpha=alpha)), byref(io))
+    return dx, d_alpha
+
+
+def _rows_fake(x, alphas, kind, alpha, budget):
+    return x.new_empty(x.shape)
+
+
+def _rows_setup(ctx, inputs, output):
+    _, alphas, ctx.kind, ctx.alpha, _ = inputs
+    ctx.save_for_backward(output, alphas)
+
+
+def _rows_gradient(ctx, dp):
+    p, alphas = ctx.saved_tensors
+    want_alpha = ctx.needs_input_grad[1]
+    dx, d_alpha = _rows_backward(p, dp, alphas, ctx.kind, ctx.alpha, want_alpha)
+    return dx, d_alpha if want_alpha else None, None, None, None
+
+
+@_core.operator("map", _rows_fake, _rows_setup, _rows_gradient)
+def _rows(x: Tensor, alphas: Optional[Tensor], kind: int, alpha: float, budget: float) -> Tensor:
+    """Weights [R,N] of scores [R,N]; alphas [R] float64, or None and one alpha for all."""
+    x = _core.readable(x, "X")
+    p = _rows_fake(x, alphas, kind, alpha, budget)
+    alphas = None if alphas is None else _core.readable(alphas, "alpha")
+    io = _core.fill(_c.make(_c.EntmaxIo), x=x, p=p, alpha=alphas)
+    _core.run(x, _c.lib.emx_entmax_forward, byref(_c.make(_c.EntmaxDesc, kind=kind, alpha=alpha, budget=budget)), byref(io))
+    return p
+
+# ------------------------------------------------------------------------------------------------------------- functions
+
+
+def _per_row(value, name, shape, dim):
+    """One float64 a row, [R], of a tensor that expands to `shape` with `dim` of length 1."""
+    rows = list(shape)
+    rows[dim] = 1
+    if value.dim() > len(rows) or any(a not in (1, b) for a, b in zip(reversed(value.shape), reversed(rows))):
+        raise _c.ShapeError(f"{name} has shape {tuple(value.shape)}, which does not expand to {tuple(rows)}")
+    return value.to(torch.float64).expand(rows).movedim(dim, -1).reshape(-1)
+
+
+def _map(kind, x, dim, alpha, budget=1.0):
+    if x.dim() == 0:
+        raise _c.ShapeError("X is a scalar; rows need a dimension")
+    alphas = None
+    if isinstance(alpha, Tensor):
+        alpha, alphas = 1.5, _per_row(alpha, "alpha", x.shape, dim)
+    moved = x.movedim(dim, -1)
+    n = moved.shape[-1]
+    p = _rows(moved.reshape(prod(moved.shape[:-1]), n), alphas, kind, float(alpha), float(budget))
+    return p.reshape(moved.shape).movedim(-1, dim)
+
+
+def entmax(X, alpha=1.5, dim=-1):
+    """alpha-entmax along `dim`: p_i = [(alpha-1) x_i - tau]_+ ^ (1/(alpha-1)), with tau such that p sums to one.
+
+    X: scores, any shape, float32, float64, float16 or bfloat16; -inf is masked. Rows along the last dimension are read in place.
+    alpha: 1 (softmax), or 1 + 1e-6 to 4; a number, or a tensor that expands to X's shape with `dim` of length 1, which gets a
+    gradient.
+    Returns p, shape and dtype of X, contiguous along `dim`. A fully masked row gives zeros, a row with NaN or +inf gives NaN.
+    Errors: DtypeError, ShapeError, InvalidError (alpha), UnsupportedError (device), Cancelled; IndexError (dim).
+    Sources: Peters, Niculae, Martins 2019, "Sparse Sequence-to-Sequence Models"; Correia, Niculae, Martins 2019 (gradient of
+    alpha).
+    """
+    return _map(_c.MAP_ENTMAX, X, dim, alpha)
+
+
+def entmax15(X, dim=-1, k=None):
+    """entmax of alpha = 1.5 along `dim`. k is not needed: only scores that may have weight are looked at twice anyway."""
+    return _map(_c.MAP_ENTMAX, X, dim, 1.5)
+
+
+def sparsemax(X, dim=-1, k=None):
+    """Sparsemax along `dim`, the projection onto the simplex (Martins, Astudillo 2016): entmax of alpha = 2. k as in entmax15."""
+    return _map(_c.MAP_ENTMAX, X, dim, 2.0)
+
+
+def entmax_bisect(X, alpha=1.5, dim=-1, n_iter=50, ensure_sum_one=True):
+    """The same as entmax(X, alpha, dim), under the name and with the arguments of the entmax package.
+
+    n_iter and ensure_sum_one change nothing: the threshold is exact, and p sums to one.
+    """
+    return _map(_c.MAP_ENTMAX, X, dim, alpha)
+
+
+def sparsemax_bisect(X, dim=-1, n_iter=50, ensure_sum_one=True):
+    """The same as sparsemax(X, dim); n_iter and ensure_sum_one as in entmax_bisect."""
+    return _map(_c.MAP_ENTMAX, X, dim, 2.0)
+
+
+def normmax_bisect(X, alpha=2, dim=-1, n_iter=50):
+    """Normmax along `dim`: the p of the simplex that maximises p.x - |p|_alpha, 1 + 1e-6 <= alpha <= 4.
+
+    Arguments, result and errors as for entmax, but alpha gets no gradient (UnsupportedError where it wants one). n_iter changes
+    nothing.
+    Sources: Blondel, Martins, Niculae 2020, "Learning with Fenchel-Young Losses"; Santos, Niculae, McNamee, Martins 2024.
+    """
+    _core.no_gradient(alpha, "alpha", "normmax_bisect")
+    return _map(_c.MAP_NORMMAX, X, dim, alpha)
+
+
+def budget_bisect(X, budget=2, dim=-1, n_iter=50):
+    """Weights of at most one each and `budget` in all: p_i = min(1, [x_i - tau]_+), sum p = budget.
+
+    budget: 0 < budget <= length of `dim`. A row with fewer unmasked scores than that gives each weight 1.
+    Arguments, result and errors otherwise as for entmax. n_iter changes nothing.
+    Source: Malaviya, Ferreira, Martins 2018, "Sparse and Constrained Attention for Neural Machine Translation" (upper bounds).
+    """
+    _core.no_gradient(budget, "budget", "budget_bisect")
+    return _map(_c.MAP_BUDGET, X, dim, 2.0, budget)
+
+
+# --------------------------------------------------------------------------------------------------------------- modules
+
+
+class Entmax15(nn.Module):
+    """entmax15(X, dim, k) as a module."""
+
+    def __init__(self, dim=-1, k=None):
+        super().__init__()
+        self.dim, self.k = dim, k
+
+    def forward(self, X):
+        return entmax15(X, self.dim, self.k)
+
+
+class Sparsemax(nn.Module):
+    """sparsemax(X, dim, k) as a module."""
+
+    def __init__(self, dim=-1, k=None):
+        super().__init__()
+        self.dim, self.k = dim, k
+
+    def forward(self, X):
+        return sparsemax(X, self.dim, self.k)
+
+
+class EntmaxBisect(nn.Module):
+    """entmax_bisect(X, alpha, dim, n_iter) as a module. An alpha that is an nn.Parameter is one of the module's."""
+
+    def __init__(self, alpha=1.5, dim=-1, n_iter=50):
+        super().__init__()
+        self.alpha, self.dim, self.n_iter = alpha, dim, n_iter
+
+    def forward(self, X):
+        return entmax_bisect(X, self.alpha, self.dim, self.n_iter)
+
+
+class SparsemaxBisect(nn.Module):
+    """sparsemax_bisect(X, dim, n_iter) as a module."""
+
+    def __init__(self, dim=-1, n_iter=None):
+        super().__init__()
+        self.dim, self.n_iter = dim, n_iter
+
+    def forward(self, X):
+        return sparsemax_bisect(X, self.dim, self.n_iter)
+
+
+class NormmaxBisect(nn.Module):
+    """normmax_bisect(X, alpha, dim, n_iter) as a module."""
+
+    def __init__(self, alpha=2, dim=-1, n_iter=50):
+        super().__init__()
+        self.alpha, self.dim, self.n_iter = alpha, dim, n_iter
+
+    def forward(self, X):
+        return normmax_bisect(X, self.alpha, self.dim, self.n_iter)
+
+
+class BudgetBisect(nn.Module):
+    """budget_bisect(X, budget, dim, n_iter) as a module."""
+
+    def __init__(self, budget=2, dim=-1, n_iter=50):
+        super().__init__()
+        self.budget, self.dim, self.n_iter = budget, dim, n_iter
+
+    def forward(self, X):
+        return budget_bisect(X, self.budget, self.dim, self.n_iter)
