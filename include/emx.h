@@ -188,6 +188,7 @@ typedef struct emx_entmax_io {
   const emx_tensor *dx;      /* backward: output [R,N], dtype of p; may be dp */
   const emx_tensor *alpha;   /* optional: [R] f32 or f64, one alpha a row instead of desc->alpha, with the same limits */
   const emx_tensor *d_alpha; /* backward, optional, ENTMAX only: output [R] f32 or f64, gradient of each row's alpha */
+  const emx_tensor *budget;  /* forward, optional, BUDGET only: [R] f32 or f64, one budget a row instead of desc->budget */
 } emx_entmax_io;
 EMX_API void emx_entmax_io_init_sized(emx_entmax_io *io, size_t size);
 #define emx_entmax_io_init(io) emx_entmax_io_init_sized((io), sizeof *(io))
@@ -195,7 +196,7 @@ EMX_API void emx_entmax_io_init_sized(emx_entmax_io *io, size_t size);
 /* Rows of weights. f32 and f64 rows of any length are within 1e-6 of the exact map and sum to one (BUDGET: to the budget) within
  * 1e-6 of it, for alpha > 2 up to what an element on the threshold costs (docs/math.md, 2); f16 and bf16 weights are those,
  * rounded. A row is read once (softmax: twice); what follows touches only scores that lie within 1/(alpha-1) of the largest
- * (NORMMAX: 1; BUDGET: of the budget-th largest). Errors: INVALID (an alpha out of range, by row; budget > N), SHAPE, DTYPE,
+ * (NORMMAX: 1; BUDGET: of the budget-th largest). Errors: INVALID (an alpha or a budget out of range, by row), SHAPE, DTYPE,
  * UNSUPPORTED, CANCELLED. Working memory: one row a worker, kept by the context, which grows on the first call with a longer row
  * (the one allocation; NOMEM). */
 EMX_API emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io);

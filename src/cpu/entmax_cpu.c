@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Row mapping on the CPU, one row a task. Forward: one pass over the row keeps what lies within the map's reach of the largest
+ * Row mapping on the CPU, a few rows a task. Forward: one pass over the row keeps what lies within the map's reach of the largest
  * score (nothing below it can be in the support); the threshold is solved on those, and the weights are written into a cleared
  * row. Backward: one pass over p keeps its nonzeros; everything else is work on those. Reads and writes each row once. Oracle:
  * src/entmax/oracle.c. */
@@ -9,16 +9,24 @@
 
 #include <string.h>
 
-enum { BLOCK = 4096 }; /* elements that stay in the first cache between two looks */
+enum {
+  BLOCK = 4096,         /* elements that stay in the first cache between two looks */
+  TASK_ELEMENTS = 16384 /* in less time than these take, no other thread wakes up */
+};
 
 typedef struct job {
   emx_ctx *ctx;
   const emxi_rows *r;
+  emx_task_fn row;
+  int64_t rows; /* a task */
   atomic_int nomem;
 } job;
 
 static double row_alpha(const emxi_rows *r, int64_t row) {
   return r->alphas ? emxi_load(r->alphas, r->alphas_dtype, row) : r->alpha;
+}
+static double row_budget(const emxi_rows *r, int64_t row) {
+  return r->budgets ? emxi_load(r->budgets, r->budgets_dtype, row) : r->budget;
 }
 
 /* (e^q - 1 - q) / q^2 */
@@ -110,10 +118,18 @@ static double budget_root(double *y, int64_t n, double alpha, double budget, int
 #define KTABLE(cpu) ((cpu)->k64)
 #include "entmax_rows.inc"
 
+static void rows_task(void *arg, int64_t i, int32_t worker) {
+  job *j = arg;
+  for (int64_t row = i * j->rows; row < (i + 1) * j->rows && row < j->r->rows; row++) j->row(j, row, worker);
+}
+
 static emx_status run(emx_ctx *ctx, const emxi_rows *rows, emx_task_fn f32, emx_task_fn f64) {
-  job j = {.ctx = ctx, .r = rows};
+  job j = {.ctx = ctx,
+           .r = rows,
+           .row = rows->dtype == EMX_F64 ? f64 : f32,
+           .rows = rows->n < TASK_ELEMENTS ? TASK_ELEMENTS / (rows->n + 1) : 1};
   atomic_init(&j.nomem, 0);
-  EMX_TRY(emxi_parallel(ctx, rows->rows, rows->dtype == EMX_F64 ? f64 : f32, &j));
+  EMX_TRY(emxi_parallel(ctx, (rows->rows + j.rows - 1) / j.rows, rows_task, &j));
   if (atomic_load(&j.nomem)) return emxi_fail(EMX_ERR_NOMEM, "no memory for a row of %lld scores", (long long)rows->n);
   return EMX_OK;
 }

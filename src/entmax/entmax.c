@@ -82,6 +82,24 @@ static emx_status check_alphas(emx_ctx *ctx, const emx_entmax_desc *desc, const 
   return EMX_OK;
 }
 
+/* The same of budgets, which mean nothing where rows are empty. */
+static emx_status check_budgets(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *t, emxi_rows *r, const char *who) {
+  if (t && desc->kind != EMX_MAP_BUDGET) return emxi_fail(EMX_ERR_INVALID, "%s: budget is for EMX_MAP_BUDGET", who);
+  void *budgets = NULL;
+  EMX_TRY(emxi_rows_values(ctx, t, r->rows, who, "budget", &budgets, &r->budgets_dtype));
+  r->budgets = budgets;
+  for (int64_t i = 0; r->budgets && i < r->rows; i++) {
+    const double budget = emxi_load(r->budgets, r->budgets_dtype, i);
+    if (!(budget > 0 && budget < INFINITY) || (r->n && budget > (double)r->n))
+      return emxi_fail(EMX_ERR_INVALID, "%s: budget of row %lld is %.9g, expected above 0 and at most %lld", who, (long long)i,
+                       budget, (long long)r->n);
+  }
+  if (desc->kind == EMX_MAP_BUDGET && !r->budgets && r->n && desc->budget > (double)r->n)
+    return emxi_fail(EMX_ERR_INVALID, "%s: budget is %g, rows have %lld scores of weight at most 1", who, desc->budget,
+                     (long long)r->n);
+  return EMX_OK;
+}
+
 static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io) {
   static const char who[] = "emx_entmax_forward";
   const emx_tensor *x = io->x, *p = io->p;
@@ -97,10 +115,8 @@ static emx_status forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_e
                  .p = emxi_rows_data(p),
                  .ldx = emxi_rows_stride(x),
                  .ldp = emxi_rows_stride(p)};
-  if (r.kind == EMX_MAP_BUDGET && r.n && r.budget > (double)r.n)
-    return emxi_fail(EMX_ERR_INVALID, "%s: budget is %g, rows have %lld scores of weight at most 1", who, r.budget,
-                     (long long)r.n);
   EMX_TRY(check_alphas(ctx, desc, io->alpha, &r, who));
+  EMX_TRY(check_budgets(ctx, desc, io->budget, &r, who));
   EMX_TRY(emxi_rows_values(ctx, io->tau, r.rows, who, "tau", &r.tau, &r.tau_dtype));
   EMX_TRY(emxi_rows_support(ctx, io->support, &r, who));
   return ctx->backend->entmax_forward(ctx, &r);

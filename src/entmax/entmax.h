@@ -13,6 +13,8 @@ typedef struct emxi_rows {
   double alpha, budget;
   const void *alphas; /* [rows], optional: instead of alpha */
   int32_t alphas_dtype;
+  const void *budgets; /* [rows], optional: instead of budget */
+  int32_t budgets_dtype;
   int64_t rows, n;
   int32_t dtype; /* of x, p, dp, dx */
   const void *x; /* forward, loss: scores; backward: dp */

@@ -264,9 +264,56 @@ static void test_near_uniform(void **state) {
     }
 }
 
+/* A batch with one budget a row is its rows one by one, bit for bit; a bad budget is named and nothing is written. */
+static void test_budget_per_row(void **state) {
+  (void)state;
+  enum { R = 9, L = 40 };
+  static const double budgets[R] = {.25, 1, 1.5, 2, 3, 7.75, 20, 39.5, 40};
+  double x[R * L], p[R * L], before[R * L], one[L], bd[R], tau;
+  float normals[R * L], bf[R];
+  int32_t support;
+  emxi_normals(11, 11, normals, R * L);
+  for (int i = 0; i < R * L; i++) x[i] = normals[i];
+  const int64_t shape[2] = {R, L};
+  for (int as_float = 0; as_float < 2; as_float++) {
+    for (int r = 0; r < R; r++) bd[r] = budgets[r], bf[r] = (float)budgets[r];
+    emx_tensor tx = emx_tensor_view(x, EMX_F64, 2, shape), tp = emx_tensor_view(p, EMX_F64, 2, shape),
+               tb = as_float ? emx_tensor_view(bf, EMX_F32, 1, shape) : emx_tensor_view(bd, EMX_F64, 1, shape);
+    emx_entmax_desc desc = map_desc((map_args){EMX_MAP_BUDGET, 2, 5});
+    emx_entmax_io io;
+    emx_entmax_io_init(&io);
+    io.x = &tx, io.p = &tp, io.budget = &tb;
+    assert_int_equal(emx_entmax_forward(contexts[0], &desc, &io), EMX_OK);
+    for (int r = 0; r < R; r++) {
+      assert_int_equal(
+          map_forward(contexts[0], (map_args){EMX_MAP_BUDGET, 2, budgets[r]}, x + r * L, one, EMX_F64, L, &tau, &support),
+          EMX_OK);
+      assert_memory_equal(one, p + r * L, sizeof one);
+    }
+    static const double bad[] = {0, -1, 41, NAN, INFINITY};
+    memcpy(before, p, sizeof p);
+    for (size_t b = 0; b < sizeof bad / sizeof *bad; b++) {
+      bd[7] = bad[b], bf[7] = (float)bad[b];
+      assert_int_equal(emx_entmax_forward(contexts[0], &desc, &io), EMX_ERR_INVALID);
+      assert_non_null(strstr(emx_last_error(), "budget of row 7"));
+      assert_memory_equal(before, p, sizeof p);
+    }
+    bd[7] = bf[7] = 1;
+    desc.kind = EMX_MAP_ENTMAX;
+    assert_int_equal(emx_entmax_forward(contexts[0], &desc, &io), EMX_ERR_INVALID);
+    desc.kind = EMX_MAP_BUDGET;
+    tb.shape[0] = R - 1;
+    assert_int_equal(emx_entmax_forward(contexts[0], &desc, &io), EMX_ERR_SHAPE);
+    tb.shape[0] = R;
+    tb.dtype = EMX_I32;
+    assert_int_equal(emx_entmax_forward(contexts[0], &desc, &io), EMX_ERR_DTYPE);
+  }
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_random_rows), cmocka_unit_test(test_scales),
-                                     cmocka_unit_test(test_known),       cmocka_unit_test(test_laws),
-                                     cmocka_unit_test(test_refusals),    cmocka_unit_test(test_near_uniform)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_random_rows),   cmocka_unit_test(test_scales),
+                                     cmocka_unit_test(test_known),         cmocka_unit_test(test_laws),
+                                     cmocka_unit_test(test_refusals),      cmocka_unit_test(test_near_uniform),
+                                     cmocka_unit_test(test_budget_per_row)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }

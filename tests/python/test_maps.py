@@ -38,6 +38,8 @@ class Maps(unittest.TestCase):
             got = L.budget(x, k)
             self.close(got, reference.entmax(x, 2.0, kind="budget", budget=k), 1e-9)
             self.close(got.sum(-1), k, 1e-9)
+        k = np.array([1, 2.5, 7, 40, 0.5, 3])[:, None]
+        np.testing.assert_array_equal(L.budget(x, k), np.concatenate([L.budget(x[i:i + 1], k[i, 0]) for i in range(6)]))
 
     def test_threshold_and_support(self):
         x = RNG.standard_normal((2, 9, 3)) * 2

@@ -23,7 +23,7 @@ try:
     import entmax as package
 except ImportError:
     package = None
-CUSTOM = hasattr(torch.library, "custom_op")
+CUSTOM = hasattr(torch.library, "register_autograd")
 F64 = torch.float64
 
 
@@ -88,6 +88,12 @@ class Maps(unittest.TestCase):
         single = torch.tensor(1.5, requires_grad=True)  # a parameter of another dtype than the scores
         T.entmax(x, single).square().sum().backward()
         self.assertEqual((single.grad.dtype, single.grad.shape), (torch.float32, ()))
+
+    def test_budget_per_row(self):
+        x, budget = randn(3, 2, 5), torch.tensor([[0.5], [2.0], [3.25]])
+        p = T.budget_bisect(x, budget[..., None])
+        self.same(p, np.stack([L.budget(x[i].detach().numpy(), budget[i].item()) for i in range(3)]))
+        self.assertTrue(gradcheck(lambda x: T.budget_bisect(x, budget[..., None]), (x,)))
 
     def test_layouts(self):
         x = randn(8, 12, grad=False)
@@ -277,6 +283,8 @@ class Errors(unittest.TestCase):
                 (lambda: T.entmax15(torch.tensor(1.0)), L.ShapeError, "scalar"),
                 (lambda: T.entmax15(x, 2), IndexError, "Dimension"),
                 (lambda: T.budget_bisect(x, 7), L.InvalidError, "budget"),
+                (lambda: T.budget_bisect(x, torch.tensor([[1.0], [4.0]])), L.InvalidError, "budget of row 1 is 4"),
+                (lambda: T.budget_bisect(x, torch.tensor(1.0, requires_grad=True)), L.UnsupportedError, "detach"),
                 (lambda: T.normmax_bisect(x, torch.tensor(1.5, requires_grad=True)), L.UnsupportedError, "detach"),
                 (lambda: T.entmax15_loss(x, torch.zeros(3, dtype=torch.int64)), L.ShapeError, "target"),
                 (lambda: T.entmax15_loss(x, torch.zeros(2)), L.DtypeError, "target"),
@@ -304,10 +312,17 @@ class Errors(unittest.TestCase):
             _core.context(Elsewhere)
 
     def test_second_derivative(self):
-        x = randn(2, 5)
-        gradient, = torch.autograd.grad(T.entmax15(x).square().sum(), x, create_graph=True)
-        with self.assertRaisesRegex(RuntimeError, "autograd|differentiate"):
-            gradient.sum().backward()
+        """There, or refused: never taken as zero."""
+        x, alpha = randn(3, 6), torch.tensor(1.4, dtype=F64, requires_grad=True)
+        q, k, v = qkv()
+        for function in (T.entmax15, T.sparsemax, T.budget_bisect, lambda x: T.entmax(x, 1.0), lambda x: T.entmax(x, 1.3, 0),
+                         lambda x: T.entmax(x, torch.tensor([[1.2], [1.5], [2.0]]))):
+            self.assertTrue(torch.autograd.gradgradcheck(function, (x,)))
+        for function, tensor in ((T.normmax_bisect, x), (lambda x: T.entmax(x, alpha), x), (lambda q: T.attention(q, k, v), q),
+                                 (lambda x: T.entmax15_loss(x, torch.tensor([0, 1, 2])), x)):
+            gradient, = torch.autograd.grad(function(tensor).square().sum(), tensor, create_graph=True)
+            with self.assertRaisesRegex(L.UnsupportedError, "second derivative"):
+                gradient.sum().backward()
 
     def test_without_torch(self):
         code = ("import sys; sys.modules['torch'] = None\n"
@@ -383,7 +398,7 @@ class Threads(unittest.TestCase):
         self.assertAlmostEqual(T.entmax15(torch.zeros(4))[0].item(), 0.25)
 
 
-@unittest.skipUnless(CUSTOM, "this torch has no torch.library.custom_op")
+@unittest.skipUnless(CUSTOM, "this torch is older than 2.4")
 class Operators(unittest.TestCase):
     def cases(self):
         x, target = randn(3, 7), torch.tensor([1, 6, -100])
@@ -393,10 +408,12 @@ class Operators(unittest.TestCase):
         slopes, lengths = torch.tensor([0, 0.5, 0.25, 1]), torch.tensor([6], dtype=torch.int32)
         p = x.detach().softmax(-1)
         ops = torch.ops.libentmax
-        yield ops.map, (x, None, 0, 1.5, 1.0)
-        yield ops.map, (x.t(), None, 2, 2.0, 2.0)
-        yield ops.map, (x, alpha, 0, 1.5, 1.0)
+        yield ops.map, (x, None, None, 0, 1.5, 1.0)
+        yield ops.map, (x.t(), None, None, 2, 2.0, 2.0)
+        yield ops.map, (x, None, alpha.detach(), 2, 2.0, 1.0)
+        yield ops.map, (x, alpha, None, 0, 1.5, 1.0)
         yield ops.map_backward, (p, p, alpha.detach(), 0, 1.5, True)
+        yield ops.map_backward, (p.clone().requires_grad_(), p.clone().requires_grad_(), None, 0, 1.5, False)
         yield ops.map_backward, (p, p, None, 1, 1.5, False)
         yield ops.loss, (x, target, 0, 1.5, -100)
         yield ops.loss_backward, (p[:, 0], p, target, 0, 1.5, -100)
@@ -482,6 +499,8 @@ class Package(unittest.TestCase):
         for a, b in zip(torch.autograd.grad(ours, (x, alpha), d), torch.autograd.grad(theirs, (x, alpha), d)):
             self.close(a, b)
         self.close(T.normmax_bisect(x, alpha.detach()), package.normmax_bisect(x, alpha.detach()))
+        budget = 6 * torch.rand(4, 1, dtype=F64)
+        self.close(T.budget_bisect(x, budget), package.budget_bisect(x, budget))
 
     def test_masks(self):
         x = torch.randn(2, 6)

@@ -68,7 +68,7 @@ class EntmaxDesc(ctypes.Structure):
 
 class EntmaxIo(ctypes.Structure):
     _fields_ = [("struct_size", c_uint32), ("reserved", c_uint32), ("x", _PT), ("p", _PT), ("tau", _PT), ("support", _PT),
-                ("dp", _PT), ("dx", _PT), ("alpha", _PT), ("d_alpha", _PT)]
+                ("dp", _PT), ("dx", _PT), ("alpha", _PT), ("d_alpha", _PT), ("budget", _PT)]
 
 
 class LossIo(ctypes.Structure):

@@ -31,18 +31,18 @@ def _per_row(rows, shape, axis):
     return np.moveaxis(rows.reshape(shape[:-1] + (1,)), -1, axis)
 
 
-def _alphas(alpha, shape, axis):
-    """(scalar, None), or (unused, one alpha a row [R] f64) for an array that broadcasts against the rows."""
-    if np.ndim(alpha) == 0:
-        return float(alpha), None
-    alpha = np.asarray(alpha, dtype=np.float64)
+def _numbers(value, name, shape, axis):
+    """(scalar, None), or (unused, one number a row [R] f64) for an array that broadcasts against the rows."""
+    if np.ndim(value) == 0:
+        return float(value), None
+    value = np.asarray(value, dtype=np.float64)
     rows = list(shape)
     rows.insert(axis if axis >= 0 else len(shape) + axis, rows.pop())  # back in the caller's order
     rows[axis] = 1
     try:
-        full = np.broadcast_to(alpha, rows)
+        full = np.broadcast_to(value, rows)
     except ValueError:
-        raise _c.ShapeError(f"alpha has shape {alpha.shape}, which does not broadcast to {tuple(rows)}") from None
+        raise _c.ShapeError(f"{name} has shape {value.shape}, which does not broadcast to {tuple(rows)}") from None
     return 1.5, np.ascontiguousarray(np.moveaxis(full, axis, -1)).reshape(-1)
 
 
@@ -53,11 +53,12 @@ def _fine(dtype):
 
 def _forward(kind, x, alpha, axis, return_support_size, return_tau, ctx, budget=1.0):
     rows, shape, copied = _rows(x, axis, "x")
-    scalar, alphas = _alphas(alpha, shape, axis)
+    scalar, alphas = _numbers(alpha, "alpha", shape, axis)
+    budget, budgets = _numbers(budget, "budget", shape, axis)
     p = rows if copied else np.empty_like(rows, order="C")
     tau = np.empty(rows.shape[0], _fine(rows.dtype)) if return_tau else None
     support = np.empty(rows.shape[0], np.int32) if return_support_size else None
-    io = _c.fill(_c.make(_c.EntmaxIo), x=rows, p=p, tau=tau, support=support, alpha=alphas)
+    io = _c.fill(_c.make(_c.EntmaxIo), x=rows, p=p, tau=tau, support=support, alpha=alphas, budget=budgets)
     desc = _c.make(_c.EntmaxDesc, kind=kind, alpha=scalar, budget=budget)
     _c.run(ctx, _c.lib.emx_entmax_forward, byref(desc), byref(io))
     out = (_back(p, shape, axis),)
@@ -73,7 +74,7 @@ def _backward(kind, p, dp, alpha, axis, return_d_alpha, ctx):
     upstream, dp_shape, copied = _rows(dp, axis, "dp")
     if shape != dp_shape:
         raise _c.ShapeError(f"p has shape {np.shape(p)} and dp {np.shape(dp)}; they must agree")
-    scalar, alphas = _alphas(alpha, shape, axis)
+    scalar, alphas = _numbers(alpha, "alpha", shape, axis)
     dx = upstream if copied and upstream.dtype == weights.dtype else np.empty_like(weights, order="C")
     d_alpha = np.empty(weights.shape[0]) if return_d_alpha else None
     io = _c.fill(_c.make(_c.EntmaxIo), p=weights, dp=upstream, dx=dx, alpha=alphas, d_alpha=d_alpha)
@@ -124,12 +125,12 @@ def normmax(x, alpha=2.0, axis=-1, *, return_support_size=False, return_tau=Fals
 def budget(x, budget, alpha=2.0, axis=-1, *, return_support_size=False, return_tau=False, ctx=None):
     """Weights of at most one each and `budget` in all: p_i = min(1, [(alpha-1) x_i - tau]_+ ^ (1/(alpha-1))), sum p = budget.
 
-    budget: 0 < budget <= length of `axis`, one number for all rows. 1 + 1e-6 <= alpha <= 4; alpha = 2 is the k-subsets
+    budget: 0 < budget <= length of `axis`; a number, or an array as alpha may be. 1 + 1e-6 <= alpha <= 4; alpha = 2 is the k-subsets
     relaxation.
     Arguments, results and errors otherwise as for entmax. A row with fewer unmasked scores than the budget gives each weight 1.
     Source: Malaviya, Ferreira, Martins 2018, "Sparse and Constrained Attention for Neural Machine Translation" (upper bounds).
     """
-    return _forward(_c.MAP_BUDGET, x, alpha, axis, return_support_size, return_tau, ctx, float(budget))
+    return _forward(_c.MAP_BUDGET, x, alpha, axis, return_support_size, return_tau, ctx, budget)
 
 
 def entmax_backward(p, dp, alpha=1.5, axis=-1, *, return_d_alpha=False, ctx=None):

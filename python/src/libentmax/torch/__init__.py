@@ -8,8 +8,8 @@ Importing this module needs no torch; using a name of it does. With torch 2.4 or
 an autograd.Function. The arithmetic is the C library's either way, with as many threads as torch.get_num_threads() says.
 
 Tensors are on the CPU: float32, float64, float16 or bfloat16, computed in float32 or better and rounded once. What lies in rows
-with a contiguous last dimension is read in place, anything else (an expanded or transposed tensor) is copied first. Gradients can
-be taken once: a second derivative is an error. Errors are the exceptions of libentmax, with the library's sentence.
+with a contiguous last dimension is read in place, anything else (an expanded or transposed tensor) is copied first. The
+maps but normmax can be differentiated twice by their scores; other second derivatives are an error. Errors are the exceptions of libentmax, with the library's sentence.
 """
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING

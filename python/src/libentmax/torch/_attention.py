@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense entmax attention on PyTorch tensors."""
 from ctypes import byref, c_size_t
-from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -14,6 +13,9 @@ __all__ = ["attention"]
 
 # Entries of a row's support that the forward pass keeps for the backward pass, which finds the others again; 0 at alpha = 1.
 _LIST = 64
+
+_OPTIONS = ("Tensor? alphas, Tensor? alibi_slopes, Tensor? seqlens_q, Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+            "float alpha, bool causal, float scale, int window_left, int window_right, int layout")
 
 # ------------------------------------------------------------------------------------------------------------- operators
 
@@ -45,12 +47,10 @@ def _backward_fake(d_o, q, k, v, tau, support, index, alphas, *rest):
                                                                         dtype=torch.float64),)
 
 
-@_core.operator("attention_backward", _backward_fake)
-def _attention_backward(d_o: Tensor, q: Tensor, k: Tensor, v: Tensor, tau: Tensor, support: Tensor, index: Tensor,
-                        alphas: Optional[Tensor], alibi_slopes: Optional[Tensor], seqlens_q: Optional[Tensor],
-                        seqlens_k: Optional[Tensor], cu_seqlens_q: Optional[Tensor], cu_seqlens_k: Optional[Tensor], alpha: float,
-                        causal: bool, scale: float, window_left: int, window_right: int,
-                        layout: int) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+@_core.operator("attention_backward", "(Tensor d_o, Tensor q, Tensor k, Tensor v, Tensor tau, Tensor support, Tensor index, "
+                f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)", _backward_fake)
+def _attention_backward(d_o, q, k, v, tau, support, index, alphas, alibi_slopes, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k,
+                        alpha, causal, scale, window_left, window_right, layout):
     tensors = _inputs(q, k, v, alphas, alibi_slopes, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     # Rows past the last packed sequence are left alone by the library.
     d_q, d_k, d_v = (torch.zeros(t.shape, dtype=t.dtype) if cu_seqlens_q is not None else torch.empty(t.shape, dtype=t.dtype)
@@ -83,11 +83,10 @@ def _gradient(ctx, d_o, *_):
     return (d_q, d_k, d_v, d_alpha if ctx.needs_input_grad[3] else None) + (None,) * 12
 
 
-@_core.operator("attention", _fake, _setup, _gradient)
-def _attention(q: Tensor, k: Tensor, v: Tensor, alphas: Optional[Tensor], alibi_slopes: Optional[Tensor],
-               seqlens_q: Optional[Tensor], seqlens_k: Optional[Tensor], cu_seqlens_q: Optional[Tensor],
-               cu_seqlens_k: Optional[Tensor], alpha: float, causal: bool, scale: float, window_left: int, window_right: int,
-               layout: int, lists: int) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+@_core.operator("attention", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, int lists) -> (Tensor, Tensor, Tensor, Tensor)", _fake,
+                _setup, _gradient)
+def _attention(q, k, v, alphas, alibi_slopes, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k, alpha, causal, scale, window_left,
+               window_right, layout, lists):
     """o, tau, support and, of each row, the positions of the first `lists` nonzero weights."""
     tensors = _inputs(q, k, v, alphas, alibi_slopes, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     make = torch.empty if cu_seqlens_q is None else torch.zeros

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the operators share: views of tensors, contexts, and the registration of an operator with old and new PyTorch."""
 import torch
-from torch.autograd.function import once_differentiable
 
 from .. import _c
 
@@ -52,28 +51,35 @@ def fine(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def operator(name, fake, setup_context=None, backward=None):
-    """Makes an operator of a function of tensors and numbers, whose annotations are its schema.
+def _setup_nothing(ctx, inputs, output):
+    pass
+
+
+def no_derivative(ctx, *_):
+    raise _c.UnsupportedError("libentmax.torch has second derivatives of entmax and budget by the scores, and first ones of the rest")
+
+
+def operator(name, schema, fake, setup_context=_setup_nothing, backward=no_derivative):
+    """Makes an operator of a function of tensors and numbers.
 
     fake: the same from shapes alone. setup_context(ctx, inputs, output) and backward(ctx, *gradients): its derivative, as
-    torch.library.register_autograd takes them; without them it has none.
+    torch.library.register_autograd takes them.
     """
     def register(function):
-        if hasattr(torch.library, "custom_op"):
-            op = torch.library.custom_op("libentmax::" + name, mutates_args=())(function)
-            op.register_fake(fake)
-            if backward is not None:
-                op.register_autograd(backward, setup_context=setup_context)
-            return op
-        if backward is None:
-            return function
+        if hasattr(torch.library, "register_autograd"):
+            # Not torch.library.custom_op, which does these four but loads all of torch.compile, for a second, on the first call.
+            full = "libentmax::" + name
+            torch.library.define(full, schema, tags=torch.Tag.pt2_compliant_tag)
+            torch.library.impl(full, "default", function)
+            torch.library.register_fake(full, fake)
+            torch.library.register_autograd(full, backward, setup_context=setup_context)
+            return getattr(torch.ops.libentmax, name).default
 
         def forward(ctx, *inputs):
             output = function(*inputs)
             setup_context(ctx, inputs, output)
             return output
-        return type(name, (torch.autograd.Function,), {
-            "forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}).apply
+        return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}).apply
     return register
 
 

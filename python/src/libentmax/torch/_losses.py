@@ -4,7 +4,7 @@ from ctypes import byref
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import _c
 from . import _core
@@ -32,8 +32,9 @@ def _backward_fake(d_loss, x, target, kind, alpha, ignore_index):
     return x.new_empty(x.shape)
 
 
-@_core.operator("loss_backward", _backward_fake)
-def _rows_backward(d_loss: Tensor, x: Tensor, target: Tensor, kind: int, alpha: float, ignore_index: int) -> Tensor:
+@_core.operator("loss_backward",
+                "(Tensor d_loss, Tensor x, Tensor target, int kind, float alpha, int ignore_index) -> Tensor", _backward_fake)
+def _rows_backward(d_loss, x, target, kind, alpha, ignore_index):
     """The scores are mapped again: that is cheaper than to keep p - e_target from the forward pass and to scale it."""
     x, d_loss = _core.readable(x, "X"), _core.readable(d_loss, "d_loss")
     dx = _backward_fake(d_loss, x, target, kind, alpha, ignore_index)
@@ -54,8 +55,8 @@ def _gradient(ctx, d_loss):
     return _rows_backward(d_loss, *ctx.saved_tensors, ctx.kind, ctx.alpha, ctx.ignore_index), None, None, None, None
 
 
-@_core.operator("loss", _fake, _setup, _gradient)
-def _rows(x: Tensor, target: Tensor, kind: int, alpha: float, ignore_index: int) -> Tensor:
+@_core.operator("loss", "(Tensor x, Tensor target, int kind, float alpha, int ignore_index) -> Tensor", _fake, _setup, _gradient)
+def _rows(x, target, kind, alpha, ignore_index):
     """Losses [R] of scores [R,V] and targets [R]."""
     x = _core.readable(x, "X")
     loss = _fake(x, target, kind, alpha, ignore_index)

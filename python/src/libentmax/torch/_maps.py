@@ -2,7 +2,6 @@
 """Maps of scores to weights with exact zeros, on PyTorch tensors."""
 from ctypes import byref
 from math import prod
-from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,30 @@ def _rows_backward_fake(p, dp, alphas, kind, alpha, want_alpha):
     return p.new_empty(p.shape), p.new_empty((p.shape[0] if want_alpha else 0,), dtype=torch.float64)
 
 
-@_core.operator("map_backward", _rows_backward_fake)
-def _rows_backward(p: Tensor, dp: Tensor, alphas: Optional[Tensor], kind: int, alpha: float,
-                   want_alpha: bool) -> Tuple[Tensor, Tensor]:
+def _second_setup(ctx, inputs, output):
+    p, dp, alphas, ctx.kind, ctx.alpha, ctx.want_alpha = inputs
+    ctx.save_for_backward(p, dp, alphas)
+
+
+def _second_gradient(ctx, h, _):
+    """dx = u (dp - m(dp)) with u = p^(2-alpha) where p moves and m(y) = sum u y / sum u: linear in dp, symmetric, and
+    d(h . dx) / du = (dp - m(dp)) (h - m(h))."""
+    p, dp, alphas = ctx.saved_tensors
+    if ctx.kind == _c.MAP_NORMMAX or ctx.want_alpha:
+        _core.no_derivative(ctx)
+    alpha = ctx.alpha if alphas is None else alphas[:, None].to(p.dtype)
+    moves = (p > 0) & (p < 1) if ctx.kind == _c.MAP_BUDGET else p > 0
+    safe = torch.where(moves, p, torch.ones_like(p))
+    u = torch.where(moves, safe ** (2 - alpha), torch.zeros_like(p))
+    total = u.sum(-1, keepdim=True)
+    inner = [y - (u * y).sum(-1, keepdim=True) / total for y in (dp, h)]
+    d_p = torch.where(moves, (2 - alpha) * safe ** (1 - alpha) * inner[0] * inner[1], torch.zeros_like(p))
+    return d_p, _rows_backward(p, h, alphas, ctx.kind, ctx.alpha, False)[0], None, None, None, None
+
+
+@_core.operator("map_backward", "(Tensor p, Tensor dp, Tensor? alphas, int kind, float alpha, bool want_alpha) -> (Tensor, Tensor)",
+                _rows_backward_fake, _second_setup, _second_gradient)
+def _rows_backward(p, dp, alphas, kind, alpha, want_alpha):
     p, dp = _core.readable(p, "p"), _core.readable(dp, "dp")
     dx, d_alpha = _rows_backward_fake(p, dp, alphas, kind, alpha, want_alpha)
     alphas = None if alphas is None else _core.readable(alphas, "alpha")
@@ -31,12 +51,12 @@ def _rows_backward(p: Tensor, dp: Tensor, alphas: Optional[Tensor], kind: int, a
     return dx, d_alpha
 
 
-def _rows_fake(x, alphas, kind, alpha, budget):
+def _rows_fake(x, alphas, budgets, kind, alpha, budget):
     return x.new_empty(x.shape)
 
 
 def _rows_setup(ctx, inputs, output):
-    _, alphas, ctx.kind, ctx.alpha, _ = inputs
+    _, alphas, _, ctx.kind, ctx.alpha, _ = inputs
     ctx.save_for_backward(output, alphas)
 
 
@@ -44,16 +64,18 @@ def _rows_gradient(ctx, dp):
     p, alphas = ctx.saved_tensors
     want_alpha = ctx.needs_input_grad[1]
     dx, d_alpha = _rows_backward(p, dp, alphas, ctx.kind, ctx.alpha, want_alpha)
-    return dx, d_alpha if want_alpha else None, None, None, None
+    return dx, d_alpha if want_alpha else None, None, None, None, None
 
 
-@_core.operator("map", _rows_fake, _rows_setup, _rows_gradient)
-def _rows(x: Tensor, alphas: Optional[Tensor], kind: int, alpha: float, budget: float) -> Tensor:
-    """Weights [R,N] of scores [R,N]; alphas [R] float64, or None and one alpha for all."""
+@_core.operator("map", "(Tensor x, Tensor? alphas, Tensor? budgets, int kind, float alpha, float budget) -> Tensor", _rows_fake,
+                _rows_setup, _rows_gradient)
+def _rows(x, alphas, budgets, kind, alpha, budget):
+    """Weights [R,N] of scores [R,N]; alphas and budgets: [R] float64, or None and one number for all."""
     x = _core.readable(x, "X")
-    p = _rows_fake(x, alphas, kind, alpha, budget)
+    p = _rows_fake(x, alphas, budgets, kind, alpha, budget)
     alphas = None if alphas is None else _core.readable(alphas, "alpha")
-    io = _core.fill(_c.make(_c.EntmaxIo), x=x, p=p, alpha=alphas)
+    budgets = None if budgets is None else _core.readable(budgets, "budget")
+    io = _core.fill(_c.make(_c.EntmaxIo), x=x, p=p, alpha=alphas, budget=budgets)
     _core.run(x, _c.lib.emx_entmax_forward, byref(_c.make(_c.EntmaxDesc, kind=kind, alpha=alpha, budget=budget)), byref(io))
     return p
 
@@ -61,23 +83,23 @@ def _rows(x: Tensor, alphas: Optional[Tensor], kind: int, alpha: float, budget: 
 
 
 def _per_row(value, name, shape, dim):
-    """One float64 a row, [R], of a tensor that expands to `shape` with `dim` of length 1."""
+    """(value, None) of a number; of a tensor that expands to `shape` with `dim` of length 1 (unused, one float64 a row [R])."""
+    if not isinstance(value, Tensor):
+        return float(value), None
     rows = list(shape)
     rows[dim] = 1
     if value.dim() > len(rows) or any(a not in (1, b) for a, b in zip(reversed(value.shape), reversed(rows))):
         raise _c.ShapeError(f"{name} has shape {tuple(value.shape)}, which does not expand to {tuple(rows)}")
-    return value.to(torch.float64).expand(rows).movedim(dim, -1).reshape(-1)
+    return 1.5, value.to(torch.float64).expand(rows).movedim(dim, -1).reshape(-1)
 
 
 def _map(kind, x, dim, alpha, budget=1.0):
     if x.dim() == 0:
         raise _c.ShapeError("X is a scalar; rows need a dimension")
-    alphas = None
-    if isinstance(alpha, Tensor):
-        alpha, alphas = 1.5, _per_row(alpha, "alpha", x.shape, dim)
+    alpha, alphas = _per_row(alpha, "alpha", x.shape, dim)
+    budget, budgets = _per_row(budget, "budget", x.shape, dim)
     moved = x.movedim(dim, -1)
-    n = moved.shape[-1]
-    p = _rows(moved.reshape(prod(moved.shape[:-1]), n), alphas, kind, float(alpha), float(budget))
+    p = _rows(moved.reshape(prod(moved.shape[:-1]), moved.shape[-1]), alphas, budgets, kind, alpha, budget)
     return p.reshape(moved.shape).movedim(-1, dim)
 
 
@@ -132,7 +154,7 @@ def normmax_bisect(X, alpha=2, dim=-1, n_iter=50):
 def budget_bisect(X, budget=2, dim=-1, n_iter=50):
     """Weights of at most one each and `budget` in all: p_i = min(1, [x_i - tau]_+), sum p = budget.
 
-    budget: 0 < budget <= length of `dim`. A row with fewer unmasked scores than that gives each weight 1.
+    budget: 0 < budget <= length of `dim`; a number, or a tensor as alpha may be, without a gradient. A row with fewer unmasked scores than that gives each weight 1.
     Arguments, result and errors otherwise as for entmax. n_iter changes nothing.
     Source: Malaviya, Ferreira, Martins 2018, "Sparse and Constrained Attention for Neural Machine Translation" (upper bounds).
     """
