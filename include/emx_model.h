@@ -112,8 +112,9 @@ typedef struct emx_session_opts {
   int32_t max_sessions; /* forks that may exist at the same time; 16 */
   int64_t max_tokens;   /* 4096; of the whole pool: shared pages count once. Beyond the machine's memory: NOMEM with the bytes */
   /* K and V of every layer in a scratch file of this name (emx_kv_opts.file; the name must be free), the summaries in memory:
-   * CERTIFIED then reads what its sketches leave. Prefill streams the keys for every few queries: slower than from memory, and
-   * its sums run in another order. NULL (default): in memory. */
+   * CERTIFIED then reads what its sketches leave. Prefill takes the keys and values of one head of a layer into memory at a time;
+   * where there is no memory for that it streams them for every few queries, slower, and its sums run in another order. NULL
+   * (default): in memory. */
   const char *kv_file;
 } emx_session_opts;
 EMX_API void emx_session_opts_init_sized(emx_session_opts *opts, size_t size); /* the numbers in the comments above */

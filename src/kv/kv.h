@@ -130,7 +130,7 @@ EMXI_SHARED const char *emxi_kv_file_read(const emx_kv *kv, bool values, int32_t
 EMXI_SHARED void emxi_kv_file_write(const emx_kv *kv, bool values, int32_t page, int32_t head, int64_t token, int64_t n,
                                     const char *rows);
 /* Whole pages of a head, [n,P,D]; and word that they will be wanted. */
-void emxi_kv_file_pages(const emx_kv *kv, bool values, int32_t head, const int32_t *pages, int64_t n, char *out);
+EMXI_SHARED void emxi_kv_file_pages(const emx_kv *kv, bool values, int32_t head, const int32_t *pages, int64_t n, char *out);
 void emxi_kv_file_expect_pages(const emx_kv *kv, bool values, int32_t head, const int32_t *pages, int64_t n);
 /* Values of a head at these offsets (elements, as of head 0); at[i]: where the i-th came to lie in rows, which takes 2 n D
  * elements. And word that they will be wanted, and that keys will be. */

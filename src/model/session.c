@@ -23,19 +23,19 @@ typedef struct session_pool {
   int64_t chunk, max_tokens;
   emx_kv **kv; /* [num_layers] */
   float *memory;
-  float *x, *h;         /* [chunk,W] residual stream; normed */
-  float *q, *k, *v, *a; /* [chunk,H*D], [chunk,G*D] twice, [chunk,H*D] output of attention */
-  float *gate, *up;     /* [chunk,F] */
-  float *logits;        /* [NLL_ROWS,V] */
-  float *slopes;        /* [H] */
-  float *theta;         /* [chunk,2E], ASEntmax: what theta_w and theta_v make of the states */
-  float *rope;          /* [chunk,D], RoPE */
-  emx_report *reports;  /* [H] */
-  bool alibi;           /* some slope is not 0 */
-  bool in_file;         /* K and V are in a file */
-  double *alphas;       /* [num_layers,H], learned alpha; else NULL */
-  void *attn_work, *decode_work;
-  size_t attn_size, decode_size;
+  float *x, *h;                          /* [chunk,W] residual stream; normed */
+  float *q, *k, *v, *a;                  /* [chunk,H*D], [chunk,G*D] twice, [chunk,H*D] output of attention */
+  float *gate, *up;                      /* [chunk,F] */
+  float *logits;                         /* [NLL_ROWS,V] */
+  float *slopes;                         /* [H] */
+  float *theta;                          /* [chunk,2E], ASEntmax: what theta_w and theta_v make of the states */
+  float *rope;                           /* [chunk,D], RoPE */
+  emx_report *reports;                   /* [H] */
+  bool alibi;                            /* some slope is not 0 */
+  bool in_file;                          /* K and V are in a file */
+  double *alphas;                        /* [num_layers,H], learned alpha; else NULL */
+  void *attn_work, *decode_work, *stage; /* stage: of prefill, keys and values from a file */
+  size_t attn_size, decode_size, stage_size;
   float *nll; /* [nll_room] of the prefill that runs */
   int64_t nll_room;
 } session_pool;
@@ -151,6 +151,7 @@ static void destroy_pool(session_pool *p) {
   emxi_free(p->alphas);
   emxi_free(p->attn_work);
   emxi_free(p->decode_work);
+  emxi_free(p->stage);
   emxi_free(p->nll);
   emxi_free(p);
 }
@@ -389,35 +390,84 @@ static double now(void) {
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* attend_prefill where K and V are in a file: the decoder streams them. */
-static emx_status attend_file(emx_session *s, int32_t l, int64_t m, int64_t length) {
+/* What dense attention takes from the model. */
+static void describe(const session_pool *p, const tensors *t, emx_attn_desc *desc, emx_attn_io *io) {
+  emx_attn_desc_init(desc);
+  desc->alpha = p->model->config.entmax_alpha;
+  desc->layout = EMX_LAYOUT_BHND;
+  emx_attn_io_init(io);
+  io->q = &t->q;
+  io->o = &t->o;
+  io->alibi_slopes = p->alibi ? &t->slopes : NULL;
+  io->alphas = p->alphas ? &t->alphas : NULL;
+}
+static emx_status attend(session_pool *p, const emx_attn_desc *desc, const emx_attn_io *io) {
+  size_t size;
+  EMX_TRY(emx_attn_workspace_size(p->model->ctx, desc, io, EMX_PASS_FORWARD, &size));
+  EMX_TRY(grow(&p->attn_work, &p->attn_size, size, "working memory"));
+  return emx_attn_forward(p->model->ctx, desc, io, p->attn_work, p->attn_size);
+}
+
+/* attend_prefill where not even one head of a layer fits into memory: the decoder streams keys and values. */
+static emx_status attend_streaming(emx_session *s, int32_t l, const emx_kv_batch *batch, const tensors *t, int64_t total) {
   session_pool *p = s->pool;
-  tensors t = tensors_of(p, l, m);
-  emx_kv_batch batch;
-  emx_kv_batch_init(&batch);
-  batch.batch = 1;
-  batch.seqs = &s->seqs[l];
   emx_select_desc all;
   emx_select_desc_init(&all);
-  emx_decode_io io = decode_io(p, &t);
+  emx_decode_io io = decode_io(p, t);
   io.reports = NULL;
   size_t size;
-  EMX_TRY(emx_decode_workspace_size(p->model->ctx, p->kv[l], &all, &io, length + m, &size));
+  EMX_TRY(emx_decode_workspace_size(p->model->ctx, p->kv[l], &all, &io, total, &size));
   EMX_TRY(grow(&p->attn_work, &p->attn_size, size, "working memory"));
-  return emx_decode(p->model->ctx, p->kv[l], &batch, &all, &io, p->attn_work, p->attn_size);
+  return emx_decode(p->model->ctx, p->kv[l], batch, &all, &io, p->attn_work, p->attn_size);
+}
+
+/* attend_prefill where K and V are in a file: one KV head after the other in memory. */
+static emx_status attend_file(emx_session *s, int32_t l, const emx_kv_batch *batch, const tensors *t, int64_t total) {
+  session_pool *p = s->pool;
+  const emx_model_config *c = &p->model->config;
+  emx_kv *kv = p->kv[l];
+  const int64_t D = c->head_dim, n_pages = (total + kv->P - 1) / kv->P;
+  const int32_t group = c->num_heads / c->num_kv_heads;
+  const size_t half = (size_t)(n_pages * kv->k_page) * emx_dtype_size(kv->dtype);
+  if (grow(&p->stage, &p->stage_size, 2 * half, "keys and values")) return attend_streaming(s, l, batch, t, total);
+  EMX_TRY(emx_kv_append(p->model->ctx, kv, batch, &t->k, &t->v, NULL));
+
+  const int32_t *pages;
+  int64_t count;
+  EMX_TRY(emx_seq_block_table(kv, s->seqs[l], &pages, &count));
+  char *rows[2] = {p->stage, (char *)p->stage + half};
+  const emx_tensor k = emx_tensor_view(rows[0], kv->dtype, 4, (int64_t[]){1, 1, total, D}),
+                   v = emx_tensor_view(rows[1], kv->dtype, 4, (int64_t[]){1, 1, total, D});
+  for (int32_t g = 0; g < c->num_kv_heads; g++) {
+    EMX_TRY(emxi_kv_file_begin(kv, "session"));
+    for (int values = 0; values < 2; values++) emxi_kv_file_pages(kv, values, g, pages, count, rows[values]);
+    EMX_TRY(emxi_kv_file_end(kv, "session"));
+    tensors heads = *t;
+    heads.q.data = (float *)t->q.data + g * group * t->q.stride[1];
+    heads.o.data = (float *)t->o.data + g * group * t->o.stride[1];
+    heads.q.shape[1] = heads.o.shape[1] = heads.slopes.shape[0] = heads.alphas.shape[0] = group;
+    heads.slopes.data = p->alibi ? (float *)t->slopes.data + g * group : NULL;
+    heads.alphas.data = p->alphas ? (double *)t->alphas.data + g * group : NULL;
+    emx_attn_desc desc;
+    emx_attn_io io;
+    describe(p, &heads, &desc, &io);
+    io.k = &k;
+    io.v = &v;
+    EMX_TRY(attend(p, &desc, &io));
+  }
+  return EMX_OK;
 }
 
 /* Appends k, v [m] to layer l and attends densely from q [m] into a. */
 static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t length) {
   session_pool *p = s->pool;
-  if (p->in_file) return attend_file(s, l, m, length);
-  emx_ctx *ctx = p->model->ctx;
   tensors t = tensors_of(p, l, m);
   emx_kv_batch batch;
   emx_kv_batch_init(&batch);
   batch.batch = 1;
   batch.seqs = &s->seqs[l];
-  EMX_TRY(emx_kv_append(ctx, p->kv[l], &batch, &t.k, &t.v, NULL));
+  if (p->in_file) return attend_file(s, l, &batch, &t, length + m);
+  EMX_TRY(emx_kv_append(p->model->ctx, p->kv[l], &batch, &t.k, &t.v, NULL));
 
   const int32_t *pages;
   int64_t n_pages;
@@ -428,23 +478,13 @@ static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t l
   emx_tensor table = emx_tensor_view((void *)pages, EMX_I32, 2, (int64_t[]){1, n_pages}),
              lengths = emx_tensor_view(&total, EMX_I32, 1, (int64_t[]){1});
   emx_attn_desc desc;
-  emx_attn_desc_init(&desc);
-  desc.alpha = p->model->config.entmax_alpha;
-  desc.layout = EMX_LAYOUT_BHND;
   emx_attn_io io;
-  emx_attn_io_init(&io);
-  io.q = &t.q;
+  describe(p, &t, &desc, &io);
   io.k = &k;
   io.v = &v;
-  io.o = &t.o;
   io.block_table = &table;
   io.seqlens_k = &lengths;
-  io.alibi_slopes = p->alibi ? &t.slopes : NULL;
-  io.alphas = p->alphas ? &t.alphas : NULL;
-  size_t size;
-  EMX_TRY(emx_attn_workspace_size(ctx, &desc, &io, EMX_PASS_FORWARD, &size));
-  EMX_TRY(grow(&p->attn_work, &p->attn_size, size, "working memory"));
-  return emx_attn_forward(ctx, &desc, &io, p->attn_work, p->attn_size);
+  return attend(p, &desc, &io);
 }
 
 /* The same for one token through the selector; adds to stats. */

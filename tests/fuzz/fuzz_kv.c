@@ -5,6 +5,8 @@
 #include "entmax/entmax.h"
 #include "fuzz/fuzz.h"
 
+#include <unistd.h>
+
 enum { SEQS = 4, PAGES = 9, LENGTH = PAGES * 64, MAX_D = 40, MAX_G = 2, OPS = 60 };
 
 typedef struct model {
@@ -33,13 +35,16 @@ typedef struct world {
   emx_ctx *ctx;
   emx_kv *kv;
   int32_t G, D, P, dtype, layout, summaries;
+  bool in_file;
   model seq[SEQS];
 } world;
 
 static void check_contents(const world *w) {
-  emx_tensor k, v;
+  emx_tensor k = {0}, v = {0};
   emx_kv_info info = {.struct_size = sizeof info};
-  FUZZ_CHECK(!emx_kv_pool_view(w->kv, &k, &v) && !emx_kv_get_info(w->kv, &info), "%s", emx_last_error());
+  const emx_status view = emx_kv_pool_view(w->kv, &k, &v); /* of what is in a file there is none: decodes see the contents */
+  FUZZ_CHECK(view == (w->in_file ? EMX_ERR_UNSUPPORTED : EMX_OK), "%s", emx_last_error());
+  FUZZ_CHECK(!emx_kv_get_info(w->kv, &info), "%s", emx_last_error());
   const int head = w->layout == EMX_LAYOUT_BHND ? 1 : 2, token = 3 - head;
   int32_t held[PAGES] = {0}, seqs = 0;
   for (int s = 0; s < SEQS; s++) {
@@ -57,7 +62,7 @@ static void check_contents(const world *w) {
       FUZZ_CHECK(pages[p] >= 0 && pages[p] < PAGES, "page %d", pages[p]);
       held[pages[p]]++;
     }
-    for (int64_t j = 0; j < n; j++)
+    for (int64_t j = 0; j < n && !w->in_file; j++)
       for (int g = 0; g < w->G; g++)
         for (int d = 0; d < w->D; d += 5) {
           const int64_t kat = pages[j / w->P] * k.stride[0] + g * k.stride[head] + j % w->P * k.stride[token] + d;
@@ -233,7 +238,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   w.D = dims[fuzz_u8(&in) % 3];
   w.P = 16 << fuzz_u8(&in) % 3;
   w.layout = fuzz_u8(&in) % 2;
-  w.summaries = fuzz_u8(&in) % 4;
+  const uint8_t extras = fuzz_u8(&in);
+  w.summaries = extras % 4;
+  w.in_file = extras & 4;
+  char file[64];
+  snprintf(file, sizeof file, "/tmp/emx_fuzz_kv.%ld", (long)getpid());
   emx_kv_opts o;
   emx_kv_opts_init(&o);
   o.dtype = w.dtype;
@@ -244,6 +253,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   o.summaries = w.summaries;
   o.max_seqs = SEQS;
   o.max_pages = PAGES;
+  o.file = w.in_file ? file : NULL;
   FUZZ_CHECK(!emx_kv_create(ctx, &o, &w.kv), "%s", emx_last_error());
   for (int op = 0; op < OPS && in.left; op++) {
     const uint8_t code = fuzz_u8(&in);

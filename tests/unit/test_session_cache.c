@@ -86,6 +86,50 @@ static void goes_on(emx_model *m) {
   }
 }
 
+/* K and V in a file: prefill has the bits of prefill in memory where one head of a layer fits into memory beside it, and differs
+ * by the order of its sums where not. */
+static void test_prefill_from_file(void **state) {
+  (void)state;
+  static const int32_t dtypes[] = {EMX_BF16, EMX_F16, EMX_F32};
+  static const int64_t parts[] = {1, 37, 52};
+  float la[V], lb[V], na[N], nb[N];
+  unlink(path); /* what another test saved */
+  for (int variant = 0; variant < 3; variant++) {
+    emx_session_opts o;
+    emx_session_opts_init(&o);
+    o.kv_dtype = dtypes[variant];
+    o.page_size = 16 << variant;
+    o.chunk = 32;
+    o.max_tokens = N;
+    emx_session *a, *b;
+    OK(emx_session_create(model, &o, &a));
+    o.kv_file = path;
+    OK(emx_session_create(model, &o, &b));
+    int64_t at = 0;
+    for (int i = 0; i < 3; at += parts[i++]) {
+      OK(emx_session_prefill(a, tokens + at, parts[i], na, la, NULL, NULL));
+      OK(emx_session_prefill(b, tokens + at, parts[i], nb, lb, NULL, NULL));
+      assert_memory_equal(la, lb, sizeof la);
+      assert_memory_equal(na, nb, sizeof *na * (size_t)parts[i]); /* NaN, the first, is the same bits as well */
+    }
+    assert_int_equal(at, N);
+    emx_session_destroy(a);
+    emx_session_destroy(b);
+
+    o.chunk = 128; /* all in one: the first layer has 90 keys when the memory is missing */
+    OK(emx_session_create(model, &o, &b));
+    o.kv_file = NULL;
+    OK(emx_session_create(model, &o, &a));
+    OK(emx_session_prefill(a, tokens, N, na, la, NULL, NULL));
+    emxi_alloc_fail_after(1); /* the next allocation holds nll, the one behind it the first head's keys and values */
+    OK(emx_session_prefill(b, tokens, N, nb, lb, NULL, NULL));
+    assert_true(memcmp(la, lb, sizeof la) != 0);                           /* or the failed allocation was not that one */
+    for (int i = 0; i < V; i++) assert_true(fabsf(la[i] - lb[i]) < 2e-4f); /* sums of some 90 terms of size 1 in f32 */
+    emx_session_destroy(a);
+    emx_session_destroy(b);
+  }
+}
+
 static void test_goes_on(void **state) {
   (void)state;
   goes_on(model);
@@ -238,6 +282,7 @@ static void test_refused(void **state) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_goes_on),
+      cmocka_unit_test(test_prefill_from_file),
       cmocka_unit_test(test_without_a_state),
       cmocka_unit_test(test_refused),
   };
