@@ -70,6 +70,7 @@ static emx_status cuda_open(emx_ctx *ctx) {
   }
   memset(cuda->fault, 0, sizeof *cuda->fault);
   cuda->processors = processors;
+  cuda->overlap = major >= 9;
   cuda->listed = (size_t)shared >= EMXI_CUDA_SOLVE_BYTES(EMXI_CUDA_LISTED) + 2048 ? EMXI_CUDA_LISTED : EMXI_CUDA_LISTED_LEAST;
   ctx->backend_state = cuda;
   return emxi_cuda_leave(before, EMX_OK, false, who);
@@ -98,6 +99,21 @@ static emx_status take_fault(emx_ctx *ctx, const char *who) {
   if (f.code == EMXI_CUDA_FAULT_PAGE)
     return emxi_fail(EMX_ERR_INVALID, "%s: an earlier call met block_table[%d][%d] = %d, which is no page of the pool", who,
                      f.row, f.column, f.value);
+  if (f.code == EMXI_CUDA_FAULT_LIST && f.column < 0)
+    return emxi_fail(EMX_ERR_INVALID,
+                     "%s: an earlier call met n_pages = %d of query row %d, more than pages has columns, or negative", who,
+                     f.value, f.row);
+  if (f.code == EMXI_CUDA_FAULT_LIST)
+    return emxi_fail(EMX_ERR_INVALID,
+                     "%s: an earlier call met pages[%d] = %d of query row %d; lists ascend and name pages of the sequence", who,
+                     f.column, f.value, f.row);
+  if (f.code == EMXI_CUDA_FAULT_ALPHA)
+    return emxi_fail(EMX_ERR_INVALID,
+                     "%s: an earlier call met an alpha of head %d out of range, expected 1 (not with GAUSSIAN) or %s", who, f.row,
+                     "1.000001 to 4");
+  if (f.code == EMXI_CUDA_FAULT_SUMMARIZE)
+    return emxi_fail(EMX_ERR_INVALID, "%s: an earlier emx_kv_summarize met %s[%d] = %d, which is out of range", who,
+                     f.column ? "tokens" : "pages", f.row, f.value);
   return emxi_fail(EMX_ERR_INVALID, "%s: an earlier call met %s[%d] = %d, which is negative or above what max_len allows", who,
                    f.column ? "n_new" : "seq_lens", f.row, f.value);
 }
@@ -173,11 +189,6 @@ static emx_status no_attn_run(emx_ctx *ctx, const struct emxi_attn *attn, emxi_a
   (void)ctx, (void)attn, (void)arena;
   return no_attn();
 }
-static emx_status no_summaries(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n) {
-  (void)ctx, (void)kv, (void)pages, (void)tokens, (void)n;
-  return emxi_fail(EMX_ERR_UNSUPPORTED, "page summaries are kept on the CPU only");
-}
-
 const emxi_backend emxi_backend_cuda = {
     .name = "cuda",
     .open = cuda_open,
@@ -193,6 +204,6 @@ const emxi_backend emxi_backend_cuda = {
     .attn_supports = no_attn_supports,
     .attn_run = no_attn_run,
     .kv_write = emxi_cuda_kv_write,
-    .kv_summarize = no_summaries,
+    .kv_summarize = emxi_cuda_kv_summarize,
     .decode_run = emxi_cuda_decode_run,
 };

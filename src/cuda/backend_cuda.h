@@ -13,6 +13,7 @@ typedef struct emxi_cuda {
   emxi_cuda_fault *fault;     /* pinned, seen by the device */
   int32_t *claimed;           /* device memory: not 0 once a kernel has written the fault */
   int32_t processors, listed; /* listed: EMXI_CUDA_LISTED or _LEAST, as shared memory allows */
+  bool overlap;               /* compute capability 9: kernels of a chain overlap their starts */
 } emxi_cuda;
 
 static inline emxi_cuda *emxi_cuda_of(const emx_ctx *ctx) { return ctx->backend_state; }
@@ -29,6 +30,7 @@ emxi_cuda_batch emxi_cuda_batch_of(const emx_kv *kv, const emx_kv_batch *batch, 
 emx_status emxi_cuda_update_tables(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batch *batch, const char *who);
 
 emx_status emxi_cuda_kv_write(emx_ctx *ctx, const emxi_kv_write *w);
+emx_status emxi_cuda_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n);
 emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena);
 
 #endif

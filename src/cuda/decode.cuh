@@ -18,14 +18,12 @@
 #ifndef EMXI_CUDA_DECODE_CUH
 #define EMXI_CUDA_DECODE_CUH
 
-#include "../entmax/solve.h"
-#include "device.cuh"
+#include "rows.cuh"
 
 namespace {
 
 constexpr int MAX_HERE = 512; /* support whose values the block of the row reads by itself */
-constexpr int CHUNK = EMXI_CUDA_CHUNK, SCAN_THREADS = 256, SCAN_WARPS = SCAN_THREADS / 32, SOLVE_THREADS = 512,
-              SOLVE_WARPS = SOLVE_THREADS / 32, MAX_ALIVE = EMXI_CUDA_ALIVE, MAX_D = 256, PER_LANE = MAX_D / 32;
+constexpr int SCAN_THREADS = 256, SCAN_WARPS = SCAN_THREADS / 32, MAX_ALIVE = EMXI_CUDA_ALIVE, PER_LANE = MAX_D / 32;
 
 /* ---- rows of K and V in registers: eight elements a lane */
 
@@ -127,9 +125,9 @@ __device__ __forceinline__ row_id item_row(const emxi_cuda_decode &a, int b, int
   r.visible = visible > 0 ? visible : 0;
   return r;
 }
-/* What cannot be in the support once a score m was seen: one float further down covers the rounding of the difference. */
-__device__ __forceinline__ float below_of(float m, double alpha) {
-  return nextafterf((float)((double)m - 1.0 / (alpha - 1.0)), -emxi_inf());
+/* The same in float, never above it: what a scan may leave out. */
+__device__ __forceinline__ float scan_bound(float m, float reach, float floor) {
+  return fminf(nextafterf(__fsub_rd(m, reach), -emxi_inf()), floor);
 }
 
 /* A score of -inf from a finite key: a partial sum has overflowed, and the true score may be anything. */
@@ -142,8 +140,9 @@ __device__ __noinline__ bool key_is_finite(const T *key, int d) {
 
 /* ---- scan */
 
-template <typename T, int FIXED, int R, int U, bool SOFTMAX>
+template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE>
 __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ emxi_cuda_decode a) {
+  static_assert(!SPARSE || R == 1, "rows of a group have lists of their own");
   using row_piece = piece<T, FIXED>;
   constexpr int L = row_piece::L, SUBS = 32 / L, V = U * R, OWN = V >= L ? V / L : 1, TILE = U * SUBS, TILES = CHUNK / TILE,
                 PAGES = TILE > 16 ? TILE / 16 : 1;
@@ -155,11 +154,31 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
 
   const emxi_cuda_pool &pool = a.pool;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, l = lane % L, sub = lane / L, D = FIXED ? FIXED : pool.D;
-  const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits, block = item % a.blocks, g = item / a.blocks % pool.G,
-            b = item / a.blocks / pool.G;
-  const int first_row = block * R, left = a.group * a.S - first_row, rows = left < R ? left : R;
+  wait_for_previous();
+  const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits, block = SPARSE ? 0 : item % a.blocks;
+  int g = item / a.blocks % pool.G, b = item / a.blocks / pool.G;
+  const int first_row = block * R, left = a.group * a.S - first_row, rows = SPARSE || left >= R ? R : left;
   int64_t length;
-  const int32_t *table = batch_entry(a.batch, b, &length);
+  row_place self; /* sparse: the row of this block, and positions are those of its list */
+  const int32_t *table;
+  if constexpr (SPARSE) {
+    self = place_of(a, item);
+    b = self.b, g = self.g, table = self.table, length = self.count;
+  } else {
+    table = batch_entry(a.batch, b, &length);
+  }
+  const auto row_of = [&](int r) {
+    if constexpr (SPARSE)
+      return row_id{item, self.count, self.h, 0};
+    else
+      return item_row(a, b, g, first_row + r, length);
+  };
+  const auto page_of = [&](int64_t i) {
+    if constexpr (SPARSE)
+      return __ldg(self.place + i);
+    else
+      return table_page(a.batch, pool, table, b, i);
+  };
   const int64_t chunks = (length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits, from = split * per,
                 to = from + per < chunks ? from + per : chunks;
 
@@ -167,7 +186,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
     const int r = i / MAX_D, x = i % MAX_D;
     float q = 0;
     if (r < rows && x < D) {
-      const row_id id = item_row(a, b, g, first_row + r, length);
+      const row_id id = row_of(r);
       q = load_any(a.q, a.q_dtype, b * a.q_stride[0] + id.h * a.q_stride[1] + id.s * a.q_stride[2] + x) * a.scale;
     }
     shared_q[r][x] = q;
@@ -184,18 +203,27 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
   /* The scores that this lane owns: key u, row r. */
   int own_r[OWN], own_token[OWN];
   float slope[OWN], m[OWN], bound[OWN], chunk_top[OWN]; /* bound: what is not above it has no weight */
+  float reach[OWN], floor = emxi_inf(); /* of weight below the largest score; an estimated threshold may lie lower */
   int32_t visible[OWN];
+  bool any = false; /* rows of this kind */
 #pragma unroll
   for (int i = 0; i < OWN; i++) {
     const int index = first_index<V, L>(l) + i;
     own_r[i] = index % R;
     own_token[i] = index / R * SUBS + sub;
     const bool mine = (V >= L || l % (V < L ? L / V : 1) == 0) && own_r[i] < rows;
-    const row_id id = item_row(a, b, g, first_row + (mine ? own_r[i] : 0), length);
-    visible[i] = mine ? (int32_t)id.visible : 0;
+    const row_id id = row_of(mine ? own_r[i] : 0);
+    const double alpha = mine ? alpha_of(a, id.h) : 0;
+    any |= alpha > 0 && (alpha == 1.0) == SOFTMAX;
+    visible[i] = alpha > 0 && (alpha == 1.0) == SOFTMAX ? (int32_t)id.visible : 0;
     slope[i] = a.slopes && mine ? a.slopes[id.h] : 0.0f;
+    reach[i] = SOFTMAX || alpha <= 1.0 ? 0.0f : __double2float_ru(1.0 / (alpha - 1.0));
     m[i] = bound[i] = chunk_top[i] = -emxi_inf();
   }
+  if (a.alphas && !__syncthreads_or(any)) return;
+  if constexpr (SPARSE && !SOFTMAX)
+    if (a.tau_mode == EMX_TAU_FIXED && a.choice[item].estimated)
+      floor = nextafterf((float)(a.choice[item].estimate / (alpha_of(a, self.h) - 1.0)), -emxi_inf());
   uint32_t bad = 0;
   int count[R];
   float o[SOFTMAX ? R : 1][8], z[OWN];
@@ -216,7 +244,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
 #pragma unroll
     for (int i = 0; i < PAGES; i++) {
       const int64_t token = c * CHUNK + tile * TILE + 16 * i;
-      page[i] = c < to && token < length ? table_page(a.batch, pool, table, b, token >> pool.shift) : 0;
+      page[i] = c < to && token < length ? page_of(token >> pool.shift) : 0;
     }
   };
   /* Sixteen aligned positions lie in one page, so the rows of a lane are a constant step apart. */
@@ -285,9 +313,15 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
       const int32_t token = start + own_token[i];
       const bool in = token < visible[i];
       float s = v[i];
-      if (slope[i] != 0) s = fmaf(slope[i], (float)(token - (visible[i] - 1)), s);
+      if (slope[i] != 0 && in) {
+        if constexpr (SPARSE)
+          s = fmaf(slope[i],
+                   (float)(self.list[token >> pool.shift] * pool.P + (token & (pool.P - 1)) - (int32_t)(self.visible - 1)), s);
+        else
+          s = fmaf(slope[i], (float)(token - (visible[i] - 1)), s);
+      }
       if (in && s == -emxi_inf()) {
-        const int32_t p = table_page(a.batch, pool, table, b, token >> pool.shift);
+        const int32_t p = page_of(token >> pool.shift);
         if (key_is_finite(k_base + p * pool.k_page + (token & (pool.P - 1)) * pool.k_token, D)) s = emxi_nan();
       }
       if (in && !(s < emxi_inf())) bad |= 1u << own_r[i];
@@ -318,7 +352,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
             if (new_m > old) {
               if (SOFTMAX) z[i] *= __expf(old - new_m);
               m[i] = new_m;
-              if (!SOFTMAX) bound[i] = below_of(new_m, a.alpha);
+              if (!SOFTMAX) bound[i] = scan_bound(new_m, reach[i], floor);
             }
           }
         if (SOFTMAX) { /* the same in every lane: some lane owns row r */
@@ -364,7 +398,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
             const uint32_t mask = __ballot_sync(EMXI_FULL, mine && own_r[i] == r);
             if (!mask) continue;
             if (mine && own_r[i] == r) {
-              const row_id id = item_row(a, b, g, first_row + r, length);
+              const row_id id = row_of(r);
               const int64_t at = (id.row * a.chunks + c) * CHUNK + count[r] + __popc(mask & ((1u << lane) - 1));
               a.z[at] = v[i];
               a.local[at] = (uint8_t)(tile * TILE + own_token[i]);
@@ -382,7 +416,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
             if (own_r[i] == r) top = max(top, to_ordered(chunk_top[i]));
           top = __reduce_max_sync(EMXI_FULL, top);
           if (lane == 0 && r < rows) {
-            const row_id id = item_row(a, b, g, first_row + r, length);
+            const row_id id = row_of(r);
             a.chunk_max[id.row * a.chunks + c] = from_ordered(top);
             a.count[id.row * a.chunks + c] = (uint8_t)count[r];
           }
@@ -392,7 +426,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
           for (int i = 0; i < OWN; i++)
             if (own_r[i] == r && all > m[i]) {
               m[i] = all;
-              bound[i] = below_of(all, a.alpha);
+              bound[i] = scan_bound(all, reach[i], floor);
             }
         }
 #pragma unroll
@@ -443,7 +477,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
   if constexpr (SOFTMAX) {
     for (int i = threadIdx.x; i < rows * D; i += SCAN_THREADS) {
       const int r = i / D, d = i % D;
-      const row_id id = item_row(a, b, g, first_row + r, length);
+      const row_id id = row_of(r);
       float top = -emxi_inf(), sum = 0, total = 0;
       int n = 0;
       for (int w = 0; w < SCAN_WARPS; w++) top = fmaxf(top, shared_m[w][r]);
@@ -462,70 +496,20 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
     }
   }
   if (threadIdx.x < rows) {
-    const row_id id = item_row(a, b, g, first_row + (int)threadIdx.x, length);
+    const row_id id = row_of((int)threadIdx.x);
+    if (a.alphas && (alpha_of(a, id.h) == 1.0) != SOFTMAX) return; /* the other scan's row */
     if (!SOFTMAX) a.split_max[id.row * a.splits + split] = from_ordered(shared_max[threadIdx.x]);
     a.bad[id.row * a.splits + split] = shared_bad >> threadIdx.x & 1;
   }
 }
 
-/* ---- results of a row */
-
-struct row_place {
-  int b, h, s, g;
-  int64_t length, visible;
-  const int32_t *table;
-};
-__device__ __forceinline__ row_place place_of(const emxi_cuda_decode &a, int64_t row) {
-  row_place p;
-  p.s = (int)(row % a.S);
-  p.h = (int)(row / a.S % a.H);
-  p.b = (int)(row / a.S / a.H);
-  p.g = p.h / a.group;
-  p.table = batch_entry(a.batch, p.b, &p.length);
-  p.visible = p.length - a.S + p.s + 1;
-  if (p.visible < 0) p.visible = 0;
-  return p;
-}
-__device__ __forceinline__ void store_output(const emxi_cuda_decode &a, const row_place &p, int d, float x) {
-  store_any(a.o, a.o_dtype, p.b * a.o_stride[0] + p.h * a.o_stride[1] + p.s * a.o_stride[2] + d, x);
-}
-/* Whether some element of scale * q is not finite; for all threads of the block. Has a barrier. */
-__device__ __forceinline__ bool query_is_bad(const emxi_cuda_decode &a, const row_place &p) {
-  bool bad = false;
-  for (int d = threadIdx.x; d < a.pool.D; d += blockDim.x)
-    bad |= !(fabsf(load_any(a.q, a.q_dtype, p.b * a.q_stride[0] + p.h * a.q_stride[1] + p.s * a.q_stride[2] + d) * a.scale) <
-             emxi_inf());
-  return __syncthreads_or(bad);
-}
-/* One thread. */
-__device__ void write_report(const emxi_cuda_decode &a, const row_place &p, int64_t row, bool bad, double tau, double mass,
-                             int64_t support, int64_t values) {
-  if (!a.reports) return;
-  const int64_t key = (int64_t)a.pool.D * (a.pool.dtype == EMX_F32 ? 4 : 2), P = a.pool.P;
-  const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
-  const bool whole = a.pool.k_token == a.pool.D;
-  const int64_t full = p.visible / P, rest = p.visible % P;
-  emx_report r = {};
-  r.tau = bad ? emxi_nan() : (float)tau;
-  r.mass = bad ? emxi_nan() : (float)mass;
-  r.delta_bound = bad ? 1.0f : 0.0f;
-  r.max_unread = -emxi_inf();
-  r.support = bad ? 0 : (int32_t)support;
-  r.tokens = (int32_t)p.visible;
-  r.pages = (int32_t)(full + (rest > 0));
-  r.select = EMX_SELECT_ALL;
-  r.path = EMX_PATH_ALL;
-  r.stopped_by = EMX_STOP_DONE;
-  r.flags = bad ? EMX_REPORT_NONFINITE : EMX_REPORT_CERTIFIED;
-  r.bytes_k = whole ? full * lines(P * key) + lines(rest * key) : p.visible * lines(key);
-  r.bytes_v = bad ? 0 : values * lines(key);
-  *(emx_report *)(a.reports + row * a.report_stride) = r;
-}
+/* ---- values */
 
 /* Elements l + 32 e of the value at `position`, for a whole warp. */
 template <typename T>
 __device__ __forceinline__ piece<T, 0> load_value(const emxi_cuda_decode &a, const row_place &p, int64_t position, int lane) {
-  const int32_t page = table_page(a.batch, a.pool, p.table, p.b, position >> a.pool.shift);
+  const int32_t page =
+      p.place ? p.place[position >> a.pool.shift] : table_page(a.batch, a.pool, p.table, p.b, position >> a.pool.shift);
   piece<T, 0> x;
   x.load((const T *)a.pool.v + page * a.pool.v_page + p.g * a.pool.v_head + (position & (a.pool.P - 1)) * a.pool.v_token, lane,
          a.pool.D);
@@ -565,82 +549,6 @@ __device__ __forceinline__ void add_values(const emxi_cuda_decode &a, const row_
 
 /* ---- solve */
 
-struct threshold {
-  double alpha, a, b;
-  int power;
-  float m;
-};
-__device__ __forceinline__ float weight_of(const threshold &k, float z, double t) {
-  const double y = k.a * ((double)z - (double)k.m) - t;
-  return y > 0 ? (float)emxi_power(y, k.b, k.power) : 0.0f;
-}
-/* Adds what z contributes: alpha 2 and 1.5: count, sum y, sum y^2 over y > margin; else 0, sum y^(b-1), sum y^b. */
-__device__ __forceinline__ void add_term(const threshold &k, float z, double t, double margin, double (&s)[3]) {
-  const double y = k.a * ((double)z - (double)k.m) - t;
-  if (!(y > margin)) return;
-  if (k.alpha == 2.0 || k.alpha == 1.5) {
-    s[0] += 1;
-    s[1] += y;
-    s[2] += y * y;
-  } else {
-    const double p = emxi_power(y, k.b, k.power);
-    s[1] += p / y;
-    s[2] += p;
-  }
-}
-/* The next threshold minus t, and the residual at t. As in src/cpu/solver.inc. */
-__device__ __forceinline__ double threshold_step(const threshold &k, const double (&s)[3], double *f) {
-  if (k.alpha == 2.0 || k.alpha == 1.5) {
-    const emxi_sums sums = {s[0], s[1], s[2]};
-    *f = (k.alpha == 2.0 ? s[1] : s[2]) - 1.0;
-    if (!(s[0] > 0)) return -0.5;
-    return k.alpha == 2.0 ? emxi_step_sparsemax(sums) : emxi_step_entmax15(sums);
-  }
-  *f = s[2] - 1.0;
-  if (!(s[1] > 0)) return -0.5;
-  return k.alpha < 2.0 ? (s[2] - pow(s[2], 1.0 - k.a)) / s[1] : emxi_step_newton(*f, s[1], k.b);
-}
-
-/* Exclusive sum of x over the block and, in *total, of all. Has barriers. */
-__device__ __forceinline__ int block_offsets(int x, int *scratch, int *total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int upto = x;
-#pragma unroll
-  for (int step = 1; step < 32; step <<= 1) {
-    const int other = __shfl_up_sync(EMXI_FULL, upto, step);
-    if (lane >= step) upto += other;
-  }
-  __syncthreads();
-  if (lane == 31) scratch[warp] = upto;
-  __syncthreads();
-  int sum = 0, before = 0;
-  for (int w = 0; w < (int)blockDim.x / 32; w++) {
-    if (w == warp) before = sum;
-    sum += scratch[w];
-  }
-  *total = sum;
-  return before + upto - x;
-}
-
-/* Sums of all threads in a fixed order, the same in every thread. Has barriers. */
-__device__ __forceinline__ void block_sums(double (&x)[3], double (*scratch)[SOLVE_WARPS]) {
-#pragma unroll
-  for (int step = 16; step; step >>= 1)
-#pragma unroll
-    for (int i = 0; i < 3; i++) x[i] += __shfl_xor_sync(EMXI_FULL, x[i], step);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0)
-#pragma unroll
-    for (int i = 0; i < 3; i++) scratch[i][threadIdx.x / 32] = x[i];
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 3; i++) {
-    x[i] = 0;
-#pragma unroll
-    for (int w = 0; w < SOLVE_WARPS; w++) x[i] += scratch[i][w];
-  }
-}
-
 template <typename T>
 __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ emxi_cuda_decode a) {
   constexpr int KEPT = 16; /* chunk maxima a thread keeps in registers: those of a million tokens */
@@ -652,11 +560,17 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
   __shared__ double scratch[3][SOLVE_WARPS];
   __shared__ float part[2][SOLVE_WARPS];
   __shared__ int offsets[SOLVE_WARPS];
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   const row_place place = place_of(a, row);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.pool.D;
-  const int64_t chunks = (place.visible + CHUNK - 1) / CHUNK;
+  const int64_t chunks = (place.count + CHUNK - 1) / CHUNK;
   emxi_cuda_wide *wide = &a.wide[row];
+  const double alpha = alpha_of(a, place.h);
+  if (alpha == 1.0) { /* merge's row */
+    if (threadIdx.x == 0) wide->wide = 0;
+    return;
+  }
 
   /* A thread has neighbouring chunks, so that what it finds is in order. */
   const float *chunk_max = a.chunk_max + row * a.chunks, *z = a.z + row * a.chunks * CHUNK;
@@ -667,9 +581,9 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
 #pragma unroll
   for (int i = 0; i < KEPT; i++) kept[i] = i < per && from + i < to ? chunk_max[from + i] : -emxi_inf();
 
-  bool bad = query_is_bad(a, place);
+  bool bad = query_is_bad(a, place) || alpha == 0;
   int top = to_ordered(-emxi_inf());
-  for (int i = threadIdx.x; i < a.splits; i += SOLVE_THREADS) {
+  for (int i = threadIdx.x; i < a.splits && alpha != 0; i += SOLVE_THREADS) {
     bad |= a.bad[row * a.splits + i] != 0;
     top = max(top, to_ordered(a.split_max[row * a.splits + i]));
   }
@@ -682,17 +596,16 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     for (int d = threadIdx.x; d < D; d += SOLVE_THREADS) store_output(a, place, d, bad ? emxi_nan() : 0.0f);
     if (threadIdx.x == 0) {
       wide->wide = 0;
-      write_report(a, place, row, bad, -emxi_inf(), 0, 0, 0);
+      wide->solved = 0;
+      const bool estimated = a.sparse && a.tau_mode != EMX_TAU_EXACT && a.choice[row].estimated;
+      write_report(a, place, row, bad, estimated ? a.choice[row].estimate : (double)-emxi_inf(), 0, 0, 0);
     }
     return;
   }
 
-  threshold k;
-  k.alpha = a.alpha;
-  k.a = a.alpha - 1.0;
-  k.b = 1.0 / k.a;
-  k.power = emxi_power_kind(k.b);
-  k.m = m;
+  const threshold k = threshold_of(alpha, m);
+  /* GAUSSIAN: weights from the estimated threshold, which may lie on either side of the true one. */
+  const bool estimated = a.sparse && a.tau_mode != EMX_TAU_EXACT && a.choice[row].estimated;
 
   /* The largest scores of the chunks are scores: the threshold of any subset is a lower bound (T1), and for alpha <= 2 so is every
    * Newton step on the norm of the positive parts, which is convex. A few of them leave little more than the support. */
@@ -724,7 +637,11 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     if (!(mass > 1 && slope > 0)) break;
     low += fmaxf(0.0f, (mass - (k.alpha == 2.0 ? 1.0f : k.alpha == 1.5 ? sqrtf(mass) : powf(mass, 1.0f - fa))) / slope - slack);
   }
-  const float thr = fmaxf(below_of(m, a.alpha), nextafterf((float)((double)m + (double)low / k.a), -emxi_inf()));
+  float thr = fmaxf(below_of(m, alpha), nextafterf((float)((double)m + (double)low / k.a), -emxi_inf()));
+  if (estimated) {
+    thr = below_of(m, alpha);
+    if (a.tau_mode == EMX_TAU_FIXED) thr = fminf(thr, nextafterf((float)(a.choice[row].estimate / k.a), -emxi_inf()));
+  }
 
   /* Chunks with a candidate, in order; then their candidates, a warp a chunk: counted, and put where they belong. */
   int mine = 0, n_alive, total = 0;
@@ -804,8 +721,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
 
   /* Root in [lo, hi], as in src/cpu/solver.inc: steps while they stay inside and make progress, else bisection (alpha > 2: of the
    * exponent, a flat row needs t relatively). 1e-14 is far below what the rounding of a float score moves. */
-  double lo = low, hi = emxi_bracket_hi((double)(small ? total : place.visible), k.alpha) * (1 - 1e-12), t = lo, last = 1e300,
-         s[3];
+  double lo = low, hi = emxi_bracket_hi((double)(small ? total : place.count), k.alpha) * (1 - 1e-12), t = lo, last = 1e300, s[3];
   for (int iteration = 0; iteration < 300; iteration++) {
     double f;
     sums(t, 0, s);
@@ -839,6 +755,28 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     sums(t, margin, s);
     t += threshold_step(k, s, &f);
   }
+  const double exact = t;
+  if (estimated) {
+    t = a.choice[row].estimate - k.a * (double)m;
+    if (a.tau_mode == EMX_TAU_CORRECTED) { /* steps inside [m-1, m], as on the CPU */
+      double below = -1, above = 0;
+      t = fmin(fmax(t, below), above);
+      for (int i = 0; i < (a.tau_steps ? a.tau_steps : 3); i++) {
+        sums(t, 0, s);
+        const bool closed = k.alpha == 2.0 || k.alpha == 1.5;
+        const double f = (closed && k.alpha == 2.0 ? s[1] : s[2]) - 1.0,
+                     g = !closed          ? s[1]
+                         : k.alpha == 2.0 ? s[0]
+                                          : s[1],
+                     next = t + f * k.a / g;
+        if (f >= 0)
+          below = t;
+        else
+          above = t;
+        t = next > below && next < above ? next : 0.5 * (below + above);
+      }
+    }
+  }
 
   /* Weights: their sum and number. Values of a short list are added here, of a long one by all the device. */
   double result[3] = {0, 0, 0};
@@ -861,6 +799,8 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     wide->t = t;
     wide->m = m;
     wide->thr = thr;
+    wide->exact = exact;
+    wide->solved = 1;
     write_report(a, place, row, false, t + k.a * (double)m, result[0], (int64_t)result[1], (int64_t)result[1]);
   }
   if (!here) return;
@@ -894,20 +834,16 @@ template <typename T>
 __global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ emxi_cuda_decode a) {
   __shared__ float sum[SCAN_WARPS][MAX_D];
   __shared__ bool last;
+  wait_for_previous();
   const int64_t row = blockIdx.x / a.shares;
   const int part = (int)(blockIdx.x % a.shares);
   emxi_cuda_wide *wide = &a.wide[row];
   if (!wide->wide) return;
   const row_place place = place_of(a, row);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.pool.D;
-  const int64_t chunks = (place.visible + CHUNK - 1) / CHUNK, per = (chunks + a.shares - 1) / a.shares, from = part * per,
+  const int64_t chunks = (place.count + CHUNK - 1) / CHUNK, per = (chunks + a.shares - 1) / a.shares, from = part * per,
                 to = from + per < chunks ? from + per : chunks;
-  threshold k;
-  k.alpha = a.alpha;
-  k.a = a.alpha - 1.0;
-  k.b = 1.0 / k.a;
-  k.power = emxi_power_kind(k.b);
-  k.m = wide->m;
+  const threshold k = threshold_of(alpha_of(a, place.h), wide->m);
   const double t = wide->t;
   const float *z = a.z + row * a.chunks * CHUNK;
   const uint8_t *local = a.local + row * a.chunks * CHUNK;
@@ -950,8 +886,10 @@ __global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ em
 __global__ void __launch_bounds__(MAX_D) merge(const __grid_constant__ emxi_cuda_decode a) {
   __shared__ float sum[MAX_D], weight[MAX_D];
   __shared__ double scratch[MAX_D / 32];
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   const row_place place = place_of(a, row);
+  if (a.alphas && alpha_of(a, place.h) != 1.0) return; /* solve's row */
   const int D = a.pool.D, groups = MAX_D / D, group = threadIdx.x / D, d = threadIdx.x % D;
   bool bad = query_is_bad(a, place);
   float m = -emxi_inf();
@@ -992,43 +930,52 @@ __global__ void __launch_bounds__(MAX_D) merge(const __grid_constant__ emxi_cuda
     for (int j = 0; j < groups; j++) x += (double)sum[j * D + d];
     store_output(a, place, d, bad ? emxi_nan() : z > 0 ? (float)(x / z) : 0.0f);
   }
-  if (threadIdx.x == 0) write_report(a, place, row, bad, (double)emxi_nan(), n > 0, (int64_t)n, (int64_t)n);
+  if (threadIdx.x == 0) {
+    emxi_cuda_wide *wide = &a.wide[row];
+    wide->solved = !bad && z > 0;
+    wide->m = m;
+    wide->exact = z;
+    write_report(a, place, row, bad, (double)emxi_nan(), n > 0, (int64_t)n, (int64_t)n);
+  }
 }
 
 /* ---- launches */
 
-template <typename T, int FIXED, int R, int U, bool SOFTMAX>
+template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE>
 void launch_scan(const emxi_cuda_decode &d, cudaStream_t stream) {
-  const unsigned grid = (unsigned)(d.batch.n * d.pool.G * d.blocks * d.splits);
-  scan<T, FIXED, R, U, SOFTMAX>
-      <<<grid, SCAN_THREADS, SOFTMAX ? (size_t)SCAN_WARPS * R * d.pool.D * sizeof(float) : 0, stream>>>(d);
+  const unsigned grid = (unsigned)(SPARSE ? d.batch.n * d.H * d.splits : d.batch.n * d.pool.G * d.blocks * d.splits);
+  launch(scan<T, FIXED, R, U, SOFTMAX, SPARSE>, grid, SCAN_THREADS,
+         SOFTMAX ? (size_t)SCAN_WARPS * R * d.pool.D * sizeof(float) : 0, stream, d.overlap, d);
 }
 template <typename T, bool SOFTMAX>
 void scan_any(const emxi_cuda_decode &d, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
     if (d.vectors && d.pool.D == 64) {
-      if (d.rows == 1) return launch_scan<T, 64, 1, 8, SOFTMAX>(d, stream);
-      if (d.rows == 4) return launch_scan<T, 64, 4, 4, SOFTMAX>(d, stream);
+      if (d.sparse) return launch_scan<T, 64, 1, 8, SOFTMAX, true>(d, stream);
+      if (d.rows == 1) return launch_scan<T, 64, 1, 8, SOFTMAX, false>(d, stream);
+      if (d.rows == 4) return launch_scan<T, 64, 4, 4, SOFTMAX, false>(d, stream);
     } else if (d.vectors && d.pool.D == 128) {
-      if (d.rows == 1) return launch_scan<T, 128, 1, 8, SOFTMAX>(d, stream);
-      if (d.rows == 4) return launch_scan<T, 128, 4, 4, SOFTMAX>(d, stream);
+      if (d.sparse) return launch_scan<T, 128, 1, 8, SOFTMAX, true>(d, stream);
+      if (d.rows == 1) return launch_scan<T, 128, 1, 8, SOFTMAX, false>(d, stream);
+      if (d.rows == 4) return launch_scan<T, 128, 4, 4, SOFTMAX, false>(d, stream);
     }
   }
-  launch_scan<T, 0, 4, 2, SOFTMAX>(d, stream);
+  if (d.sparse) return launch_scan<T, 0, 1, 4, SOFTMAX, true>(d, stream);
+  launch_scan<T, 0, 4, 2, SOFTMAX, false>(d, stream);
 }
 template <typename T>
 void decode_all(const emxi_cuda_decode &d, cudaStream_t stream) {
   const unsigned rows = (unsigned)(d.batch.n * d.H * d.S);
-  if (d.alpha == 1.0) {
+  if (d.alphas || d.alpha == 1.0) {
     scan_any<T, true>(d, stream);
-    merge<<<rows, MAX_D, 0, stream>>>(d);
-    return;
+    launch(merge, rows, MAX_D, 0, stream, d.overlap, d);
   }
+  if (!d.alphas && d.alpha == 1.0) return;
   scan_any<T, false>(d, stream);
   const int bytes = (int)EMXI_CUDA_SOLVE_BYTES(d.listed);
   (void)cudaFuncSetAttribute(solve<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  solve<T><<<rows, SOLVE_THREADS, bytes, stream>>>(d);
-  share<T><<<rows *(unsigned)d.shares, SCAN_THREADS, 0, stream>>>(d);
+  launch(solve<T>, rows, SOLVE_THREADS, (size_t)bytes, stream, d.overlap, d);
+  launch(share<T>, rows * (unsigned)d.shares, SCAN_THREADS, 0, stream, d.overlap, d);
 }
 
 } // namespace

@@ -2,6 +2,7 @@
  * How a decode is cut up for the device, and where its workspace lies. Everything that kernels decide by lies in device memory or is a
  * kernel argument; the cut depends on shapes and max_len only, so a captured graph stays right while lengths grow up to max_len. */
 #include "cuda/backend_cuda.h"
+#include "kv/gaussian.h"
 
 static int64_t at_least_one(int64_t x) { return x < 1 ? 1 : x; }
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -16,7 +17,9 @@ static bool rows_are_aligned(const emx_kv *kv) {
 emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
   static const char who[] = "emx_decode";
   const emx_kv *kv = d->kv;
-  const bool softmax = d->alpha == 1.0;
+  const emx_select_desc *select = &d->select;
+  const bool softmax = d->per_head || d->alpha == 1.0, entmax = d->per_head || d->alpha != 1.0,
+             sparse = select->kind != EMX_SELECT_ALL, lists = sparse || d->select_only;
   const int32_t slice = d->B < EMXI_CUDA_SLICE ? d->B : EMXI_CUDA_SLICE, group = d->H / kv->G;
   const int64_t rows = (int64_t)slice * d->H * d->S, per_head = (int64_t)group * d->S;
   emxi_cuda_decode k = {.pool = emxi_cuda_pool_of(kv),
@@ -26,21 +29,41 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
                         .vectors = rows_are_aligned(kv),
                         .q_dtype = d->q_dtype,
                         .o_dtype = d->o_dtype,
+                        .overlap = emxi_cuda_of(ctx)->overlap,
                         .alpha = d->alpha,
+                        .alphas = d->alphas,
                         .scale = d->scale,
                         .slopes = d->slopes,
                         .report_stride = d->report_stride,
-                        .chunks = at_least_one(ceil_div(d->max_len, EMXI_CUDA_CHUNK))};
+                        .chunks = at_least_one(ceil_div(d->max_len, EMXI_CUDA_CHUNK)),
+                        .kind = select->kind,
+                        .select_only = d->select_only,
+                        .sparse = sparse,
+                        .bounds = d->reports || d->bound,
+                        .box = select->kind == EMX_SELECT_TOPK || (select->kind == EMX_SELECT_PAGES && kv->minmax),
+                        .tau_mode = select->tau_mode,
+                        .tau_steps = select->tau_steps,
+                        .pages = at_least_one(ceil_div(d->max_len, kv->P)),
+                        .budget = at_least_one(select->budget / kv->P),
+                        .safety_margin = select->safety_margin,
+                        .excess_margin = select->excess_margin};
+  if (select->kind == EMX_SELECT_GAUSSIAN) k.page_z = (float)emxi_gauss_max_quantile((double)select->max_quantile, kv->P);
+  if (select->kind == EMX_SELECT_CERTIFIED)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version selects ALL, TOPK, GAUSSIAN and PAGES", who);
   const bool fast = k.vectors && kv->dtype != EMX_F32 && (kv->D == 64 || kv->D == 128);
   k.rows = fast && per_head == 1 ? 1 : 4;
-  const int64_t blocks = ceil_div(per_head, k.rows), items = at_least_one(slice * kv->G * blocks);
+  const int64_t blocks = ceil_div(per_head, k.rows), items = at_least_one(sparse ? rows : slice * kv->G * blocks);
   /* Two blocks fit a multiprocessor. One sequence: all parts run at once. Several may have unequal lengths: twice as many parts, handed
    * out as blocks become free. */
   const int64_t target = (int64_t)emxi_cuda_of(ctx)->processors * (slice > 1 ? 4 : 2), most = ceil_div(k.chunks, 8);
   int64_t splits = at_least_one(target / items), shares = at_least_one(target / at_least_one(rows));
   splits = splits > most ? most : splits;
   shares = shares > most ? most : shares;
-  if (items * splits > INT32_MAX || rows * shares > INT32_MAX)
+  const int64_t judges = at_least_one(slice * kv->G * ceil_div(group, group == 1 ? 1 : 4)), few = ceil_div(k.pages, 256);
+  int64_t page_splits = at_least_one((int64_t)emxi_cuda_of(ctx)->processors * 3 / judges);
+  page_splits = page_splits > few ? few : page_splits;
+  k.page_splits = (int32_t)page_splits;
+  if (items * splits > INT32_MAX || rows * shares > INT32_MAX || judges * page_splits > INT32_MAX)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: %d query heads of %d tokens in %d sequences are too many for one call", who, d->H,
                      d->S, d->B);
   if (d->reports && ((uintptr_t)d->reports % 8 || d->report_stride % 8))
@@ -53,19 +76,33 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   int64_t cells; /* chunks of all rows */
   if (__builtin_mul_overflow(rows, k.chunks, &cells)) cells = -1;
   if (cells > INT64_MAX / EMXI_CUDA_CHUNK) cells = -1;
-  const int64_t list = softmax ? 0 : cells, segments = list < 0 ? -1 : list * EMXI_CUDA_CHUNK, parts = rows * splits;
+  const int64_t list = !entmax || d->select_only ? 0 : cells, segments = list < 0 ? -1 : list * EMXI_CUDA_CHUNK,
+                parts = d->select_only ? 0 : rows * splits, merged = softmax ? parts : 0, solved = entmax ? parts : 0;
   k.z = emxi_arena_take(arena, segments, sizeof *k.z);
   k.local = emxi_arena_take(arena, segments, sizeof *k.local);
   k.count = emxi_arena_take(arena, list, sizeof *k.count);
   k.chunk_max = emxi_arena_take(arena, list, sizeof *k.chunk_max);
   k.bad = emxi_arena_take(arena, parts, sizeof *k.bad);
-  k.split_max = emxi_arena_take(arena, softmax ? 0 : parts, sizeof *k.split_max);
-  k.wide = emxi_arena_take(arena, softmax ? 0 : rows, sizeof *k.wide);
-  k.share = emxi_arena_take(arena, softmax ? 0 : rows * shares * kv->D, sizeof *k.share);
-  k.part_o = emxi_arena_take(arena, softmax ? parts * kv->D : 0, sizeof *k.part_o);
-  k.part_m = emxi_arena_take(arena, softmax ? parts : 0, sizeof *k.part_m);
-  k.part_z = emxi_arena_take(arena, softmax ? parts : 0, sizeof *k.part_z);
-  k.part_n = emxi_arena_take(arena, softmax ? parts : 0, sizeof *k.part_n);
+  k.split_max = emxi_arena_take(arena, solved, sizeof *k.split_max);
+  k.wide = emxi_arena_take(arena, d->select_only ? 0 : rows, sizeof *k.wide);
+  k.share = emxi_arena_take(arena, solved ? rows * shares * kv->D : 0, sizeof *k.share);
+  k.part_o = emxi_arena_take(arena, merged * kv->D, sizeof *k.part_o);
+  k.part_m = emxi_arena_take(arena, merged, sizeof *k.part_m);
+  k.part_z = emxi_arena_take(arena, merged, sizeof *k.part_z);
+  k.part_n = emxi_arena_take(arena, merged, sizeof *k.part_n);
+  int64_t listed = 0;
+  if (sparse && __builtin_mul_overflow(rows, k.pages, &listed)) listed = -1;
+  const int64_t gauss = select->kind == EMX_SELECT_GAUSSIAN ? listed : 0, judged = sparse && kv->tails ? rows * page_splits : 0;
+  k.upper = emxi_arena_take(arena, sparse && kv->tails ? listed : 0, sizeof *k.upper);
+  k.mu = emxi_arena_take(arena, gauss, sizeof *k.mu);
+  k.sigma = emxi_arena_take(arena, gauss, sizeof *k.sigma);
+  k.sizes = emxi_arena_take(arena, judged, sizeof *k.sizes);
+  k.stats = emxi_arena_take(arena, gauss ? judged * 4 : 0, sizeof *k.stats);
+  k.chosen = emxi_arena_take(arena, listed < 0 ? -1 : sparse ? rows * ceil_div(k.pages, 32) : 0, sizeof *k.chosen);
+  k.list = emxi_arena_take(arena, listed, sizeof *k.list);
+  k.place = emxi_arena_take(arena, listed, sizeof *k.place);
+  k.n_list = emxi_arena_take(arena, sparse ? rows : 0, sizeof *k.n_list);
+  k.choice = emxi_arena_take(arena, sparse ? rows : 0, sizeof *k.choice);
   if (!arena->base) return EMX_OK;
   EMX_TRY(emxi_arena_check(arena, who));
   if (!rows) return EMX_OK;
@@ -82,9 +119,23 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
     k.o = d->o + b * d->o_stride[0] * o_size;
     for (int i = 0; i < 3; i++) k.q_stride[i] = d->q_stride[i], k.o_stride[i] = d->o_stride[i];
     k.reports = d->reports ? d->reports + (int64_t)b * d->H * d->S * d->report_stride : NULL;
+    if (lists) {
+      for (int i = 0; i < 3; i++) {
+        k.io_pages_stride[i] = d->pages_stride[i];
+        k.io_n_stride[i] = d->n_pages_stride[i];
+        k.io_bound_stride[i] = d->bound_stride[i];
+      }
+      k.io_width = d->pages_width;
+      k.io_pages = d->pages ? d->pages + b * d->pages_stride[0] : NULL;
+      k.io_n = d->n_pages ? d->n_pages + b * d->n_pages_stride[0] : NULL;
+      k.io_bound = d->bound ? d->bound + b * d->bound_stride[0] : NULL;
+      emxi_cuda_select(&k, ctx->stream);
+      if (d->select_only) continue;
+    }
     (kv->dtype == EMX_F32   ? emxi_cuda_decode_f32
      : kv->dtype == EMX_F16 ? emxi_cuda_decode_f16
                             : emxi_cuda_decode_bf16)(&k, ctx->stream);
+    if (sparse && k.reports) emxi_cuda_certify(&k, ctx->stream);
   }
   return emxi_cuda_leave(before, status, true, who);
 }

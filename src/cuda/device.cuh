@@ -78,6 +78,28 @@ __device__ __forceinline__ int32_t table_page(const emxi_cuda_batch &batch, cons
   return 0;
 }
 
+/* First in every kernel that `launch` starts: what the kernel before it wrote is there. */
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/* Kernels of a chain: with `overlap` the next one's blocks may be started while the last blocks of this one run. They wait. */
+template <typename K, typename A>
+void launch(K kernel, dim3 grid, unsigned threads, size_t shared, cudaStream_t stream, bool overlap, const A &argument) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  (void)cudaLaunchKernelEx(&config, kernel, argument);
+}
+
 /* Sum over the block in a fixed order, in every thread. scratch: a double for each warp. Has barriers. */
 __device__ __forceinline__ double block_sum(double x, double *scratch) {
 #pragma unroll

@@ -25,16 +25,41 @@ extern "C" {
 #define EMXI_CUDA_MAX_ROWS 8 /* query rows that share one read of K */
 
 /* The first fault of asynchronous work, in host memory that the device sees; who may write it is decided by a word in device memory. */
-enum { EMXI_CUDA_FAULT_PAGE = 1, EMXI_CUDA_FAULT_LENGTH = 2 };
+enum {
+  EMXI_CUDA_FAULT_PAGE = 1,      /* block_table[row][column] */
+  EMXI_CUDA_FAULT_LENGTH = 2,    /* seq_lens[row], with a column n_new[row] */
+  EMXI_CUDA_FAULT_LIST = 3,      /* page list of row: entry `column`, or with column -1 their number */
+  EMXI_CUDA_FAULT_ALPHA = 4,     /* alphas[row] */
+  EMXI_CUDA_FAULT_SUMMARIZE = 5, /* emx_kv_summarize: pages[row], with a column tokens[row] */
+};
 typedef struct emxi_cuda_fault {
   int32_t code, row, column, value;
 } emxi_cuda_fault;
+
+/* Summaries of complete pages, by page and KV head. A page that is open, unknown, or that holds a NaN or an infinity (also in what
+ * would be written here) has size 0: nothing can be said of it, and it is read.
+ *   box    smallest and largest element of each coordinate, dtype of the cache
+ *   ball   centre (the mean, as code - 128 in steps) and spread of each coordinate (rounded up to steps), a byte each; the radius is
+ *          about the centre as the codes say it, so it holds whatever they lost
+ * Rows are padded to a multiple of 16 elements with zeros (centre 128): vectors need no remainder. */
+typedef struct emxi_cuda_tail {
+  float step, spread_step; /* of the codes */
+  float radius;            /* >= the largest distance of a key to the centre */
+  float size;              /* >= the norm of every key, > 0; 0: nothing is known */
+} emxi_cuda_tail;
+typedef struct emxi_cuda_summaries {
+  char *box;             /* [M,G,2,Dp] or NULL */
+  uint8_t *codes;        /* [M,G,2,Dp] centre, spread; or NULL */
+  emxi_cuda_tail *tails; /* [M,G]; NULL: the cache has none */
+} emxi_cuda_summaries;
+#define EMXI_CUDA_PADDED(d) (((d) + 15) / 16 * 16)
 
 typedef struct emxi_cuda_pool {
   char *k, *v;
   int64_t k_page, k_head, k_token, v_page, v_head, v_token; /* elements */
   int32_t G, D, P, shift, dtype;                            /* shift: log2 P */
   int32_t max_pages;
+  emxi_cuda_summaries sum;
 } emxi_cuda_pool;
 
 typedef struct emxi_cuda_batch {
@@ -71,14 +96,35 @@ typedef struct emxi_cuda_append {
   int32_t t, dtype;                 /* dtype: of k and v, the cache's or f32 */
 } emxi_cuda_append;
 
+/* emx_kv_summarize: lists in device memory. */
+typedef struct emxi_cuda_listed {
+  emxi_cuda_pool pool;
+  emxi_cuda_batch batch; /* for faults */
+  const int32_t *pages, *tokens;
+  int64_t n;
+} emxi_cuda_listed;
+
 /* What is left to do for a row whose values are added by all the device. */
 typedef struct emxi_cuda_wide {
   double t;
   float m, thr;
   uint32_t wide, done; /* done: blocks that have added their share */
+  /* for the bound of what was not read */
+  double exact;   /* threshold that was solved, relative to m; alpha = 1: sum of exp(s - m) */
+  int32_t solved; /* the row has scores, all below +inf */
 } emxi_cuda_wide;
 
-/* One slice of a decode with ALL. Rows of the workspace: (b, h, s) in BHND order within the slice. */
+/* What a selector says of a row. */
+typedef struct emxi_cuda_choice {
+  double estimate;   /* GAUSSIAN: threshold in units of (alpha-1) score */
+  float max_unread;  /* bound of the scores of all pages that are not read; -inf: all are */
+  float size;        /* >= the norm of every key that may be read */
+  float floor, z;    /* GAUSSIAN: a page is read where mu + z sigma > floor */
+  int32_t estimated; /* GAUSSIAN: there is an estimate */
+  int32_t judged;    /* pages whose summaries were read */
+} emxi_cuda_choice;
+
+/* One slice of a selection or a decode. Rows of the workspace: (b, h, s) in BHND order within the slice. */
 typedef struct emxi_cuda_decode {
   emxi_cuda_pool pool;
   emxi_cuda_batch batch;
@@ -87,7 +133,9 @@ typedef struct emxi_cuda_decode {
   int32_t splits, shares;            /* parts of a sequence: in the scan; in the sums of wide rows */
   int32_t listed;                    /* EMXI_CUDA_LISTED or _LEAST */
   int32_t q_dtype, o_dtype, vectors; /* vectors: rows of K may be read 16 bytes at a time */
+  int32_t overlap;                   /* a kernel may be made ready while the one before it ends */
   double alpha;
+  const double *alphas; /* [H] or NULL: alpha for all */
   float scale;
   const char *q;
   char *o;
@@ -109,11 +157,34 @@ typedef struct emxi_cuda_decode {
   float *part_o; /* [rows, splits, D] sum of exp(s - m) v */
   float *part_m, *part_z;
   int32_t *part_n; /* scores above -inf */
+  /* Selectors other than ALL, or lists of ALL's pages (S = 1 but for those). What a row reads are the pages of list[], one after the other:
+   * positions of the workspace above count along them. */
+  int32_t kind, select_only, sparse, bounds, box; /* bounds: of what is left out are wanted; box: by boxes, else by balls */
+  int32_t tau_mode, tau_steps;
+  int64_t pages, budget; /* pages: room for each row; budget: in pages */
+  int32_t page_splits;
+  float page_z, safety_margin, excess_margin;
+  float *upper;                   /* [rows, pages] no score of the page is larger; +inf: not known, -inf: the page is read */
+  float *mu, *sigma;              /* [rows, pages] GAUSSIAN */
+  float *sizes;                   /* [rows, page_splits] */
+  double *stats;                  /* [rows, page_splits, 4] GAUSSIAN: pages, sums of mu, sigma, mu^2 + sigma^2 */
+  uint32_t *chosen;               /* [rows, pages/32] */
+  int32_t *list, *place, *n_list; /* [rows, pages] logical and physical; [rows] */
+  emxi_cuda_choice *choice;       /* [rows] */
+  /* the caller's lists: read with PAGES, written by emx_select */
+  int32_t *io_pages, *io_n;
+  float *io_bound; /* or NULL */
+  int64_t io_pages_stride[3], io_n_stride[3], io_bound_stride[3], io_width;
 } emxi_cuda_decode;
 
 void emxi_cuda_launch_updates(const emxi_cuda_updates *u, void *stream);
 void emxi_cuda_launch_copies(const emxi_cuda_copies *c, void *stream);
 void emxi_cuda_launch_append(const emxi_cuda_append *a, void *stream);
+void emxi_cuda_launch_summaries(const emxi_cuda_append *a, void *stream); /* of the pages that the append has touched */
+void emxi_cuda_launch_listed(const emxi_cuda_listed *l, void *stream);
+/* Lists of pages; after the decode, what they left out. */
+void emxi_cuda_select(const emxi_cuda_decode *d, void *stream);
+void emxi_cuda_certify(const emxi_cuda_decode *d, void *stream);
 /* One translation unit per dtype of the cache. */
 void emxi_cuda_decode_f32(const emxi_cuda_decode *d, void *stream);
 void emxi_cuda_decode_f16(const emxi_cuda_decode *d, void *stream);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Block tables, copy-on-write and appends. A warp moves one row of K and one of V: 2 D elements read and written, no arithmetic but the
+ * Block tables, copy-on-write, appends and page summaries. A warp moves one row of K and one of V: 2 D elements read and written, no arithmetic but the
  * rounding of f32 to the cache's dtype (to nearest even, NaN stays NaN), so the CPU's cache holds the same bits. */
 #include "device.cuh"
 
@@ -61,8 +61,160 @@ __global__ void append_tokens(const __grid_constant__ emxi_cuda_append a) {
             p.v + (page * p.v_page + head * p.v_head + slot * p.v_token) * es, p.dtype, p.D, lane);
 }
 
+/* ---- summaries */
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(EMXI_FULL, x, step));
+  return x;
+}
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(EMXI_FULL, x, step);
+  return x;
+}
+/* A root of a sum of d squares whose terms carry d + 3 roundings, upwards; what squares lose to underflow has a root under 1e-21. */
+__device__ __forceinline__ float root_up(float square, int d) {
+  return __fadd_ru(__fsqrt_ru(__fmul_ru(square, 1.0f + (float)(d + 8) * 0x1p-23f)), 1e-21f);
+}
+
+/* A warp, the P keys of (page, head): P D elements read three times (once from memory). Lane l has elements l + 32 e. */
+__device__ void summarize_page(const emxi_cuda_pool &p, int64_t page, int head, int lane) {
+  constexpr int E = 8;
+  const int es = p.dtype == EMX_F32 ? 4 : 2, padded = EMXI_CUDA_PADDED(p.D);
+  const char *keys = p.k + (page * p.k_page + head * p.k_head) * es;
+  const int64_t record = page * p.G + head;
+  float lo[E], hi[E], mean[E], spread[E];
+  bool odd = false;
+#pragma unroll
+  for (int e = 0; e < E; e++) lo[e] = emxi_inf(), hi[e] = -emxi_inf(), mean[e] = spread[e] = 0;
+  for (int t = 0; t < p.P; t++)
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      const int d = lane + 32 * e;
+      if (d >= p.D) continue;
+      const float x = load_any(keys, p.dtype, t * p.k_token + d);
+      odd |= !(fabsf(x) < emxi_inf());
+      lo[e] = fminf(lo[e], x);
+      hi[e] = fmaxf(hi[e], x);
+      mean[e] += x / (float)p.P; /* P is a power of two; a sum may overflow where the mean does not */
+    }
+  float square = 0, largest = 0;
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    if (lane + 32 * e >= p.D) continue;
+    const float top = fmaxf(fabsf(lo[e]), fabsf(hi[e]));
+    square = fmaf(top, top, square);
+    largest = fmaxf(largest, fabsf(mean[e]));
+  }
+  emxi_cuda_tail tail = {};
+  tail.size = fmaxf(root_up(warp_sum(square), p.D), 1e-30f);
+  if (p.sum.box) {
+    char *box = p.sum.box + record * 2 * padded * es;
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      const int d = lane + 32 * e;
+      if (d >= padded) continue;
+      store_any(box, p.dtype, d, d < p.D ? lo[e] : 0.0f); /* elements of K: the conversion is exact */
+      store_any(box, p.dtype, padded + d, d < p.D ? hi[e] : 0.0f);
+    }
+  }
+  if (p.sum.codes) {
+    for (int t = 0; t < p.P; t++)
+#pragma unroll
+      for (int e = 0; e < E; e++) {
+        const int d = lane + 32 * e;
+        if (d >= p.D) continue;
+        const float x = load_any(keys, p.dtype, t * p.k_token + d) - mean[e];
+        spread[e] = fmaf(x, x, spread[e]);
+      }
+    float widest = 0;
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      spread[e] = sqrtf(spread[e] / (float)p.P);
+      widest = fmaxf(widest, spread[e]);
+    }
+    tail.step = warp_max(largest) / 127.0f;
+    tail.spread_step = warp_max(widest) / 255.0f;
+    uint8_t *codes = p.sum.codes + record * 2 * padded;
+    float centre[E];
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      const int d = lane + 32 * e;
+      int code = tail.step > 0 ? __float2int_rn(mean[e] / tail.step) : 0;
+      code = max(-127, min(127, code));
+      centre[e] = tail.step * (float)code;
+      const int wide = tail.spread_step > 0 ? min(255, __float2int_ru(spread[e] / tail.spread_step)) : 0;
+      if (d < padded) codes[d] = (uint8_t)((d < p.D ? code : 0) + 128), codes[padded + d] = (uint8_t)(d < p.D ? wide : 0);
+    }
+    float farthest = 0;
+    for (int t = 0; t < p.P; t++) {
+      float far = 0;
+#pragma unroll
+      for (int e = 0; e < E; e++) {
+        const int d = lane + 32 * e;
+        if (d >= p.D) continue;
+        const float x = load_any(keys, p.dtype, t * p.k_token + d) - centre[e];
+        far = fmaf(x, x, far);
+      }
+      farthest = fmaxf(farthest, warp_sum(far));
+    }
+    tail.radius = root_up(farthest, p.D);
+    odd |= !(tail.radius < emxi_inf()) || !(tail.step < emxi_inf()) || !(tail.spread_step < emxi_inf());
+  }
+  odd |= !(tail.size < emxi_inf());
+  if (__any_sync(EMXI_FULL, odd)) tail = {};
+  if (lane == 0) p.sum.tails[record] = tail;
+}
+
+/* Grid: (pages that an entry's tokens may touch, entries). A page that is complete now is described, another one is not any more. */
+__global__ void append_summaries(const __grid_constant__ emxi_cuda_append a) {
+  const emxi_cuda_pool &p = a.pool;
+  const int lane = threadIdx.x % 32, b = blockIdx.y;
+  int64_t length;
+  const int32_t *table = batch_entry(a.batch, b, &length);
+  if (!table) return;
+  const int64_t n = a.n ? a.n[b] : a.t;
+  if (n <= 0 || n > a.t || (a.batch.lengths && length + n > a.batch.limit)) return; /* append_tokens has said so */
+  const int64_t i = (length >> p.shift) + blockIdx.x;
+  if (i << p.shift >= length + n) return;
+  const int64_t page = table_page(a.batch, p, table, b, i);
+  if (page != table[i]) return;
+  const bool complete = (i + 1) << p.shift <= length + n;
+  for (int head = threadIdx.x / 32; head < p.G; head += blockDim.x / 32)
+    if (complete)
+      summarize_page(p, page, head, lane);
+    else if (lane == 0)
+      p.sum.tails[page * p.G + head] = {};
+}
+
+/* A block for each page of the list. */
+__global__ void listed_summaries(const __grid_constant__ emxi_cuda_listed l) {
+  const emxi_cuda_pool &p = l.pool;
+  const int lane = threadIdx.x % 32;
+  const int32_t page = l.pages[blockIdx.x], tokens = l.tokens ? l.tokens[blockIdx.x] : p.P;
+  const bool outside = (uint32_t)page >= (uint32_t)p.max_pages;
+  if (outside || tokens < 0 || tokens > p.P) {
+    if (threadIdx.x == 0)
+      report_fault(l.batch, EMXI_CUDA_FAULT_SUMMARIZE, (int32_t)blockIdx.x, !outside, outside ? page : tokens);
+    return;
+  }
+  for (int head = threadIdx.x / 32; head < p.G; head += blockDim.x / 32)
+    if (tokens == p.P)
+      summarize_page(p, page, head, lane);
+    else if (lane == 0)
+      p.sum.tails[(int64_t)page * p.G + head] = {};
+}
+
 } // namespace
 
+extern "C" void emxi_cuda_launch_summaries(const emxi_cuda_append *a, void *stream) {
+  const int64_t pages = ((int64_t)a->t + a->pool.P - 2) / a->pool.P + 1;
+  append_summaries<<<dim3((unsigned)pages, (unsigned)a->batch.n), 256, 0, (cudaStream_t)stream>>>(*a);
+}
+extern "C" void emxi_cuda_launch_listed(const emxi_cuda_listed *l, void *stream) {
+  listed_summaries<<<(unsigned)l->n, 256, 0, (cudaStream_t)stream>>>(*l);
+}
 extern "C" void emxi_cuda_launch_updates(const emxi_cuda_updates *u, void *stream) {
   update_tables<<<1, 320, 0, (cudaStream_t)stream>>>(*u);
 }

@@ -19,7 +19,8 @@ emxi_cuda_pool emxi_cuda_pool_of(const emx_kv *kv) {
                                    : kv->P == 32 ? 5
                                                  : 6,
                           .dtype = kv->dtype,
-                          .max_pages = (int32_t)kv->max_pages};
+                          .max_pages = (int32_t)kv->max_pages,
+                          .sum = {kv->minmax, kv->codes, (emxi_cuda_tail *)kv->tails}};
 }
 
 emxi_cuda_batch emxi_cuda_batch_of(const emx_kv *kv, const emx_kv_batch *batch, int32_t first, int32_t n) {
@@ -92,6 +93,7 @@ static emx_status write_tokens(emx_ctx *ctx, const emxi_kv_write *w) {
                                 .t = w->t,
                                 .dtype = w->dtype};
     emxi_cuda_launch_append(&a, ctx->stream);
+    if (kv->tails) emxi_cuda_launch_summaries(&a, ctx->stream);
   }
   return EMX_OK;
 }
@@ -100,4 +102,18 @@ emx_status emxi_cuda_kv_write(emx_ctx *ctx, const emxi_kv_write *w) {
   int before;
   EMX_TRY(emxi_cuda_enter(ctx, &before));
   return emxi_cuda_leave(before, write_tokens(ctx, w), true, "emx_kv_append");
+}
+
+emx_status emxi_cuda_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n) {
+  if (!kv->tails || !n) return EMX_OK;
+  const emxi_cuda_listed l = {.pool = emxi_cuda_pool_of(kv),
+                              .batch = {.fault = emxi_cuda_of(ctx)->fault, .claimed = emxi_cuda_of(ctx)->claimed},
+                              .pages = pages,
+                              .tokens = tokens,
+                              .n = n};
+  if (n > INT32_MAX) return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_kv_summarize: %lld pages in one call", (long long)n);
+  int before;
+  EMX_TRY(emxi_cuda_enter(ctx, &before));
+  emxi_cuda_launch_listed(&l, ctx->stream);
+  return emxi_cuda_leave(before, EMX_OK, true, "emx_kv_summarize");
 }

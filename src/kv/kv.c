@@ -62,10 +62,14 @@ static void carve(emx_kv *kv, const emx_kv_opts *opts, const emx_ctx *ctx, emxi_
     kv->bytes_kv = (int64_t)(device->used - before);
   }
   before = device->used;
+  const bool gpu = ctx->device != EMX_DEVICE_CPU;
+  const int64_t wide = gpu ? (D + 15) / 16 * 16 : D;
   kv->moments_ld = (2 * D + 1 + 15) / 16 * 16;
-  if (kv->summaries & EMX_SUMMARY_MINMAX) kv->minmax = take(device, M, G, 2 * D, es);
-  if (kv->summaries & EMX_SUMMARY_MOMENTS) kv->moments = take(device, M, G, kv->moments_ld, sizeof(float));
-  kv->marks = take(device, M, G, 1, 1);
+  if (kv->summaries & EMX_SUMMARY_MINMAX) kv->minmax = take(device, M, G, 2 * wide, es);
+  if (kv->summaries & EMX_SUMMARY_MOMENTS && !gpu) kv->moments = take(device, M, G, kv->moments_ld, sizeof(float));
+  if (kv->summaries & EMX_SUMMARY_MOMENTS && gpu) kv->codes = take(device, M, G, 2 * wide, 1);
+  if (kv->summaries && gpu) kv->tails = take(device, M, G, 4, sizeof(float));
+  if (!gpu) kv->marks = take(device, M, G, 1, 1);
   emxi_sketch_carve(kv, device, host);
   kv->bytes_summary = (int64_t)(device->used - before);
   if (ctx->device != EMX_DEVICE_CPU) kv->device_tables = take(device, kv->max_seqs, M, 1, sizeof(int32_t));
@@ -93,8 +97,9 @@ static emx_status sizes(const emx_ctx *ctx, const emx_kv_opts *opts, const char 
   emx_kv kv;
   emxi_arena device, host;
   EMX_TRY(check_opts(opts, who));
-  if (opts->summaries && ctx->device != EMX_DEVICE_CPU)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: page summaries are kept on the CPU only; a cache on a GPU takes none", who);
+  if (opts->summaries & ~(EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS) && ctx->device != EMX_DEVICE_CPU)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: sketches are kept on the CPU only; a cache on a GPU takes MINMAX and MOMENTS",
+                     who);
   if (opts->file && ctx->device != EMX_DEVICE_CPU)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: a file goes with the CPU; a cache on a GPU has device memory", who);
   set_geometry(&kv, opts);
@@ -228,6 +233,17 @@ static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
   memset(kv->seqs, 0, (size_t)kv->max_seqs * sizeof *kv->seqs);
   for (size_t i = 0; i < M; i++) kv->free_list[i] = (int32_t)(M - 1 - i); /* page 0 first */
   kv->n_free = kv->max_pages;
+  if (kv->tails) { /* nothing is described yet */
+    const size_t bytes = M * (size_t)kv->G * 4 * sizeof(float);
+    void *zeros = emxi_calloc(bytes);
+    status = zeros ? ctx->backend->memory_copy(ctx, kv->tails, zeros, bytes)
+                   : emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", who, bytes);
+    emxi_free(zeros);
+    if (status) {
+      emx_kv_destroy(kv);
+      return status;
+    }
+  }
   *out = kv;
   return EMX_OK;
 }
@@ -699,7 +715,8 @@ emx_status emx_kv_summarize(emx_ctx *ctx, emx_kv *kv, const emx_tensor *pages, c
 emx_status emx_kv_get_summary(const emx_kv *kv, int32_t page, int32_t kv_head, emx_kv_summary *out) {
   if (!kv) return emxi_fail(EMX_ERR_INVALID, "emx_kv_get_summary: kv is NULL");
   EMXI_CHECK_STRUCT(out, emx_kv_summary);
-  if (emxi_kv_on_device(kv)) return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_kv_get_summary: page summaries are kept on the CPU only");
+  if (emxi_kv_on_device(kv))
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_kv_get_summary: a look at summaries is for caches on the CPU");
   if (page < 0 || page >= kv->max_pages || kv_head < 0 || kv_head >= kv->G)
     return emxi_fail(EMX_ERR_INVALID, "emx_kv_get_summary: page %d, head %d: the cache has %lld pages and %d heads", page,
                      kv_head, (long long)kv->max_pages, kv->G);

@@ -60,6 +60,10 @@ struct emx_kv {
   float *moments;     /* [M,G,moments_ld]: mean [D], m2 [D], radius */
   uint8_t *marks;     /* [M,G] EMXI_MARK_* */
   int64_t moments_ld; /* 2 D + 1, rounded up to a 64-byte line */
+  /* On a GPU (src/cuda/kernels.h) minmax is padded, codes stand for the moments, and tails say which pages are described; there
+   * are no marks, and sum_tokens is of no use. */
+  uint8_t *codes;
+  float *tails;
   emxi_sketch sketch;
 
   /* Host side. */

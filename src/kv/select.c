@@ -73,10 +73,6 @@ emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_de
   if (!io->alphas) EMX_TRY(check_alpha(select, io->alpha, who));
   if (!isfinite(io->scale)) return emxi_fail(EMX_ERR_INVALID, "%s: scale is %g", who, io->scale);
   EMX_TRY(check_select(kv, select, who));
-  if (ctx->device != EMX_DEVICE_CPU && select->kind != EMX_SELECT_ALL)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version selects ALL", who);
-  if (ctx->device != EMX_DEVICE_CPU && io->alphas)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version takes one alpha for all heads", who);
   EMX_TRY(emxi_tensor_check(ctx, io->q, 4, who, "q"));
   const emx_tensor *q = io->q;
   if (q->dtype != EMX_F32 && q->dtype != EMX_F16 && q->dtype != EMX_BF16)
@@ -118,12 +114,10 @@ emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_
   emxi_decode *d = out;
   const int head = io->layout == EMX_LAYOUT_BHND ? 1 : 2;
   d->select_only = select_only;
-  if (select_only && ctx->device != EMX_DEVICE_CPU)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version selects ALL, which needs no lists", who);
   if (io->alphas) {
     EMX_TRY(emxi_tensor_check(ctx, io->alphas, 1, who, "alphas"));
     d->alphas = io->alphas->data;
-    for (int32_t h = 0; h < d->H; h++) EMX_TRY(check_alpha(select, d->alphas[h], who));
+    for (int32_t h = 0; h < d->H && !emxi_kv_on_device(kv); h++) EMX_TRY(check_alpha(select, d->alphas[h], who));
   }
   if (io->alibi_slopes) {
     int64_t shape[1] = {d->H};
@@ -178,6 +172,9 @@ emx_status emxi_decode_bind(emxi_decode *d, const emx_kv_batch *batch, int32_t a
   d->batch = batch;
   const bool unseen = !batch->seqs && emxi_kv_on_device(kv);
   d->max_len = unseen ? batch->max_len : 0;
+  if (unseen && d->select_only && emxi_kv_pages_of(kv, d->max_len) > d->pages_width)
+    return emxi_fail(EMX_ERR_SHAPE, "%s: sequences may have %lld pages, the page lists have %lld columns", who,
+                     (long long)emxi_kv_pages_of(kv, d->max_len), (long long)d->pages_width);
   for (int32_t b = 0; b < d->B && !unseen; b++) {
     int64_t length;
     emxi_kv_entry(kv, batch, b, &length);
@@ -187,7 +184,7 @@ emx_status emxi_decode_bind(emxi_decode *d, const emx_kv_batch *batch, int32_t a
     if (d->select_only && pages > d->pages_width)
       return emxi_fail(EMX_ERR_SHAPE, "%s: sequence %d has %lld pages, the page lists %lld columns", who, b, (long long)pages,
                        (long long)d->pages_width);
-    if (d->select_only || d->select.kind != EMX_SELECT_PAGES) continue;
+    if (d->select_only || d->select.kind != EMX_SELECT_PAGES || emxi_kv_on_device(kv)) continue; /* a GPU's lists: kernels look */
     for (int32_t h = 0; h < d->H; h++) {
       const int32_t n = d->n_pages[b * d->n_pages_stride[0] + h * d->n_pages_stride[1]];
       const int32_t *list = d->pages + b * d->pages_stride[0] + h * d->pages_stride[1];

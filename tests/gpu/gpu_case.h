@@ -56,7 +56,7 @@ typedef struct gpu_case {
   decode_case *c;
   emx_kv *kv;
   int32_t seqs[4];
-  emx_tensor q, o, k, v, slopes;
+  emx_tensor q, o, k, v, slopes, pages, n_pages, bound;
   emx_report *reports;
   emx_decode_io io;
   emx_kv_batch batch;
@@ -70,6 +70,7 @@ static inline emx_kv *gpu_cache(const decode_case *c, int64_t pages, int32_t max
   o.head_dim = c->D;
   o.page_size = c->P;
   o.layout = c->layout;
+  o.summaries = c->summaries;
   o.max_seqs = max_seqs;
   o.max_pages = pages;
   emx_kv *kv = NULL;
@@ -100,8 +101,9 @@ static inline void gpu_append(const decode_case *c, emx_kv *kv, int32_t seq, int
   free(vn);
 }
 
+/* The case's summaries, on both devices; 0: none. */
 static inline void gpu_open(gpu_case *g, decode_case *c) {
-  c->summaries = -1;
+  if (!c->summaries) c->summaries = -1;
   case_open(c, cpu);
   *g = (gpu_case){.c = c};
   int64_t pages = 4;
@@ -121,7 +123,12 @@ static inline void gpu_open(gpu_case *g, decode_case *c) {
   g->io = c->io;
   g->io.q = &g->q;
   g->io.o = &g->o;
-  g->io.pages = g->io.n_pages = g->io.bound = NULL;
+  g->pages = gpu_tensor(&c->tp);
+  g->n_pages = gpu_tensor(&c->tn);
+  g->bound = gpu_tensor(&c->tb);
+  g->io.pages = &g->pages;
+  g->io.n_pages = &g->n_pages;
+  g->io.bound = &g->bound;
   if (c->in_decode) {
     g->k = gpu_tensor(&c->tk);
     g->v = gpu_tensor(&c->tv);
@@ -138,23 +145,41 @@ static inline void gpu_open(gpu_case *g, decode_case *c) {
   g->batch.batch = c->B;
   g->batch.seqs = g->seqs;
 }
-/* Decodes into the case's output and reports. The workspace is as large as asked for, full of NaN, and off alignment. */
-static inline void gpu_decode(gpu_case *g) {
+/* The workspace is as large as asked for, full of NaN, and off alignment. */
+static inline void *gpu_work(gpu_case *g, const emx_select_desc *select, size_t *bytes) {
+  OK(emx_decode_workspace_size(gpu, g->kv, select, &g->io, g->c->max_len, bytes));
+  return gpu_take(NULL, *bytes + 1);
+}
+/* Lists into the case's. */
+static inline void gpu_select(gpu_case *g, const emx_select_desc *select) {
+  size_t bytes;
+  char *work = gpu_work(g, select, &bytes);
+  OK(emx_select(gpu, g->kv, &g->batch, select, &g->io, work + 1, bytes));
+  OK(emx_ctx_sync(gpu));
+  gpu_free(work);
+  gpu_fetch(g->c->pages, g->pages.data, gpu_bytes(&g->pages));
+  gpu_fetch(g->c->n_pages, g->n_pages.data, gpu_bytes(&g->n_pages));
+  gpu_fetch(g->c->bound, g->bound.data, gpu_bytes(&g->bound));
+}
+/* Decodes into the case's output and reports. */
+static inline void gpu_decode_by(gpu_case *g, const emx_select_desc *select) {
   decode_case *c = g->c;
-  const emx_select_desc all = case_desc(EMX_SELECT_ALL, 0);
-  size_t bytes = 0;
-  OK(emx_decode_workspace_size(gpu, g->kv, &all, &g->io, c->max_len, &bytes));
-  char *work = gpu_take(NULL, bytes + 1);
-  OK(emx_decode(gpu, g->kv, &g->batch, &all, &g->io, work + 1, bytes));
+  size_t bytes;
+  char *work = gpu_work(g, select, &bytes);
+  OK(emx_decode(gpu, g->kv, &g->batch, select, &g->io, work + 1, bytes));
   OK(emx_ctx_sync(gpu));
   gpu_free(work);
   gpu_fetch(c->o_data, g->o.data, gpu_bytes(&c->to));
   gpu_fetch(c->reports, g->reports, sizeof(emx_report) * (size_t)(c->B * c->H * c->S));
 }
+static inline void gpu_decode(gpu_case *g) {
+  const emx_select_desc all = case_desc(EMX_SELECT_ALL, 0);
+  gpu_decode_by(g, &all);
+}
 static inline void gpu_close(gpu_case *g) {
   emx_kv_destroy(g->kv);
   gpu_free(g->q.data), gpu_free(g->o.data), gpu_free(g->k.data), gpu_free(g->v.data), gpu_free(g->slopes.data),
-      gpu_free(g->reports);
+      gpu_free(g->reports), gpu_free(g->pages.data), gpu_free(g->n_pages.data), gpu_free(g->bound.data);
   case_close(g->c);
 }
 

@@ -235,14 +235,16 @@ typedef struct growing { /* one new token a step, f16, pages in falling order */
   emx_tensor table, lengths, q, o, k, v;
   int32_t host_lengths[2];
   void *work;
+  emx_report *reports;
   size_t bytes;
   emx_kv_batch batch;
   emx_decode_io io;
+  emx_select_desc select;
 } growing;
-static void growing_open(growing *w, double alpha) {
-  const decode_case shape = {.G = 2, .D = DIM, .P = 16, .dtype = EMX_F16};
+static void growing_open(growing *w, double alpha, int32_t kind) {
+  const decode_case shape = {.G = 2, .D = DIM, .P = 16, .dtype = EMX_F16, .summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS};
   const int64_t columns = (START + STEPS + 15) / 16, pages = 2 * columns;
-  *w = (growing){.kv = gpu_cache(&shape, pages, 1), .host_lengths = {START, START / 2 + 3}};
+  *w = (growing){.kv = gpu_cache(&shape, pages, 1), .host_lengths = {START, START / 2 + 3}, .select = case_desc(kind, START / 3)};
   int32_t *table = case_take(sizeof(int32_t) * (size_t)pages);
   for (int64_t i = 0; i < pages; i++) table[i] = (int32_t)(pages - 1 - i);
   emx_tensor t = emx_tensor_view(table, EMX_I32, 2, (int64_t[2]){2, columns}),
@@ -284,14 +286,12 @@ static void growing_open(growing *w, double alpha) {
   w->io.o = &w->o;
   w->io.k_new = &w->k;
   w->io.v_new = &w->v;
-  const emx_select_desc all = case_desc(EMX_SELECT_ALL, 0);
-  OK(emx_decode_workspace_size(gpu, w->kv, &all, &w->io, w->batch.max_len, &w->bytes));
+  w->reports = gpu_take(NULL, 2 * HEADS * sizeof(emx_report));
+  w->io.reports = w->reports;
+  OK(emx_decode_workspace_size(gpu, w->kv, &w->select, &w->io, w->batch.max_len, &w->bytes));
   w->work = gpu_take(NULL, w->bytes);
 }
-static emx_status growing_call(growing *w) {
-  const emx_select_desc all = case_desc(EMX_SELECT_ALL, 0);
-  return emx_decode(gpu, w->kv, &w->batch, &all, &w->io, w->work, w->bytes);
-}
+static emx_status growing_call(growing *w) { return emx_decode(gpu, w->kv, &w->batch, &w->select, &w->io, w->work, w->bytes); }
 /* New query, key and value of the step before the call; the output and the longer lengths after it. */
 static void growing_feed(growing *w, int step) {
   float x[2 * HEADS * DIM];
@@ -300,24 +300,31 @@ static void growing_feed(growing *w, int step) {
   OK(gpu->backend->memory_copy(gpu, w->k.data, x, 2 * 2 * DIM * sizeof(float)));
   OK(gpu->backend->memory_copy(gpu, w->v.data, x, 2 * 2 * DIM * sizeof(float)));
 }
+enum { TAKEN = 2 * HEADS * (DIM + (int)(sizeof(emx_report) / sizeof(float))) }; /* the output, then the reports */
 static void growing_take(growing *w, float *out) {
   OK(emx_ctx_sync(gpu));
   gpu_fetch(out, w->o.data, 2 * HEADS * DIM * sizeof(float));
+  gpu_fetch(out + 2 * HEADS * DIM, w->reports, 2 * HEADS * sizeof(emx_report));
   for (int b = 0; b < 2; b++) w->host_lengths[b]++;
   OK(gpu->backend->memory_copy(gpu, w->lengths.data, w->host_lengths, sizeof w->host_lengths));
 }
 static void growing_close(growing *w) {
   emx_kv_destroy(w->kv);
   gpu_free(w->table.data), gpu_free(w->lengths.data), gpu_free(w->q.data), gpu_free(w->o.data), gpu_free(w->k.data),
-      gpu_free(w->v.data), gpu_free(w->work);
+      gpu_free(w->v.data), gpu_free(w->work), gpu_free(w->reports);
 }
 
 static void test_graph(void **state) {
   (void)state;
-  for (int a = 0; a < 2; a++) {
-    static float eager[STEPS][2 * HEADS * DIM], replayed[2 * HEADS * DIM];
+  static const struct {
+    double alpha;
+    int32_t kind;
+  } ways[] = {
+      {1, EMX_SELECT_ALL}, {1.5, EMX_SELECT_ALL}, {1.5, EMX_SELECT_TOPK}, {1.5, EMX_SELECT_GAUSSIAN}, {1, EMX_SELECT_TOPK}};
+  for (size_t a = 0; a < sizeof ways / sizeof *ways; a++) {
+    static float eager[STEPS][TAKEN], replayed[TAKEN];
     growing w;
-    growing_open(&w, a ? 1.5 : 1);
+    growing_open(&w, ways[a].alpha, ways[a].kind);
     for (int i = 0; i < STEPS; i++) {
       growing_feed(&w, i);
       OK(growing_call(&w));
@@ -326,7 +333,7 @@ static void test_graph(void **state) {
     }
     growing_close(&w);
 
-    growing_open(&w, a ? 1.5 : 1);
+    growing_open(&w, ways[a].alpha, ways[a].kind);
     cudaStream_t stream;
     cudaGraph_t graph;
     cudaGraphExec_t exec;
@@ -358,7 +365,7 @@ static void test_graph(void **state) {
 static void test_faults(void **state) {
   (void)state;
   growing w;
-  growing_open(&w, 1.5);
+  growing_open(&w, 1.5, EMX_SELECT_ALL);
   const int32_t absent = -1, far = 1 << 30, negative[2] = {-7, 5};
   OK(gpu->backend->memory_copy(gpu, (int32_t *)w.table.data + 3, &absent, sizeof absent));
   OK(growing_call(&w));
@@ -386,10 +393,10 @@ static void test_streams(void **state) {
   o.stream = stream;
   OK(emx_ctx_create(&o, &second));
   growing w[2];
-  float out[2][2 * HEADS * DIM];
-  growing_open(&w[0], 1.5);
+  float out[2][TAKEN];
+  growing_open(&w[0], 1.5, EMX_SELECT_GAUSSIAN);
   gpu = second;
-  growing_open(&w[1], 1.5);
+  growing_open(&w[1], 1.5, EMX_SELECT_GAUSSIAN);
   for (int i = 0; i < 8; i++) {
     gpu = first;
     growing_feed(&w[0], i);
@@ -497,15 +504,17 @@ static void test_refusals(void **state) {
   fails(emx_decode(cpu, g.kv, &g.batch, &s, &g.io, work, bytes), EMX_ERR_INVALID, "context");
   s.kind = EMX_SELECT_CERTIFIED;
   assert_int_not_equal(emx_decode(gpu, g.kv, &g.batch, &s, &g.io, work, bytes), EMX_OK);
-  s.kind = EMX_SELECT_PAGES;
-  fails(emx_decode(gpu, g.kv, &g.batch, &s, &g.io, work, bytes), EMX_ERR_UNSUPPORTED, "ALL");
+  s.kind = EMX_SELECT_TOPK;
+  fails(emx_decode(gpu, g.kv, &g.batch, &s, &g.io, work, bytes), EMX_ERR_STATE, "MINMAX");
+  s.kind = EMX_SELECT_GAUSSIAN;
+  fails(emx_decode(gpu, g.kv, &g.batch, &s, &g.io, work, bytes), EMX_ERR_STATE, "MOMENTS");
   s.kind = EMX_SELECT_ALL;
   emx_kv_opts o;
   emx_kv_opts_init(&o);
   o.kv_heads = 1;
   o.head_dim = 64;
   o.max_pages = 4;
-  o.summaries = EMX_SUMMARY_MINMAX;
+  o.summaries = EMX_SUMMARY_SKETCH;
   emx_kv *kv;
   fails(emx_kv_create(gpu, &o, &kv), EMX_ERR_UNSUPPORTED, "CPU");
   o.summaries = 0;

@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * What the kernels of a decode share: the rows of the workspace, their results, and the threshold of a row. */
+#ifndef EMXI_CUDA_ROWS_CUH
+#define EMXI_CUDA_ROWS_CUH
+
+#include "../entmax/solve.h"
+#include "device.cuh"
+
+namespace {
+
+constexpr int CHUNK = EMXI_CUDA_CHUNK, SOLVE_THREADS = 512, SOLVE_WARPS = SOLVE_THREADS / 32, MAX_D = 256;
+
+/* ---- rows */
+
+struct row_place {
+  int b, h, s, g;
+  int64_t length, visible; /* of the sequence; keys that the row sees */
+  int64_t count;           /* keys that it reads: positions of the workspace */
+  int32_t pages;           /* pages that it reads */
+  const int32_t *table;
+  const int32_t *list, *place; /* sparse: logical and physical pages that it reads */
+};
+__device__ __forceinline__ row_place place_of(const emxi_cuda_decode &a, int64_t row) {
+  row_place p;
+  p.s = (int)(row % a.S);
+  p.h = (int)(row / a.S % a.H);
+  p.b = (int)(row / a.S / a.H);
+  p.g = p.h / a.group;
+  p.table = batch_entry(a.batch, p.b, &p.length);
+  p.visible = p.length - a.S + p.s + 1;
+  if (p.visible < 0) p.visible = 0;
+  p.list = p.place = nullptr;
+  p.count = p.visible;
+  p.pages = (int32_t)((p.visible + a.pool.P - 1) / a.pool.P);
+  if (a.sparse) {
+    p.list = a.list + row * a.pages;
+    p.place = a.place + row * a.pages;
+    p.pages = a.n_list[row];
+    const int64_t left = p.pages ? p.visible - (int64_t)p.list[p.pages - 1] * a.pool.P : 0;
+    p.count = p.pages ? (int64_t)(p.pages - 1) * a.pool.P + (left < a.pool.P ? left : a.pool.P) : 0;
+  }
+  return p;
+}
+/* The head's alpha; 0 for one out of range, which is a fault and makes the head's output NaN. */
+__device__ __forceinline__ double alpha_of(const emxi_cuda_decode &a, int h) {
+  if (!a.alphas) return a.alpha;
+  const double alpha = a.alphas[h];
+  if (alpha == 1.0 ? a.kind != EMX_SELECT_GAUSSIAN : alpha >= 1.0 + 1e-6 && alpha <= 4.0) return alpha;
+  report_fault(a.batch, EMXI_CUDA_FAULT_ALPHA, h, 0, 0);
+  return 0;
+}
+__device__ __forceinline__ void store_output(const emxi_cuda_decode &a, const row_place &p, int d, float x) {
+  store_any(a.o, a.o_dtype, p.b * a.o_stride[0] + p.h * a.o_stride[1] + p.s * a.o_stride[2] + d, x);
+}
+/* Whether some element of scale * q is not finite; for all threads of the block. Has a barrier. */
+__device__ __forceinline__ bool query_is_bad(const emxi_cuda_decode &a, const row_place &p) {
+  bool bad = false;
+  for (int d = threadIdx.x; d < a.pool.D; d += blockDim.x)
+    bad |= !(fabsf(load_any(a.q, a.q_dtype, p.b * a.q_stride[0] + p.h * a.q_stride[1] + p.s * a.q_stride[2] + d) * a.scale) <
+             emxi_inf());
+  return __syncthreads_or(bad);
+}
+/* One thread. With a selector emxi_cuda_certify adds what it says of unread tokens. */
+__device__ void write_report(const emxi_cuda_decode &a, const row_place &p, int64_t row, bool bad, double tau, double mass,
+                             int64_t support, int64_t values) {
+  if (!a.reports) return;
+  const int64_t key = (int64_t)a.pool.D * (a.pool.dtype == EMX_F32 ? 4 : 2), P = a.pool.P;
+  const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+  const bool whole = a.pool.k_token == a.pool.D;
+  const int64_t full = p.count / P, rest = p.count % P;
+  emx_report r = {};
+  r.tau = bad ? emxi_nan() : (float)tau;
+  r.mass = bad ? emxi_nan() : (float)mass;
+  r.delta_bound = bad ? 1.0f : 0.0f;
+  r.max_unread = -emxi_inf();
+  r.support = bad ? 0 : (int32_t)support;
+  r.tokens = (int32_t)p.count;
+  r.pages = p.pages;
+  r.select = (uint8_t)a.kind;
+  r.path = p.count == p.visible ? EMX_PATH_ALL : EMX_PATH_PAGES;
+  r.stopped_by = EMX_STOP_DONE;
+  r.flags = bad ? EMX_REPORT_NONFINITE : EMX_REPORT_CERTIFIED;
+  r.bytes_k = whole ? full * lines(P * key) + lines(rest * key) : p.count * lines(key);
+  r.bytes_v = bad ? 0 : values * lines(key);
+  *(emx_report *)(a.reports + row * a.report_stride) = r;
+}
+
+/* ---- the threshold of a row */
+
+struct threshold {
+  double alpha, a, b;
+  int power;
+  float m;
+};
+__device__ __forceinline__ threshold threshold_of(double alpha, float m) {
+  const double b = 1.0 / (alpha - 1.0);
+  return {alpha, alpha - 1.0, b, emxi_power_kind(b), m};
+}
+/* What cannot be in the support once a score m was seen: one float further down covers the rounding of the difference. */
+__device__ __forceinline__ float below_of(float m, double alpha) {
+  return nextafterf((float)((double)m - 1.0 / (alpha - 1.0)), -emxi_inf());
+}
+__device__ __forceinline__ float weight_of(const threshold &k, float z, double t) {
+  const double y = k.a * ((double)z - (double)k.m) - t;
+  return y > 0 ? (float)emxi_power(y, k.b, k.power) : 0.0f;
+}
+/* Adds what z contributes: alpha 2 and 1.5: count, sum y, sum y^2 over y > margin; else 0, sum y^(b-1), sum y^b. */
+__device__ __forceinline__ void add_term(const threshold &k, float z, double t, double margin, double (&s)[3]) {
+  const double y = k.a * ((double)z - (double)k.m) - t;
+  if (!(y > margin)) return;
+  if (k.alpha == 2.0 || k.alpha == 1.5) {
+    s[0] += 1;
+    s[1] += y;
+    s[2] += y * y;
+  } else {
+    const double p = emxi_power(y, k.b, k.power);
+    s[1] += p / y;
+    s[2] += p;
+  }
+}
+/* The next threshold minus t, and the residual at t. As in src/cpu/solver.inc. */
+__device__ __forceinline__ double threshold_step(const threshold &k, const double (&s)[3], double *f) {
+  if (k.alpha == 2.0 || k.alpha == 1.5) {
+    const emxi_sums sums = {s[0], s[1], s[2]};
+    *f = (k.alpha == 2.0 ? s[1] : s[2]) - 1.0;
+    if (!(s[0] > 0)) return -0.5;
+    return k.alpha == 2.0 ? emxi_step_sparsemax(sums) : emxi_step_entmax15(sums);
+  }
+  *f = s[2] - 1.0;
+  if (!(s[1] > 0)) return -0.5;
+  return k.alpha < 2.0 ? (s[2] - pow(s[2], 1.0 - k.a)) / s[1] : emxi_step_newton(*f, s[1], k.b);
+}
+
+/* Exclusive sum of x over the block and, in *total, of all. Has barriers. */
+__device__ __forceinline__ int block_offsets(int x, int *scratch, int *total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int upto = x;
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) {
+    const int other = __shfl_up_sync(EMXI_FULL, upto, step);
+    if (lane >= step) upto += other;
+  }
+  __syncthreads();
+  if (lane == 31) scratch[warp] = upto;
+  __syncthreads();
+  int sum = 0, before = 0;
+  for (int w = 0; w < (int)blockDim.x / 32; w++) {
+    if (w == warp) before = sum;
+    sum += scratch[w];
+  }
+  *total = sum;
+  return before + upto - x;
+}
+
+/* Sums of all threads in a fixed order, the same in every thread. Has barriers. */
+__device__ __forceinline__ void block_sums(double (&x)[3], double (*scratch)[SOLVE_WARPS]) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1)
+#pragma unroll
+    for (int i = 0; i < 3; i++) x[i] += __shfl_xor_sync(EMXI_FULL, x[i], step);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0)
+#pragma unroll
+    for (int i = 0; i < 3; i++) scratch[i][threadIdx.x / 32] = x[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 3; i++) {
+    x[i] = 0;
+#pragma unroll
+    for (int w = 0; w < SOLVE_WARPS; w++) x[i] += scratch[i][w];
+  }
+}
+
+} // namespace
+
+#endif
