@@ -156,6 +156,7 @@ typedef struct scan {
   cert_slot *slot;
   cert_list *scratch;
   bool fused;            /* both planes at once */
+  bool bare;             /* few of the last groups had a centre: not worth sending for */
   int64_t tried, passed; /* groups that the high plane has seen, and left */
   hot hot[CERT_ROWS][HOT];
   int n_hot[CERT_ROWS];
@@ -172,7 +173,8 @@ static const emxi_sketch_group *heads_of(const cert_item *it) {
   return s->group + (int64_t)it->g * s->groups;
 }
 /* The group at a position joins the block; its records are on their way. */
-static void list_group(const cert_item *it, block *b, int64_t position, unsigned rows) {
+static void list_group(const scan *s, block *b, int64_t position, unsigned rows) {
+  const cert_item *it = s->it;
   const emx_kv *kv = it->d->kv;
   if (!emxi_sketch_page_valid(kv, it->table[position >> it->shift])) {
     b->exact[b->n_exact++] = position;
@@ -183,8 +185,9 @@ static void list_group(const cert_item *it, block *b, int64_t position, unsigned
   b->from[b->n] = position;
   b->rows[b->n++] = (uint8_t)rows;
   __builtin_prefetch(heads_of(it) + at, 0, 3);
-  emxi_prefetch((const char *)(kv->sketch.centre + ((int64_t)it->g * kv->sketch.groups + at) * kv->sketch.dp),
-                (size_t)kv->sketch.dp);
+  if (!s->bare)
+    emxi_prefetch((const char *)(kv->sketch.centre + ((int64_t)it->g * kv->sketch.groups + at) * kv->sketch.dp),
+                  (size_t)kv->sketch.dp);
 }
 
 /* One plane of a group, or both, on the way to the cache. */
@@ -224,12 +227,15 @@ static void judge(scan *s, block *b) {
     soa.from[n] = (double)(b->from[i] - (it->length - 1));
     if (g->step_c > 0) {
       has[n_codes] = n;
-      codes[n_codes++] = k->centre + (base + b->at[i]) * k->dp;
+      codes[n_codes] = k->centre + (base + b->at[i]) * k->dp;
+      if (s->bare) emxi_prefetch((const char *)codes[n_codes], (size_t)k->dp);
+      n_codes++;
     }
     b->at[n] = b->at[i];
     b->from[n] = b->from[i];
     b->rows[n++] = b->rows[i];
   }
+  if (n) s->bare = 4 * n_codes < n;
   if (n_codes) it->sk->bytes(it->q8, 2 * it->rows, codes, n_codes, k->dp, some, CERT_BLOCK);
   for (int h = 0; h < 2 * it->rows; h++) {
     int32_t *to = dot + h * CERT_BLOCK;
@@ -320,6 +326,8 @@ static void keep_hot(scan *s, int r, const emxi_sketch_row *row, int x, int32_t 
     const float up = row->base[x] + (float)(2 * dot[t] - row->zero) * row->scale[x];
     if (s->n_hot[r] == HOT) confirm(s, r);
     s->hot[r][s->n_hot[r]++] = (hot){(double)up - (double)row->width[x], norm, up, from + t};
+    const emx_kv *kv = s->it->d->kv;
+    if (!kv->file) emxi_prefetch_key(kv, s->it->table[(from + t) / kv->P], s->it->g, (from + t) % kv->P);
   }
 }
 
@@ -377,7 +385,8 @@ void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch) {
   int64_t to = it->supers < most ? it->supers : most;
   scan s = {.it = it, .slot = slot, .scratch = scratch};
   block ring[3];
-  int64_t since = 0;
+  int64_t since = 0, before[CERT_ROWS]; /* bytes of its superpages */
+  for (int r = 0; r < it->rows; r++) before[r] = slot->count[r].bytes_k + slot->count[r].bytes_meta;
   /* while one block's planes are read, the next one's are on their way, and the records of the one after it */
   ring[0].n = ring[1].n = ring[2].n = 0;
   ring[0].n_exact = ring[1].n_exact = ring[2].n_exact = 0;
@@ -386,13 +395,13 @@ void emxi_cert_scan(cert_item *it, cert_slot *slot, cert_list *scratch) {
     block *listed = &ring[turn % 3], *judged = &ring[(turn + 2) % 3], *ready = &ring[(turn + 1) % 3];
     listed->n = listed->n_exact = 0;
     for (int r = 0; it->chunk_bytes && r < it->rows; r++)
-      if (slot->count[r].bytes_k + slot->count[r].bytes_meta >= it->chunk_bytes) to = p;
+      if (slot->count[r].bytes_k + slot->count[r].bytes_meta - before[r] >= it->chunk_bytes) to = p;
     for (; p < to && listed->n + listed->n_exact <= CERT_BLOCK - 4; p++) {
       unsigned rows = 0;
       for (int r = 0; r < it->rows; r++)
         rows |= (unsigned)!((double)it->upper[r * it->supers_ld + p] <= slot->found[r].limit) << r;
       for (int64_t x = 0; rows && x < EMXI_SUPER; x += EMXI_GROUP)
-        if (!cert_own(it, p * EMXI_SUPER + x)) list_group(it, listed, p * EMXI_SUPER + x, rows);
+        if (!cert_own(it, p * EMXI_SUPER + x)) list_group(&s, listed, p * EMXI_SUPER + x, rows);
     }
     drained += p >= to;
     judge(&s, judged);
@@ -422,7 +431,7 @@ double emxi_cert_probe(cert_item *it, cert_list *scratch) {
       const int64_t p = it->supers * i / n, x = p * EMXI_SUPER + i % 4 * EMXI_GROUP;
       if (cert_own(it, x)) continue;
       tokens += EMXI_GROUP;
-      list_group(it, listed, x, (1u << it->rows) - 1);
+      list_group(&s, listed, x, (1u << it->rows) - 1);
       it->taken[p] |= (uint8_t)(1u << i % 4);
     }
     judge(&s, listed);
@@ -488,7 +497,7 @@ void emxi_cert_check(cert_item *it, const int32_t *pages, uint8_t *rows, int64_t
       const int64_t first = (int64_t)pages[at] * kv->P;
       rows[at] &= (uint8_t)(open | few);
       if (!rows[at]) continue;
-      for (int64_t x = 0; x < kv->P && first + kv->P <= it->length; x += EMXI_GROUP) list_group(it, listed, first + x, rows[at]);
+      for (int64_t x = 0; x < kv->P && first + kv->P <= it->length; x += EMXI_GROUP) list_group(&s, listed, first + x, rows[at]);
       for (int r = 0; r < it->rows && first + kv->P > it->length; r++) /* the newest page has no sketch yet: its keys */
         if (rows[at] >> r & 1) {
           emxi_sketch_sink *c = &it->own.left[r];
@@ -533,24 +542,37 @@ void emxi_cert_check(cert_item *it, const int32_t *pages, uint8_t *rows, int64_t
   for (; done < n; done++) rows[done] = 0;
 }
 
+/* Some candidates' rows and headers, on their way to the cache. */
+typedef struct refining {
+  int64_t n;
+  const uint8_t *row[EMXI_SKETCH_BLOCK];
+  const emxi_sketch_group *group[EMXI_SKETCH_BLOCK];
+} refining;
+static void send_rows(const cert_item *it, const emxi_sketch_sink *c, int64_t from, refining *to) {
+  const emxi_sketch *k = &it->d->kv->sketch;
+  const int64_t head = (int64_t)it->g * k->groups;
+  to->n = c->n - from < EMXI_SKETCH_BLOCK ? c->n - from : EMXI_SKETCH_BLOCK;
+  for (int64_t i = 0; i < to->n; i++) {
+    const int64_t at = head + emxi_cert_group(it, c->pos[from + i]);
+    to->group[i] = k->group + at;
+    to->row[i] = k->row + (at * EMXI_GROUP + c->pos[from + i] % EMXI_GROUP) * (k->dp / 2);
+    __builtin_prefetch(to->group[i], 0, 3);
+    emxi_prefetch((const char *)to->row[i], (size_t)k->dp / 2);
+  }
+}
+
 void emxi_cert_refine(cert_item *it, int r, emxi_sketch_sink *c) {
   const emxi_sketch *k = &it->d->kv->sketch;
   const emxi_sketch_query *q = &it->query[r].x;
-  const int64_t head = (int64_t)it->g * k->groups;
-  for (int64_t from = 0; from < c->n; from += EMXI_SKETCH_BLOCK) {
-    const uint8_t *rows[EMXI_SKETCH_BLOCK];
-    const emxi_sketch_group *group[EMXI_SKETCH_BLOCK];
+  refining ring[2];
+  send_rows(it, c, 0, &ring[0]);
+  for (int64_t from = 0, turn = 0; from < c->n; from += EMXI_SKETCH_BLOCK, turn++) {
+    const refining *now = &ring[turn % 2];
     int32_t dot[EMXI_SKETCH_BLOCK];
-    const int64_t n = c->n - from < EMXI_SKETCH_BLOCK ? c->n - from : EMXI_SKETCH_BLOCK;
-    for (int64_t i = 0; i < n; i++) {
-      const int64_t at = head + emxi_cert_group(it, c->pos[from + i]);
-      group[i] = k->group + at;
-      rows[i] = k->row + (at * EMXI_GROUP + c->pos[from + i] % EMXI_GROUP) * (k->dp / 2);
-      emxi_prefetch((const char *)rows[i], (size_t)k->dp / 2);
-    }
-    it->sk->nibbles(it->q8 + r * LD, 1, rows, n, k->dp, dot, EMXI_SKETCH_BLOCK);
-    for (int64_t i = 0; i < n; i++) {
-      const emxi_sketch_group *g = group[i];
+    if (from + now->n < c->n) send_rows(it, c, from + now->n, &ring[(turn + 1) % 2]);
+    it->sk->nibbles(it->q8 + r * LD, 1, now->row, now->n, k->dp, dot, EMXI_SKETCH_BLOCK);
+    for (int64_t i = 0; i < now->n; i++) {
+      const emxi_sketch_group *g = now->group[i];
       const double up = (double)c->up[from + i], term = q->s1 * (double)g->step5 * ((double)dot[i] - 7.5 * q->sum_a);
       const double loose5 = q->norm * (double)g->error5 + q->e1 * ((double)g->radius + (double)g->error5);
       /* up is start + centre + planes + what every bound adds + loose4, rounded up */

@@ -110,11 +110,13 @@ void emxi_sketch_learn(const emxi_table *k, const emx_kv *kv, const int32_t *pag
       sorted[at] = off[i];
     }
     /* A weight of its own only for a channel that is far out, an offset only where it is far from zero: what a few keys suggest
-     * about the others is noise, and weights that follow noise loosen every bound. */
+     * about the others is noise, and weights that follow noise loosen every bound. Half the deviation, for the largest of a few
+     * channels is less far out than the largest of all: the step hardly grows, |q'| halves, and the other channels get finer
+     * steps of the 8-bit query. */
     const double usual = sorted[D / 2] > 0 ? sorted[D / 2] : sorted[D - 1] > 0 ? sorted[D - 1] : 1;
     for (int32_t i = 0; i < dp; i++) {
       const bool out = i < D && off[i] > 4 * usual, shifted = i < D && fabs(mean[i]) > 2 * fmax(off[i], usual);
-      const float w = power_of_two(out ? off[i] : usual);
+      const float w = power_of_two(out ? 0.5 * off[i] : usual);
       map[i] = shifted ? (float)mean[i] : 0;
       map[dp + i] = w;
       map[2 * dp + i] = 1.0f / w;

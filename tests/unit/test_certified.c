@@ -300,6 +300,34 @@ static void test_limits(void **state) {
   assert_true(stopped[EMX_STOP_DONE] > 20 && stopped[EMX_STOP_BYTES] > 20 && stopped[EMX_STOP_DELTA] > 20);
 }
 
+/* A limit is used: a row that it stops has read as much as it allows, and no more than three blocks of groups beyond it. */
+static void test_limit_used(void **state) {
+  (void)state;
+  decode_case c = {.G = 1,
+                   .H = 1,
+                   .D = 128,
+                   .P = 16,
+                   .dtype = EMX_BF16,
+                   .len = {65536},
+                   .data = DATA_AR,
+                   .seed = 3,
+                   .summaries = EMX_SUMMARY_SKETCH};
+  case_open(&c, ctx);
+  emx_select_desc s = case_desc(EMX_SELECT_CERTIFIED, 0);
+  CASE_OK(case_decode(&c, &s));
+  const emx_report all = c.reports[0];
+  assert_int_equal(all.path, EMX_PATH_LADDER);
+  for (int i = 5; i < 9; i++) {
+    s.max_bytes = (all.bytes_k + all.bytes_meta) * i / 10;
+    CASE_OK(case_decode(&c, &s));
+    const emx_report *r = &c.reports[0];
+    assert_int_equal(r->stopped_by, EMX_STOP_BYTES);
+    const int64_t over = r->bytes_k + r->bytes_v + r->bytes_meta - s.max_bytes;
+    assert_true(over >= 0 && over <= (int64_t)3 * 64 * (32 + 128 + 2 * 512 + 256));
+  }
+  case_close(&c);
+}
+
 /* ---- one result whatever the threads and the instruction set */
 static void test_same(void **state) {
   (void)state;
@@ -478,9 +506,10 @@ static void test_refusals(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_kernels),    cmocka_unit_test(test_rebuild),    cmocka_unit_test(test_foreign_tables),
-      cmocka_unit_test(test_limits),     cmocka_unit_test(test_same),       cmocka_unit_test(test_refusals),
-      cmocka_unit_test(test_far_bounds), cmocka_unit_test(test_far_powers), cmocka_unit_test(test_steep_slopes)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_kernels),        cmocka_unit_test(test_rebuild),
+                                     cmocka_unit_test(test_foreign_tables), cmocka_unit_test(test_limits),
+                                     cmocka_unit_test(test_limit_used),     cmocka_unit_test(test_same),
+                                     cmocka_unit_test(test_refusals),       cmocka_unit_test(test_far_bounds),
+                                     cmocka_unit_test(test_far_powers),     cmocka_unit_test(test_steep_slopes)};
   return cmocka_run_group_tests(tests, setup, teardown);
 }
