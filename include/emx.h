@@ -508,6 +508,13 @@ typedef struct emx_decode_io {
   emx_report *reports;       /* row (b,h,s) at index (b*H + h)*S + s; NULL: none */
   int64_t report_stride;     /* bytes between reports; 0: 64 */
   const emx_tensor *alphas;  /* [H] f64, optional: each query head's alpha, instead of `alpha`; ranges as there */
+  /* emx_decode, CPU only, the three together or none: which tokens made each row's output, with the weights that it used, for any
+   * selector. support_count [B,H,S] i32: how many tokens the row has, its report's support. support_index i32 and support_weight
+   * f32, [B,H,S,C] with any capacity C: the first min(count, C) of them, positions ascending; entries past those are left alone,
+   * and those of a call that fails on the way (CANCELLED, IO) hold nothing. The weights of a whole list sum to the report's mass.
+   * alpha = 1, where no weight is exactly zero: every token that was read and whose score is above -inf (CERTIFIED, where it
+   * took the ladder: those with a weight that a float can tell from zero). That reads the keys once more, uncounted. */
+  const emx_tensor *support_index, *support_weight, *support_count;
 } emx_decode_io;
 EMX_API void emx_decode_io_init_sized(emx_decode_io *io, size_t size); /* alpha 1.5 */
 #define emx_decode_io_init(io) emx_decode_io_init_sized((io), sizeof *(io))

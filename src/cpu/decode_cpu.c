@@ -270,6 +270,57 @@ void emxi_cpu_stream(emxi_item *it) {
 
 /* ---- thresholds and results */
 
+/* Tokens [at, at + n) of the row's support, where the caller wants to know them. */
+static void list_support(const emxi_item *it, int r, int64_t at, const int32_t *pos, const float *weight, int64_t n) {
+  const emxi_decode *d = it->d;
+  const emxi_row *row = &it->row[r];
+  if (!d->support_count || at >= d->support_width) return;
+  if (n > d->support_width - at) n = d->support_width - at;
+  memcpy(d->support_index + it->b * d->index_stride[0] + row->h * d->index_stride[1] + row->s * d->index_stride[2] + at, pos,
+         (size_t)n * sizeof *pos);
+  memcpy(d->support_weight + it->b * d->weight_stride[0] + row->h * d->weight_stride[1] + row->s * d->weight_stride[2] + at,
+         weight, (size_t)n * sizeof *weight);
+}
+/* Listed weights exp(s - m) of softmax become shares of their sum z. */
+static void list_shares(const emxi_item *it, int r, int64_t n, double z) {
+  const emxi_decode *d = it->d;
+  const emxi_row *row = &it->row[r];
+  float *weight = d->support_weight + it->b * d->weight_stride[0] + row->h * d->weight_stride[1] + row->s * d->weight_stride[2];
+  for (int64_t i = 0; i < n && i < d->support_width; i++) weight[i] = (float)((double)weight[i] / z);
+}
+/* alpha = 1, of which no list of scores is kept: the keys that the row has read are scored again, to the same bits. */
+static void list_softmax(const emxi_item *it, int r) {
+  const emx_kv *kv = it->d->kv;
+  const emxi_work *w = it->w;
+  const emxi_row *row = &it->row[r];
+  float *s = w->score + r * EMXI_SLD;
+  int64_t found = 0;
+  for (int64_t p = 0; p < emxi_kv_pages_of(kv, row->visible) && found < it->d->support_width; p++) {
+    if (it->sparse && !w->chosen[r * w->page_ld + p]) continue;
+    const int64_t from = p * kv->P, left = row->visible - from, n = left < kv->P ? left : kv->P;
+    it->k->dot[emxi_slot(kv->dtype)](w->q + r * EMXI_QLD, EMXI_QLD, 1, emxi_kv_keys(kv, it->table[p], it->g, 0, n, w->rows),
+                                     kv->k_token, n, kv->D, s, EMXI_SLD);
+    if (row->slope != 0) it->k->kv->bias(s, n, row->slope, (float)(from - (row->visible - 1)));
+    const int64_t c = it->k->keep(s, NULL, (int32_t)from, n, -INFINITY, s, w->index);
+    it->k->exps(s, c, row->m, w->weight);
+    list_support(it, r, found, w->index, w->weight, c);
+    found += c;
+  }
+  list_shares(it, r, found, row->z);
+}
+static void finish_support(const emxi_item *it, int r) {
+  const emxi_decode *d = it->d;
+  const emxi_row *row = &it->row[r];
+  d->support_count[it->b * d->count_stride[0] + row->h * d->count_stride[1] + row->s * d->count_stride[2]] =
+      (int32_t)row->support;
+  if (row->alpha == 1.0 && row->support) {
+    if (row->ladder)
+      list_shares(it, r, row->support, row->z);
+    else
+      list_softmax(it, r);
+  }
+}
+
 /* o += sum of weights times values over the candidates; returns the sum of the weights and counts those that are not zero. */
 static double gather(emxi_item *it, int r, const emxi_solution *sol, int64_t *support) {
   const emxi_work *w = it->w;
@@ -294,6 +345,7 @@ static double gather(emxi_item *it, int r, const emxi_solution *sol, int64_t *su
     memset(part_sum, 0, (size_t)it->d->kv->D * sizeof(float));
     add_values(it, r, c);
     for (int x = 0; x < it->d->kv->D; x++) o[x] += (double)part_sum[x];
+    list_support(it, r, *support, w->index, w->weight, c);
     *support += c;
   }
   return sum;
@@ -313,6 +365,7 @@ static double gather_softmax(emxi_item *it, int r, int64_t *support) {
     memset(w->part + r * EMXI_QLD, 0, (size_t)it->d->kv->D * sizeof(float));
     add_values(it, r, c);
     for (int x = 0; x < it->d->kv->D; x++) o[x] += (double)w->part[r * EMXI_QLD + x];
+    list_support(it, r, *support, w->index, w->weight, c);
     *support += c;
   }
   return sum;
@@ -423,6 +476,7 @@ void emxi_cpu_report_row(emxi_item *it, int r) {
     delta = emxi_cpu_dropped(it, r);
     row->exact &= row->alpha == 1;
   }
+  if (d->support_count) finish_support(it, r);
   if (!d->reports) return;
   if (!row->ladder) count_reads(it, r);
   emx_report rep = {.tau = (float)row->tau,
@@ -576,12 +630,19 @@ static emx_status run_file(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena
   staged.o = emxi_arena_take(arena, rows * D, sizeof(float));
   staged.reports = emxi_arena_take(arena, rows, sizeof(emx_report));
   staged.report_stride = sizeof(emx_report);
+  int32_t *count = emxi_arena_take(arena, rows, sizeof *count);
   staged.o_stride[0] = (int64_t)d->H * d->S * D;
   staged.o_stride[1] = d->S * D;
   staged.o_stride[2] = D;
   if (!arena->base) return run(ctx, &staged, arena);
   EMX_TRY(emxi_arena_check(arena, "emx_decode"));
   if (!d->reports) staged.reports = NULL;
+  if (d->support_count) { /* the lists themselves go where they belong: without their counts they say nothing */
+    staged.support_count = count;
+    staged.count_stride[0] = (int64_t)d->H * d->S;
+    staged.count_stride[1] = d->S;
+    staged.count_stride[2] = 1;
+  }
   EMX_TRY(emxi_kv_file_begin(d->kv, "emx_decode"));
   EMX_TRY(run(ctx, &staged, arena));
   EMX_TRY(emxi_kv_file_end(d->kv, "emx_decode"));
@@ -589,6 +650,7 @@ static emx_status run_file(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena
     const int64_t b = i / d->S / d->H, h = i / d->S % d->H, s = i % d->S;
     memcpy(d->o + (size_t)(b * d->o_stride[0] + h * d->o_stride[1] + s * d->o_stride[2]) * es, staged.o + (size_t)(i * D) * es,
            (size_t)D * es);
+    if (d->support_count) d->support_count[b * d->count_stride[0] + h * d->count_stride[1] + s * d->count_stride[2]] = count[i];
     if (d->reports) memcpy(d->reports + i * d->report_stride, staged.reports + i * staged.report_stride, sizeof(emx_report));
   }
   return EMX_OK;

@@ -236,6 +236,10 @@ typedef struct emxi_decode {
   int64_t bound_stride[3];
   char *reports;
   int64_t report_stride;
+  int32_t *support_count; /* NULL: no supports are wanted */
+  int32_t *support_index;
+  float *support_weight;
+  int64_t support_width, count_stride[3], index_stride[3], weight_stride[3]; /* batch, head, token */
 } emxi_decode;
 
 static inline double emxi_decode_alpha(const emxi_decode *d, int32_t h) { return d->alphas ? d->alphas[h] : d->alpha; }

@@ -73,6 +73,8 @@ emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_de
   if (!io->alphas) EMX_TRY(check_alpha(select, io->alpha, who));
   if (!isfinite(io->scale)) return emxi_fail(EMX_ERR_INVALID, "%s: scale is %g", who, io->scale);
   EMX_TRY(check_select(kv, select, who));
+  if (ctx->device != EMX_DEVICE_CPU && (io->support_index || io->support_weight || io->support_count))
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: supports are listed on the CPU; on a GPU reports have their sizes", who);
   EMX_TRY(emxi_tensor_check(ctx, io->q, 4, who, "q"));
   const emx_tensor *q = io->q;
   if (q->dtype != EMX_F32 && q->dtype != EMX_F16 && q->dtype != EMX_BF16)
@@ -105,6 +107,29 @@ emx_status emxi_decode_shape(emx_ctx *ctx, const emx_kv *kv, const emx_select_de
                        .q = q->data,
                        .q_dtype = q->dtype,
                        .q_stride = {q->stride[0], q->stride[head], q->stride[token]}};
+  return EMX_OK;
+}
+
+static emx_status resolve_support(const emx_ctx *ctx, const emx_decode_io *io, const char *who, emxi_decode *d) {
+  const emx_tensor *index = io->support_index, *weight = io->support_weight, *count = io->support_count;
+  if (!index && !weight && !count) return EMX_OK;
+  if (!index || !weight || !count)
+    return emxi_fail(EMX_ERR_INVALID, "%s: support_index, support_weight and support_count go together", who);
+  EMX_TRY(check_list(ctx, index, 4, EMX_I32, d, who, "support_index"));
+  EMX_TRY(check_list(ctx, weight, 4, EMX_F32, d, who, "support_weight"));
+  EMX_TRY(check_list(ctx, count, 3, EMX_I32, d, who, "support_count"));
+  if (index->shape[3] != weight->shape[3])
+    return emxi_fail(EMX_ERR_SHAPE, "%s: support_index has room for %lld tokens a row, support_weight for %lld", who,
+                     (long long)index->shape[3], (long long)weight->shape[3]);
+  d->support_index = index->data;
+  d->support_weight = weight->data;
+  d->support_count = count->data;
+  d->support_width = index->shape[3];
+  for (int i = 0; i < 3; i++) {
+    d->index_stride[i] = index->stride[i];
+    d->weight_stride[i] = weight->stride[i];
+    d->count_stride[i] = count->stride[i];
+  }
   return EMX_OK;
 }
 
@@ -162,7 +187,7 @@ emx_status emxi_decode_resolve(emx_ctx *ctx, const emx_kv *kv, const emx_select_
                      sizeof(emx_report));
   d->reports = (char *)io->reports;
   d->report_stride = io->report_stride ? io->report_stride : (int64_t)sizeof(emx_report);
-  return EMX_OK;
+  return resolve_support(ctx, io, who, d);
 }
 
 emx_status emxi_decode_bind(emxi_decode *d, const emx_kv_batch *batch, int32_t after, const char *who) {

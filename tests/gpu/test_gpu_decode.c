@@ -509,6 +509,9 @@ static void test_refusals(void **state) {
   s.kind = EMX_SELECT_GAUSSIAN;
   fails(emx_decode(gpu, g.kv, &g.batch, &s, &g.io, work, bytes), EMX_ERR_STATE, "MOMENTS");
   s.kind = EMX_SELECT_ALL;
+  g.io.support_count = &g.q;
+  fails(emx_decode(gpu, g.kv, &g.batch, &s, &g.io, work, bytes), EMX_ERR_UNSUPPORTED, "supports");
+  g.io.support_count = NULL;
   emx_kv_opts o;
   emx_kv_opts_init(&o);
   o.kv_heads = 1;

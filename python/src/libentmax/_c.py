@@ -125,7 +125,8 @@ class Report(ctypes.Structure):
 class DecodeIo(ctypes.Structure):
     _fields_ = [("struct_size", c_uint32), ("layout", c_int32), ("alpha", c_double), ("scale", c_float), ("reserved", c_int32),
                 ("q", _PT), ("k_new", _PT), ("v_new", _PT), ("o", _PT), ("alibi_slopes", _PT), ("pages", _PT), ("n_pages", _PT),
-                ("bound", _PT), ("reports", c_void_p), ("report_stride", c_int64), ("alphas", _PT)]
+                ("bound", _PT), ("reports", c_void_p), ("report_stride", c_int64), ("alphas", _PT), ("support_index", _PT),
+                ("support_weight", _PT), ("support_count", _PT)]
 
 
 class ModelConfig(ctypes.Structure):
