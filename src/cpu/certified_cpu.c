@@ -27,6 +27,7 @@
 int64_t emxi_certified_short = (int64_t)1 << 21;
 #define MIN_SLOTS 32          /* chunks in flight: several items together when sequences are short */
 #define FLAT 128              /* scores above the limit after the seeds */
+#define FEW 16                /* one superpage in this many may matter: no probe */
 #define MAX_SHARE 0.75        /* of keys that the planes leave: more, and ALL's path is faster */
 #define MAX_SHARE_SOFTMAX 0.2 /* of which most are read, values and all */
 
@@ -358,12 +359,37 @@ static double bound_dropped(const cert_item *it, int r, const cert_list *list, c
   return emxi_cpu_dropped_mass(&x);
 }
 
+/* Keys of a superpage that will be read, on their way. */
+static void send_superpage(const cert_item *it, int64_t super) {
+  const emx_kv *kv = it->d->kv;
+  const int64_t per = EMXI_SUPER / kv->P;
+  for (int64_t p = super * per; !kv->file && p < (super + 1) * per; p++) {
+    emxi_prefetch_rows(emxi_kv_k(kv, it->table[p], it->g, 0), kv->k_token, kv, kv->P);
+    for (int64_t x = 0; x < kv->P; x += EMXI_GROUP)
+      __builtin_prefetch(kv->sketch.group + (int64_t)it->g * kv->sketch.groups + emxi_cert_group(it, p * kv->P + x), 0, 3);
+  }
+}
+/* How many superpages may matter, to the row to which most do. */
+static int64_t open_superpages(const cert_item *it) {
+  int64_t most = 0;
+  for (int r = 0; r < it->rows; r++) {
+    const float *upper = it->upper + r * it->supers_ld, limit = (float)it->own.found[r].limit;
+    int64_t n = 0;
+    for (int64_t p = 0; p < it->supers; p++) n += upper[p] > limit;
+    most = n > most ? n : most;
+  }
+  return most;
+}
+
 static void seed_item(void *arg, int64_t i, int32_t worker) {
   const job *j = arg;
   cert_item *it = &j->items[i];
   if (it->all) return;
   const cert_slot *slots = it->slots;
   double max_share = MAX_SHARE;
+  int64_t seeds[CERT_ROWS * 2 * CERT_SEEDS];
+  int n_seeds = 0;
+  bool softmax = false;
   read_range(it, it->supers * EMXI_SUPER, it->length);
   for (int r = 0; r < it->rows; r++)
     for (int w = 0; w < 2; w++)
@@ -379,19 +405,24 @@ static void seed_item(void *arg, int64_t i, int32_t worker) {
           }
         if (best < 0) break;
         it->taken[best] = CERT_READ;
-        read_range(it, best * EMXI_SUPER, (best + 1) * EMXI_SUPER);
+        send_superpage(it, best);
+        seeds[n_seeds++] = best;
       }
+  for (int s = 0; s < n_seeds; s++) read_range(it, seeds[s] * EMXI_SUPER, (seeds[s] + 1) * EMXI_SUPER);
   for (int r = 0; r < it->rows; r++) {
     cert_list *list = &it->own.found[r];
     emxi_cert_raise(it, r, list, &j->scratch[worker]);
     it->all |= list->full || list->bad || !(list->limit > -INFINITY);
     /* where most of the best keys have weight, most of the others will */
-    if (it->query[r].alpha == 1)
+    if (it->query[r].alpha == 1) {
       max_share = MAX_SHARE_SOFTMAX;
-    else
+      softmax = true;
+    } else {
       it->all |= list->n > FLAT && list->n > it->own.count[r].tokens / 2;
+    }
   }
-  it->all = it->all || emxi_cert_probe(it, &j->scratch[worker]) > max_share || it->own.full;
+  if (softmax || open_superpages(it) * FEW > it->supers) /* else a probe would read as much as the rest of the ladder */
+    it->all = it->all || emxi_cert_probe(it, &j->scratch[worker]) > max_share || it->own.full;
   for (int r = 0; r < it->rows; r++) it->all |= it->own.found[r].full || it->own.found[r].bad;
   if (it->all || !j->limited) return;
   const emx_select_desc *select = &j->d->select;
