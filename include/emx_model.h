@@ -140,6 +140,21 @@ EMX_API emx_status emx_session_set_select(emx_session *s, const emx_select_desc 
 /* Appends one token; logits [vocab]. On failure the session is as it was. */
 EMX_API emx_status emx_session_decode(emx_session *s, int32_t token, float *logits);
 
+/* Where emx_session_decode writes what every head attended to: the caller's arrays, layer by layer, L layers of H query heads.
+ * The contents are those of the last successful decode; a failed one leaves them undefined. */
+typedef struct emx_session_support {
+  uint32_t struct_size;
+  int32_t reserved;
+  int64_t capacity;    /* C >= 0 */
+  int32_t *index;      /* [L,H,C] and */
+  float *weight;       /* [L,H,C]: emx_decode_io.support_index and support_weight */
+  int32_t *count;      /* [L,H] */
+  emx_report *reports; /* [L,H]; NULL: none */
+} emx_session_support;
+/* Until the next call of this function, or with NULL no more; the arrays (the struct is copied) must live that long. A fork
+ * starts without. Errors: INVALID. */
+EMX_API emx_status emx_session_set_support(emx_session *s, const emx_session_support *support);
+
 /* Sums over all decode calls of this session since the last reset, over layers, query heads and steps. */
 typedef struct emx_session_stats {
   uint32_t struct_size;

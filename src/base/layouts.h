@@ -19,6 +19,7 @@
 #define EMXI_LAST_emx_decode_io alphas
 #define EMXI_LAST_emx_model_config reserved
 #define EMXI_LAST_emx_session_opts kv_file
+#define EMXI_LAST_emx_session_support reports
 #define EMXI_LAST_emx_session_stats seconds
 #define EMXI_LAST_emx_cache_info model
 #define EMXI_LAST_emx_sample_opts seed

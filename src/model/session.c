@@ -48,6 +48,7 @@ struct emx_session {
   bool last_known;
   emx_select_desc select;
   emx_session_stats stats;
+  emx_session_support support; /* count NULL: none is wanted */
   emxi_tap_fn tap;
   void *tap_user;
 };
@@ -345,6 +346,31 @@ emx_status emx_session_set_select(emx_session *s, const emx_select_desc *select)
   EMXI_LOCKED(s->pool->model->ctx, set_select(s, select));
 }
 
+static emx_status set_support(emx_session *s, const emx_session_support *support) {
+  const emx_model_config *c = &s->pool->model->config;
+  static const char who[] = "emx_session_set_support";
+  size_t cells;
+  if (support->capacity < 0 || !emxi_mul((size_t)support->capacity, (size_t)c->num_layers * (size_t)c->num_heads, &cells) ||
+      cells > SIZE_MAX / 16)
+    return emxi_fail(EMX_ERR_INVALID, "%s: capacity is %lld", who, (long long)support->capacity);
+  if (!support->count || (support->capacity && (!support->index || !support->weight)))
+    return emxi_fail(EMX_ERR_INVALID, "%s: index, weight and count go together", who);
+  s->support = *support;
+  return EMX_OK;
+}
+emx_status emx_session_set_support(emx_session *s, const emx_session_support *support) {
+  if (!s) return emxi_fail(EMX_ERR_INVALID, "emx_session_set_support: the session is NULL");
+  static const emx_session_support none = {.struct_size = sizeof none};
+  if (support) {
+    EMXI_READ_STRUCT(support, emx_session_support);
+    EMXI_LOCKED(s->pool->model->ctx, set_support(s, support));
+  }
+  emxi_ctx_lock(s->pool->model->ctx);
+  s->support = none;
+  emxi_ctx_unlock(s->pool->model->ctx);
+  return EMX_OK;
+}
+
 /* Cuts every layer that is longer; a layer that a failed call did not reach is left alone. */
 static emx_status cut(emx_session *s, int64_t length) {
   for (int32_t l = 0; l < s->pool->model->config.num_layers; l++) {
@@ -497,9 +523,22 @@ static emx_status attend_decode(emx_session *s, int32_t l, emx_session_stats *st
   batch.batch = 1;
   batch.seqs = &s->seqs[l];
   emx_decode_io io = decode_io(p, &t);
+  const emx_session_support *wanted = &s->support;
+  emx_tensor index, weight, count;
+  if (wanted->count) {
+    const int64_t heads = c->num_heads, from = l * heads, shape[4] = {1, heads, 1, wanted->capacity};
+    index = emx_tensor_view(wanted->index + from * wanted->capacity, EMX_I32, 4, shape);
+    weight = emx_tensor_view(wanted->weight + from * wanted->capacity, EMX_F32, 4, shape);
+    count = emx_tensor_view(wanted->count + from, EMX_I32, 3, shape);
+    io.support_index = &index;
+    io.support_weight = &weight;
+    io.support_count = &count;
+  }
   double start = now();
   EMX_TRY(emx_decode(p->model->ctx, p->kv[l], &batch, &s->select, &io, p->decode_work, p->decode_size));
   stats->attn_seconds += now() - start;
+  if (wanted->count && wanted->reports)
+    memcpy(wanted->reports + (int64_t)l * c->num_heads, p->reports, (size_t)c->num_heads * sizeof *p->reports);
   const int64_t visible = s->length + 1, row_bytes = 2 * (int64_t)c->head_dim * (int64_t)emx_dtype_size(p->kv_dtype);
   for (int32_t h = 0; h < c->num_heads; h++) {
     const emx_report *r = &p->reports[h];

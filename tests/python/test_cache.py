@@ -5,6 +5,7 @@ import tempfile
 import threading
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -61,6 +62,35 @@ class Cache(unittest.TestCase):
                 if again.certified[0, h, 0]:
                     self.close(again.o[0, h], o[h], 1e-5)
             self.assertTrue((chosen.pages[chosen.pages >= 0] < 19).all())
+
+    def test_support(self):
+        """The lists are the nonzero weights of the float64 reference over what was read, and they make the output."""
+        cache, seq = filled()
+        for options in ({}, {"select": "certified"}, {"select": "topk", "budget": 64}, {"select": "gaussian"},
+                        {"pages": [[0, 3, 18]] * H}, {"alpha": 1.0}, {"alpha": np.array([1.2, 1.5, 1.0, 2.0])}):
+            got = cache.decode(seq, Q, return_support=True, **options)
+            np.testing.assert_array_equal(got.o, cache.decode(seq, Q, **options).o)
+            self.assertEqual(got.support.shape, (1, H, 1))
+            alpha = np.broadcast_to(options.get("alpha", 1.5), H)
+            for h in range(H):
+                positions, weights, tau = got.support[0, h, 0]
+                self.assertTrue((np.diff(positions) > 0).all() and positions.dtype == np.int32)
+                self.assertEqual(positions.size, got.reports["support"][0, h, 0])
+                self.assertTrue(tau == got.reports["tau"][0, h, 0] or alpha[h] == 1)
+                self.close(weights.sum(dtype=np.float64), 1, 1e-5)
+                self.close(weights @ V[0, h * G // H, positions], got.o[0, h, 0], 1e-5)
+                if got.certified[0, h, 0]:  # dense: the reference's own weights
+                    p = reference.attention(Q[0], K[0], V[0], alpha)[2][h, 0]
+                    dense = np.zeros(N)
+                    dense[positions] = weights
+                    self.close(dense, p, 2e-5)
+        new_k, new_v = RNG.standard_normal((2, 1, G, 1, D)).astype(np.float32)
+        got = cache.decode(seq, Q, new_k, new_v, alpha=1.0, return_support=True)  # the new token is seen, once
+        self.assertEqual((got.support[0, 0, 0].positions.tolist(), cache.length(seq)), (list(range(N + 1)), N + 1))
+        with mock.patch.object(L._cache, "SUPPORT_ROOM", 8):  # lists that were cut are asked for again, nothing is appended twice
+            again = cache.decode(seq, Q, new_k, new_v, alpha=1.0, return_support=True)
+            self.assertEqual(again.support[0, 0, 0].positions.tolist(), list(range(N + 2)))
+            self.assertEqual(cache.length(seq), N + 2)
 
     def test_own_pages(self):
         """A list of lists from anywhere, and its report: all pages are certified, one page is not, and its bound is sound."""

@@ -5,6 +5,8 @@ import subprocess
 import unittest
 from pathlib import Path
 
+import numpy as np
+
 import libentmax as L
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "text-entmax"
@@ -29,10 +31,29 @@ class Generate(unittest.TestCase):
                                   capture_output=True).stdout
             self.assertIn(dense.text, said)
 
+    def test_support(self):
+        """Steps for the last tokens of the prompt and all that are read after it; the text is the same as without."""
+        model = L.load_model(FOLDER)
+        plain = model.generate(PROMPT, 6)
+        got = model.generate(PROMPT, 6, return_support=True, queries=3)
+        self.assertEqual(got.text, plain.text)
+        n = len(PROMPT)
+        self.assertEqual([s.position for s in got.steps], list(range(n - 3, n + 5)))
+        layers, heads = model.config.num_layers, model.config.num_heads
+        for step in got.steps:
+            self.assertEqual(step.support.shape, (layers, heads))
+            for (l, h), support in np.ndenumerate(step.support):
+                self.assertEqual(support.positions.size, step.reports["support"][l, h])
+                self.assertTrue((np.diff(support.positions) > 0).all() and support.positions[-1] <= step.position)
+                self.assertAlmostEqual(float(support.weights.sum()), 1, delta=1e-5)
+        self.assertEqual(len(model.generate(PROMPT, 0, return_support=True, queries=n).steps), n)  # nothing is prefilled
+        self.assertEqual(model.generate(PROMPT, 6, return_support=True, queries=0).steps[0].position, n)
+
     def test_errors(self):
         model = L.load_model(FOLDER)
         for call, error in ((lambda: L.load_model("/nowhere"), L.FileError), (lambda: model.generate(""), L.InvalidError),
                             (lambda: model.generate([300]), L.InvalidError), (lambda: model.generate([1.5]), L.DtypeError),
+                            (lambda: model.generate("a", return_support=True, queries=2), L.InvalidError),
                             (lambda: model.generate("a", select="best"), L.InvalidError),
                             (lambda: model.generate("a", summaries="", select="certified"), L.StateError)):
             with self.assertRaises(error):

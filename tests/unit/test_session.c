@@ -659,6 +659,64 @@ static void test_tap(void **state) {
 
 /* Every scale and position type: prefill in chunks and step by step, after a fork and after a truncation, against the reference,
  * and the same bits for any number of threads. */
+/* What the heads attended to: dense float64 weights of the reference's queries and keys over the f32 cache. */
+static void test_support(void **state) {
+  (void)state;
+  enum { C = N };
+  static int32_t index[L * H * C], count[L * H];
+  static float weight[L * H * C];
+  emx_report reports[L * H];
+  float logits[V], same[V];
+  emx_session *s = session(model, EMX_F32, 64, N), *f;
+  emx_session_support want = {
+      .struct_size = sizeof want, .capacity = C, .index = index, .weight = weight, .count = count, .reports = reports};
+  prefill(s, 0, 60, NULL, NULL);
+  assert_int_equal(emx_session_set_support(s, &want), EMX_OK);
+  assert_int_equal(emx_session_fork(s, &f), EMX_OK); /* which starts without */
+  decode(s, 60, logits);
+  for (int l = 0; l < L; l++)
+    for (int h = 0; h < H; h++) {
+      double score[N], p[N], sum = 0;
+      int64_t support = 0, at = 0;
+      float slopes[H];
+      emxi_alibi_slopes(&config, slopes);
+      for (int j = 0; j <= 60; j++) {
+        score[j] = (double)slopes[h] * (j - 60);
+        for (int d = 0; d < D; d++) score[j] += want_q[l][60][h * D + d] * want_k[l][j][h / (H / G) * D + d] / sqrt((double)D);
+      }
+      const double tau = emxi_oracle_entmax(score, 61, config.entmax_alpha, p, &support);
+      const int row = l * H + h;
+      assert_int_equal(count[row], reports[row].support);
+      assert_true(fabs((double)reports[row].tau - tau) < 1e-4); /* f32 activations of two layers */
+      for (int j = 0; j <= 60; j++) {
+        const bool listed = at < count[row] && index[row * C + at] == j;
+        const double w = listed ? (double)weight[row * C + at++] : 0;
+        assert_true(fabs(w - p[j]) < 1e-4);
+        sum += w;
+      }
+      assert_true(at == count[row] && fabs(sum - 1) < 1e-5);
+    }
+  count[0] = -5;
+  decode(f, 60, same);
+  assert_int_equal(count[0], -5);
+  assert_memory_equal(logits, same, sizeof same);
+  assert_int_equal(emx_session_set_support(s, NULL), EMX_OK);
+  decode(s, 61, logits);
+  assert_int_equal(count[0], -5);
+  want.capacity = 0; /* sizes alone */
+  want.index = NULL, want.weight = NULL, want.reports = NULL;
+  assert_int_equal(emx_session_set_support(s, &want), EMX_OK);
+  decode(s, 62, logits);
+  assert_true(count[0] > 0);
+  want.capacity = 1;
+  assert_int_equal(emx_session_set_support(s, &want), EMX_ERR_INVALID);
+  want.capacity = INT64_MAX / 2, want.index = index, want.weight = weight;
+  assert_int_equal(emx_session_set_support(s, &want), EMX_ERR_INVALID);
+  assert_int_equal(emx_session_set_support(NULL, &want), EMX_ERR_INVALID);
+  emx_session_destroy(s);
+  emx_session_destroy(f);
+}
+
 static void test_scales_and_positions(void **state) {
   (void)state;
   static double plain[N][V];
@@ -804,6 +862,7 @@ int main(void) {
       cmocka_unit_test(test_bad_options),
       cmocka_unit_test(test_out_of_memory),
       cmocka_unit_test(test_tap),
+      cmocka_unit_test(test_support),
       cmocka_unit_test(test_softmax),
       cmocka_unit_test(test_no_beta),
       cmocka_unit_test(test_scales_and_positions),

@@ -150,6 +150,11 @@ class SessionStats(ctypes.Structure):
                 ("bytes_full", c_int64), ("attn_seconds", c_double), ("seconds", c_double), ("paths", c_int64 * 3)]
 
 
+class SessionSupport(ctypes.Structure):
+    _fields_ = [("struct_size", c_uint32), ("reserved", c_int32), ("capacity", c_int64), ("index", c_void_p), ("weight", c_void_p),
+                ("count", c_void_p), ("reports", c_void_p)]
+
+
 class SampleOpts(ctypes.Structure):
     _fields_ = [("struct_size", c_uint32), ("top_k", c_int32), ("temperature", c_float), ("top_p", c_float), ("seed", c_uint64)]
 
@@ -159,7 +164,8 @@ STRUCTS = {"emx_tensor": Tensor, "emx_ctx_opts": CtxOpts, "emx_ctx_info": CtxInf
            "emx_entmax_io": EntmaxIo, "emx_loss_io": LossIo, "emx_attn_desc": AttnDesc, "emx_attn_io": AttnIo,
            "emx_kv_opts": KvOpts, "emx_kv_info": KvInfo, "emx_kv_batch": KvBatch, "emx_kv_summary": KvSummary,
            "emx_select_desc": SelectDesc, "emx_report": Report, "emx_decode_io": DecodeIo, "emx_model_config": ModelConfig,
-           "emx_session_opts": SessionOpts, "emx_session_stats": SessionStats, "emx_sample_opts": SampleOpts}
+           "emx_session_opts": SessionOpts, "emx_session_support": SessionSupport, "emx_session_stats": SessionStats,
+           "emx_sample_opts": SampleOpts}
 _HEADER_NAMES = {struct: name for name, struct in STRUCTS.items()}
 
 # ------------------------------------------------------------------------------------------------------------ prototypes
@@ -206,6 +212,7 @@ MODEL = {
     "emx_session_create": (_S, (_P, POINTER(SessionOpts), _PP)), "emx_session_destroy": (None, (_P,)),
     "emx_session_prefill": (_S, (_P, _PI32, c_int64, _PF, _PF, Progress, c_void_p)),
     "emx_session_set_select": (_S, (_P, POINTER(SelectDesc))), "emx_session_decode": (_S, (_P, c_int32, _PF)),
+    "emx_session_set_support": (_S, (_P, POINTER(SessionSupport))),
     "emx_session_get_stats": (_S, (_P, POINTER(SessionStats))),
     "emx_kv_save": (_S, (_P, _PI32, c_int32, c_char_p, Progress, c_void_p)),
     "emx_kv_load": (_S, (_P, c_char_p, _PI32, c_int32, _PI32, Progress, c_void_p)),

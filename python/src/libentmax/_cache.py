@@ -12,6 +12,7 @@ from ._attention import head_alphas, indices, layout_code, slopes
 SUMMARIES = {"minmax": _c.SUMMARY_MINMAX, "moments": _c.SUMMARY_MOMENTS, "sketch": _c.SUMMARY_SKETCH,
              "residual": _c.SUMMARY_RESIDUAL}
 SELECTORS = {"all": _c.SELECT_ALL, "topk": _c.SELECT_TOPK, "gaussian": _c.SELECT_GAUSSIAN, "certified": _c.SELECT_CERTIFIED}
+SUPPORT_ROOM = 1 << 27  # entries of the lists of a first call
 TAU_MODES = {"exact": _c.TAU_EXACT, "corrected": _c.TAU_CORRECTED, "fixed": _c.TAU_FIXED}
 
 # emx_report: one record a query row. flags: bit 0 certified, bit 1 non-finite.
@@ -24,6 +25,25 @@ class Decoded(NamedTuple):
     was left out."""
     o: np.ndarray
     reports: np.ndarray
+
+    @property
+    def certified(self):
+        return (self.reports["flags"] & _c.REPORT_CERTIFIED) != 0
+
+
+class Support(NamedTuple):
+    """What one head attended to. positions: int32 [n], ascending; weights: float32 [n], those that the output used (at alpha = 1
+    all tokens that were read); tau: the threshold, in units of (alpha-1) * score (NaN at alpha = 1)."""
+    positions: np.ndarray
+    weights: np.ndarray
+    tau: float
+
+
+class DecodedSupport(NamedTuple):
+    """Decoded, and support: [B,H,S] object array of Support."""
+    o: np.ndarray
+    reports: np.ndarray
+    support: np.ndarray
 
     @property
     def certified(self):
@@ -73,6 +93,16 @@ def select_desc(select="all", *, budget=0, max_bytes=0, max_delta=0.0, tau_mode=
             raise _c.InvalidError(f"a selector has no {name}")
     return _c.make(_c.SelectDesc, kind=_named(SELECTORS, select, "select"), budget=budget, max_bytes=max_bytes,
                    max_delta=max_delta, tau_mode=_named(TAU_MODES, tau_mode, "tau_mode"), **margins)
+
+
+def supports(lists, reports):
+    """Object array of Support from (index [...,C], weight [...,C], count [...]) and the reports of the same rows."""
+    index, weight, count = lists
+    out = np.empty(count.shape, object)
+    for row in np.ndindex(count.shape):
+        n = count[row]
+        out[row] = Support(index[row][:n].copy(), weight[row][:n].copy(), float(reports["tau"][row]))
+    return out
 
 
 class KVCache:
@@ -231,8 +261,9 @@ class KVCache:
         return Selection(pages, n_pages, bound)
 
     def decode(self, seqs, q, k_new=None, v_new=None, alpha=1.5, *, select="all", pages=None, scale=None, alibi_slopes=None,
-               **options):
-        """Attention of the newest tokens over the cache: Decoded(o, reports).
+               return_support=False, **options):
+        """Attention of the newest tokens over the cache: Decoded(o, reports); with return_support
+        DecodedSupport(o, reports, support), where support[b, h, s] lists the tokens that made o and their weights.
 
         seqs: one id or [B]; q [B,H,S,D] ("BNHD": [B,S,H,D]), float32, float16 or bfloat16, S = 1 unless select is "all".
         k_new, v_new: appended first, as by append(). alpha: 1 or up to 4, a number or one a head [H]. alibi_slopes [H].
@@ -259,8 +290,25 @@ class KVCache:
                       k_new=None if k_new is None else _c.readable(k_new, "k_new"),
                       v_new=None if v_new is None else _c.readable(v_new, "v_new"))
         io.reports = reports.ctypes.data
+        if not return_support:
+            self._run(_c.lib.emx_decode, batch, desc, io, 0 if k_new is None else rows[2])
+            return Decoded(o, reports)
+        # Room for whole sequences is only touched where lists are written; a batch whose room would be absurd starts with less.
+        longest = max(self.length(seq) for seq in batch.owner.tolist()) + (0 if k_new is None else rows[2])
+        room = min(longest, max(1, SUPPORT_ROOM // max(1, reports.size)))
+        lists = self._support_lists(io, rows, room)
         self._run(_c.lib.emx_decode, batch, desc, io, 0 if k_new is None else rows[2])
-        return Decoded(o, reports)
+        if lists[2].size and lists[2].max() > room:  # the same answer once more, the new tokens being there
+            lists = self._support_lists(io, rows, int(lists[2].max()))
+            io.k_new = io.v_new = None
+            self._run(_c.lib.emx_decode, batch, desc, io, 0)
+        return DecodedSupport(o, reports, supports(lists, reports))
+
+    @staticmethod
+    def _support_lists(io, rows, room):
+        lists = np.empty(rows + (room,), np.int32), np.empty(rows + (room,), np.float32), np.zeros(rows, np.int32)
+        _c.fill(io, **dict(zip(("support_index", "support_weight", "support_count"), lists)))
+        return lists
 
     @staticmethod
     def _page_lists(pages, rows):
