@@ -23,6 +23,11 @@ test:
 	cmake --build "$(BUILD)"
 	ctest --test-dir "$(BUILD)" --output-on-failure -j $(JOBS)
 
+# The tests of the Python package with the current torch and the entmax package from the package index (hundreds of megabytes, into
+# $(BUILD)/torch-env); PYTHON=... names an interpreter that has them.
+test-torch: all
+	scripts/test_torch.sh "$(BUILD)"
+
 # Reads a real book from one sparse cache with every selector; writes build/demo.svg.
 demo:
 	scripts/setup.sh build demo
@@ -37,4 +42,4 @@ dist:
 clean:
 	rm -rf "$(BUILD)"
 
-.PHONY: all install uninstall test demo dist clean
+.PHONY: all install uninstall test test-torch demo dist clean

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Usage: scripts/setup.sh GROUP...   (groups of packages.txt: build test demo ci)
-# Installs what is missing with apt-get, as root or through sudo; where it may not, says exactly what to run and fails.
+# Installs what is missing with apt-get, as root or through sudo; where it may not, says exactly what to run and fails. What has the
+# alternative "none" is installed where that can be done, and else left out.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -14,29 +15,42 @@ known() { apt-cache policy "$1" 2>/dev/null | grep -q 'Candidate: [^(]'; }
 
 # The entries of the groups that have no installed alternative.
 missing=
+optional=
 for group in "$@"; do
   for entry in $(sed -n "s/^$group  *//p" packages.txt); do
     have=
     for name in $(echo "$entry" | tr '|' ' '); do
       if installed "$name"; then have=1; fi
     done
-    if [ -z "$have" ]; then missing="$missing $entry"; fi
+    if [ -n "$have" ]; then continue; fi
+    case $entry in
+      *"|none") optional="$optional $entry" ;;
+      *) missing="$missing $entry" ;;
+    esac
   done
 done
-if [ -z "$missing" ]; then exit 0; fi
+if [ -z "$missing$optional" ]; then exit 0; fi
 
 # Picks the first alternative that apt knows; before an update a fresh image may know none, then the first.
 choose() {
   names=
-  for entry in $missing; do
+  for entry in $missing $optional; do
     pick=
     for name in $(echo "$entry" | tr '|' ' '); do
       if [ -z "$pick" ] && known "$name"; then pick=$name; fi
     done
-    names="$names ${pick:-${entry%%|*}}"
+    case $entry in
+      *"|none") names="$names${pick:+ $pick}" ;;
+      *) names="$names ${pick:-${entry%%|*}}" ;;
+    esac
   done
   echo "$names"
 }
+
+if [ -z "$missing" ]; then
+  if [ -z "$(choose)" ]; then exit 0; fi # not in this distribution
+  trap 'echo "setup: goes on without$(choose)" >&2; exit 0' EXIT
+fi
 
 run=
 if [ "$(id -u)" != 0 ]; then
@@ -53,3 +67,4 @@ echo "setup: installing$(choose)" >&2
 $run apt-get update -q
 # shellcheck disable=SC2046
 $run env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(choose)
+trap - EXIT

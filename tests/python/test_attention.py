@@ -7,6 +7,11 @@ import numpy as np
 import libentmax as L
 import reference
 
+try:
+    from ml_dtypes import bfloat16
+except ImportError:
+    bfloat16 = None
+
 RNG = np.random.default_rng(11)
 
 
@@ -91,6 +96,21 @@ class Attention(unittest.TestCase):
         *_, d_alpha = L.attention_backward(d_o, q, k, v, tau, alpha, causal=True, return_d_alpha=True)
         want = reference.difference(lambda a: (reference.attention(q[0], k[0], v[0], a, True)[0] * d_o[0]).sum(), alpha)
         self.close(d_alpha, want, 1e-6)
+
+    @unittest.skipIf(bfloat16 is None, "the ml_dtypes package is not installed: pip install ml_dtypes")
+    def test_bfloat16(self):
+        half = [a.astype(bfloat16) for a in qkv()]
+        exact = [a.astype(np.float64) for a in half]
+        d_o = RNG.standard_normal(half[0].shape).astype(bfloat16)
+        want, tau = L.attention(*exact, causal=True, return_tau=True)
+        for q in (half[0], half[0].astype(np.float32)):
+            got, t = L.attention(q, *half[1:], causal=True, return_tau=True)
+            self.assertEqual((got.dtype, t.dtype), (q.dtype, np.float32))
+            # A result of 8 bits is off by 2^-9 of itself, float32 sums by 1e-5.
+            np.testing.assert_allclose(got.astype(np.float64), want, rtol=2.0**-8, atol=1e-5)
+            gradients = L.attention_backward(d_o.astype(q.dtype), q, *half[1:], t, causal=True)
+            for a, b in zip(gradients, L.attention_backward(d_o.astype(np.float64), *exact, tau, causal=True)):
+                np.testing.assert_allclose(a.astype(np.float64), b, rtol=2.0**-8, atol=1e-4)
 
     def test_errors(self):
         q, k, v = qkv()

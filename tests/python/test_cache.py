@@ -12,6 +12,11 @@ import numpy as np
 import libentmax as L
 import reference
 
+try:
+    from ml_dtypes import bfloat16
+except ImportError:
+    bfloat16 = None
+
 RNG = np.random.default_rng(3)
 H, G, D, N = 4, 2, 32, 300
 K = RNG.standard_normal((1, G, N, D)).astype(np.float32)
@@ -44,6 +49,21 @@ class Cache(unittest.TestCase):
         certified = cache.decode(seq, Q, select="certified")
         self.assertTrue(certified.certified.all())
         self.close(certified.o[0], reference.attention(Q[0], K[0], V[0], 1.5)[0], 1e-5)
+
+    @unittest.skipIf(bfloat16 is None, "the ml_dtypes package is not installed: pip install ml_dtypes")
+    def test_bfloat16(self):
+        cache = L.KVCache(G, D, 2048, dtype="bfloat16")
+        half = [a.astype(bfloat16) for a in (K, V)]
+        seq, rounded = cache.new(), cache.new()
+        cache.append(seq, *half)
+        cache.append(rounded, K, V)  # float32 is rounded to nearest, as astype does
+        q = Q.astype(bfloat16)
+        o = reference.attention(q[0].astype(np.float64), *(a[0].astype(np.float64) for a in half), 1.5)[0]
+        for select in ("all", "certified"):
+            got = cache.decode(seq, q, select=select)
+            self.assertTrue(got.certified.all())
+            np.testing.assert_allclose(got.o[0].astype(np.float64), o, rtol=2.0**-8, atol=1e-5)  # rounded to 8 bits, or float32
+            np.testing.assert_array_equal(cache.decode(rounded, q, select=select).o, got.o)
 
     def test_other_selectors_tell_what_they_dropped(self):
         cache, seq = filled()

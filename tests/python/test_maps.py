@@ -7,6 +7,11 @@ import numpy as np
 import libentmax as L
 import reference
 
+try:
+    from ml_dtypes import bfloat16
+except ImportError:
+    bfloat16 = None
+
 RNG = np.random.default_rng(5)
 ALPHAS = (1.0, 1.2, 1.5, 1.8, 2.0)
 
@@ -151,6 +156,24 @@ class Maps(unittest.TestCase):
         _, dx = L.normmax_loss(x[0], target[0], return_grad=True, reduction="none")
         self.close(dx, L.normmax(x[0]) - np.eye(9)[target[0]], 1e-9)
         self.assertEqual(L.entmax_loss(x[0, 0], 3, ignore_index=3, reduction="sum"), 0)
+
+    @unittest.skipIf(bfloat16 is None, "the ml_dtypes package is not installed: pip install ml_dtypes")
+    def test_bfloat16(self):
+        x = (RNG.standard_normal((5, 60)) * 2).astype(bfloat16)
+        target = np.array([0, 59, 3, -100, 7])
+        exact = x.astype(np.float64)
+        # Results are those of float64 arithmetic on the same scores, rounded to 8 bits: half a unit is 2^-9 of the value.
+        for got, want in ((L.entmax(x), L.entmax(exact)), (L.entmax(x, 1.3, 0), L.entmax(exact, 1.3, 0)),
+                          (L.softmax(x), L.softmax(exact)), (L.normmax(x), L.normmax(exact)), (L.budget(x, 3), L.budget(exact, 3)),
+                          (L.entmax_loss(x, target, return_grad=True)[1], L.entmax_loss(exact, target, return_grad=True)[1])):
+            self.assertEqual(got.dtype, bfloat16)
+            np.testing.assert_allclose(got.astype(np.float64), want, rtol=2.0**-8, atol=1e-6)
+        p, dp = L.entmax(x), RNG.standard_normal(x.shape).astype(bfloat16)
+        want = L.entmax_backward(p.astype(np.float64), dp.astype(np.float64))
+        np.testing.assert_allclose(L.entmax_backward(p, dp).astype(np.float64), want, rtol=2.0**-8, atol=1e-6)
+        loss = L.entmax_loss(x, target)
+        self.assertEqual(loss.dtype, np.float32)
+        self.close(loss, L.entmax_loss(exact, target), 1e-5)
 
     def test_errors(self):
         x = np.zeros((2, 3))
