@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """libentmax.torch beside the entmax package and torch itself, forward and backward, in one process.
 
-Every round runs every method once, in turn, from alternate ends; slow ones (the entmax package on long rows) in every fourth round
-only. Reported are medians over the rounds with their median absolute deviation, and the median of the ratios to `reference` within a
-round. Threads of the other library are given time to fall asleep before a measurement. Errors are against float64: maps and losses on 8 rows, the
-largest error of a weight (a loss: relative) and the relative L2 error of the gradient; attention on one head, relative L2 errors of
-the output and of the three gradients.
+Every round runs every method once, in turn, from alternate ends; slow ones (the entmax package on long rows) in every fourth
+round only. Reported are medians over the rounds with their median absolute deviation, and the median of the ratios to
+`reference` within a round. Threads of the other library are given time to fall asleep before a measurement. Errors are against
+float64: maps and losses on 8 rows, the largest error of a weight (a loss: relative) and the relative L2 error of the gradient;
+attention on one head, relative L2 errors of the output and of the three gradients.
 
   PYTHONPATH=python/src LIBENTMAX_LIBRARY=build python bench/python/torch_speed.py maps | loss | attention
 """
@@ -57,7 +57,8 @@ def maps(o):
     methods = {"libentmax entmax15": (T.entmax15, 1.5, True), "torch softmax": (lambda x: x.softmax(-1), 1, True),
                "libentmax softmax": (lambda x: T.entmax(x, 1.0), 1, True)}
     if package:
-        methods.update({"entmax entmax15": (package.entmax15, 1.5, False), "entmax entmax_bisect": (package.entmax_bisect, 1.5, False),
+        methods.update({"entmax entmax15": (package.entmax15, 1.5, False),
+                        "entmax entmax_bisect": (package.entmax_bisect, 1.5, False),
                         "entmax entmax15(k=100)": (lambda x: package.entmax15(x, k=100), 1.5, False)})
 
     def errors(f, alpha):

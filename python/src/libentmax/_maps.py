@@ -125,8 +125,8 @@ def normmax(x, alpha=2.0, axis=-1, *, return_support_size=False, return_tau=Fals
 def budget(x, budget, alpha=2.0, axis=-1, *, return_support_size=False, return_tau=False, ctx=None):
     """Weights of at most one each and `budget` in all: p_i = min(1, [(alpha-1) x_i - tau]_+ ^ (1/(alpha-1))), sum p = budget.
 
-    budget: 0 < budget <= length of `axis`; a number, or an array as alpha may be. 1 + 1e-6 <= alpha <= 4; alpha = 2 is the k-subsets
-    relaxation.
+    budget: 0 < budget <= length of `axis`; a number, or an array as alpha may be. 1 + 1e-6 <= alpha <= 4; alpha = 2 is the
+    k-subsets relaxation.
     Arguments, results and errors otherwise as for entmax. A row with fewer unmasked scores than the budget gives each weight 1.
     Source: Malaviya, Ferreira, Martins 2018, "Sparse and Constrained Attention for Neural Machine Translation" (upper bounds).
     """

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense entmax attention on PyTorch tensors."""
+from __future__ import annotations
+
 from ctypes import byref, c_size_t
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +17,8 @@ __all__ = ["attention"]
 # Entries of a row's support that the forward pass keeps for the backward pass, which finds the others again; 0 at alpha = 1.
 _LIST = 64
 
-_OPTIONS = ("Tensor? alphas, Tensor? alibi_slopes, Tensor? seqlens_q, Tensor? seqlens_k, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-            "float alpha, bool causal, float scale, int window_left, int window_right, int layout")
+_OPTIONS = ("Tensor? alphas, Tensor? alibi_slopes, Tensor? seqlens_q, Tensor? seqlens_k, Tensor? cu_seqlens_q, "
+            "Tensor? cu_seqlens_k, float alpha, bool causal, float scale, int window_left, int window_right, int layout")
 
 # ------------------------------------------------------------------------------------------------------------- operators
 
@@ -27,7 +30,7 @@ def _run(backward, q, alpha, causal, scale, window_left, window_right, layout, t
     size = c_size_t()
     which = _c.PASS_BACKWARD if backward else _c.PASS_FORWARD
     _core.run(q, _c.lib.emx_attn_workspace_size, byref(desc), byref(io), which, byref(size))
-    workspace = torch.empty(size.value, dtype=torch.uint8)
+    workspace = q.new_empty(size.value, dtype=torch.uint8)
     _core.run(q, _c.lib.emx_attn_backward if backward else _c.lib.emx_attn_forward, byref(desc), byref(io), workspace.data_ptr(),
               size)
 
@@ -53,9 +56,8 @@ def _attention_backward(d_o, q, k, v, tau, support, index, alphas, alibi_slopes,
                         alpha, causal, scale, window_left, window_right, layout):
     tensors = _inputs(q, k, v, alphas, alibi_slopes, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k)
     # Rows past the last packed sequence are left alone by the library.
-    d_q, d_k, d_v = (torch.zeros(t.shape, dtype=t.dtype) if cu_seqlens_q is not None else torch.empty(t.shape, dtype=t.dtype)
-                     for t in (q, k, v))
-    d_alpha = torch.zeros((0,) if alphas is None else alphas.shape, dtype=torch.float64)
+    d_q, d_k, d_v = (t.new_empty(t.shape) if cu_seqlens_q is None else t.new_zeros(t.shape) for t in (q, k, v))
+    d_alpha = q.new_zeros((0,) if alphas is None else alphas.shape, dtype=torch.float64)
     tensors.update(d_o=_core.readable(d_o, "d_o"), d_q=d_q, d_k=d_k, d_v=d_v)
     tensors[_threshold(alphas, alpha)] = tau
     if alphas is not None:
@@ -89,11 +91,10 @@ def _attention(q, k, v, alphas, alibi_slopes, seqlens_q, seqlens_k, cu_seqlens_q
                window_right, layout, lists):
     """o, tau, support and, of each row, the positions of the first `lists` nonzero weights."""
     tensors = _inputs(q, k, v, alphas, alibi_slopes, seqlens_q, seqlens_k, cu_seqlens_q, cu_seqlens_k)
-    make = torch.empty if cu_seqlens_q is None else torch.zeros
+    make = q.new_empty if cu_seqlens_q is None else q.new_zeros
     rows = q.shape[:-1]
-    o, tau = make(q.shape, dtype=q.dtype), make(rows, dtype=_core.fine(q.dtype))
-    support = make(rows, dtype=torch.int32)
-    index = torch.zeros((*rows, lists), dtype=torch.int32)  # entries past a row's support are left alone by the library
+    o, tau, support = make(q.shape), make(rows, dtype=_core.fine(q.dtype)), make(rows, dtype=torch.int32)
+    index = q.new_zeros((*rows, lists), dtype=torch.int32)  # entries past a row's support are left alone by the library
     tensors.update(o=o, support=support)
     tensors[_threshold(alphas, alpha)] = tau
     if lists:
@@ -109,9 +110,11 @@ def _lengths(tensor):
     return None if tensor is None else tensor.to(torch.int32)
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *, alpha=1.5,
-              window=(-1, -1), layout="BHND", alibi_slopes=None, seqlens_q=None, seqlens_k=None, cu_seqlens_q=None,
-              cu_seqlens_k=None, return_tau=False, return_support_size=False):
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: None = None, dropout_p: float = 0.0, is_causal: bool = False,
+              scale: float | None = None, enable_gqa: bool = False, *, alpha: float | Tensor = 1.5,
+              window: tuple[int, int] = (-1, -1), layout: str = "BHND", alibi_slopes: Tensor | None = None,
+              seqlens_q: Tensor | None = None, seqlens_k: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+              cu_seqlens_k: Tensor | None = None, return_tau: bool = False, return_support_size: bool = False) -> Any:
     """o_i = sum_j p_ij v_j, with p_i the alpha-entmax of the scores scale * (q_i . k_j) + ALiBi.
 
     The first arguments are those of torch.nn.functional.scaled_dot_product_attention.

@@ -13,7 +13,7 @@ def context(tensor):
     if tensor.device.type != "cpu":
         raise _c.UnsupportedError(f"a tensor is on {tensor.device}; libentmax.torch computes on the CPU in this version: move it "
                                   "with .cpu()")
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), 256)  # the most that the library has
     found = _contexts.get(threads)
     return found or _contexts.setdefault(threads, _c.Context(threads))
 
@@ -56,7 +56,8 @@ def _setup_nothing(ctx, inputs, output):
 
 
 def no_derivative(ctx, *_):
-    raise _c.UnsupportedError("libentmax.torch has second derivatives of entmax and budget by the scores, and first ones of the rest")
+    raise _c.UnsupportedError("libentmax.torch has second derivatives of entmax and budget by the scores, and first ones of the "
+                              "rest")
 
 
 def operator(name, schema, fake, setup_context=_setup_nothing, backward=no_derivative):
@@ -79,7 +80,8 @@ def operator(name, schema, fake, setup_context=_setup_nothing, backward=no_deriv
             output = function(*inputs)
             setup_context(ctx, inputs, output)
             return output
-        return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}).apply
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(name, (torch.autograd.Function,), methods).apply
     return register
 
 

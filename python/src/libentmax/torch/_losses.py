@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fenchel-Young losses on PyTorch tensors."""
+from __future__ import annotations
+
 from ctypes import byref
 from math import prod
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _c
 from . import _core
 
-__all__ = ["entmax15_loss", "sparsemax_loss", "entmax_bisect_loss", "sparsemax_bisect_loss", "normmax_bisect_loss", "Entmax15Loss",
-           "SparsemaxLoss", "EntmaxBisectLoss", "SparsemaxBisectLoss", "NormmaxBisectLoss"]
+__all__ = ["entmax15_loss", "sparsemax_loss", "entmax_bisect_loss", "sparsemax_bisect_loss", "normmax_bisect_loss",
+           "Entmax15Loss", "SparsemaxLoss", "EntmaxBisectLoss", "SparsemaxBisectLoss", "NormmaxBisectLoss"]
 
 # ------------------------------------------------------------------------------------------------------------- operators
 
@@ -75,8 +77,8 @@ def _loss(kind, x, target, alpha, ignore_index=-100):
     return rows.reshape(target.shape)
 
 
-def entmax_bisect_loss(X, target, alpha=1.5, n_iter=50):
-    """Fenchel-Young loss of entmax, one a row: max_p (p.x + H(p)) - x_target. alpha = 1 is cross-entropy in nats, 2 sparsemax loss.
+def entmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 1.5, n_iter: int = 50) -> Tensor:
+    """Fenchel-Young loss of entmax, one a row: max_p (p.x + H(p)) - x_target. alpha = 1: cross-entropy in nats.
 
     X: scores [..., V], float32, float64, float16 or bfloat16; target: int64 or int32 [...], 0 <= target < V, or -100 for rows
     that do not count (loss and gradient 0). alpha: a number, 1 or 1 + 1e-6 to 4. n_iter changes nothing: the threshold is exact.
@@ -88,22 +90,22 @@ def entmax_bisect_loss(X, target, alpha=1.5, n_iter=50):
     return _loss(_c.MAP_ENTMAX, X, target, alpha)
 
 
-def entmax15_loss(X, target, k=None):
+def entmax15_loss(X: Tensor, target: Tensor, k: int | None = None) -> Tensor:
     """entmax_bisect_loss of alpha = 1.5. k is not needed: only scores that may have weight are looked at twice anyway."""
     return _loss(_c.MAP_ENTMAX, X, target, 1.5)
 
 
-def sparsemax_loss(X, target, k=None):
+def sparsemax_loss(X: Tensor, target: Tensor, k: int | None = None) -> Tensor:
     """Sparsemax loss (Martins, Astudillo 2016): entmax_bisect_loss of alpha = 2. k as in entmax15_loss."""
     return _loss(_c.MAP_ENTMAX, X, target, 2.0)
 
 
-def sparsemax_bisect_loss(X, target, n_iter=50):
+def sparsemax_bisect_loss(X: Tensor, target: Tensor, n_iter: int = 50) -> Tensor:
     """The same as sparsemax_loss(X, target)."""
     return _loss(_c.MAP_ENTMAX, X, target, 2.0)
 
 
-def normmax_bisect_loss(X, target, alpha=2, n_iter=50):
+def normmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 2, n_iter: int = 50) -> Tensor:
     """Fenchel-Young loss of normmax, H(p) = 1 - |p|_alpha, 1 + 1e-6 <= alpha <= 4; otherwise as entmax_bisect_loss."""
     return _loss(_c.MAP_NORMMAX, X, target, alpha)
 
@@ -112,13 +114,14 @@ def normmax_bisect_loss(X, target, alpha=2, n_iter=50):
 
 
 class _Loss(nn.Module):
-    def __init__(self, kind, alpha, ignore_index, reduction):
+    def __init__(self, kind, alpha, ignore_index, reduction) -> None:
         super().__init__()
         if reduction not in ("elementwise_mean", "mean", "sum", "none"):
-            raise _c.InvalidError(f"reduction is {reduction!r}; 'elementwise_mean', 'mean' (the same), 'sum' and 'none' are possible")
+            raise _c.InvalidError(f"reduction is {reduction!r}; 'elementwise_mean', 'mean' (the same), 'sum' and 'none' are "
+                                  "possible")
         self.kind, self.alpha, self.ignore_index, self.reduction = kind, alpha, int(ignore_index), reduction
 
-    def forward(self, X, target):
+    def forward(self, X: Tensor, target: Tensor) -> Tensor:
         """The loss of X [..., V] and target [...]: a scalar, for "none" [...]. The mean is over rows that are not ignored."""
         loss = _loss(self.kind, X, target, self.alpha, self.ignore_index)
         if self.reduction == "none":
@@ -133,33 +136,35 @@ class EntmaxBisectLoss(_Loss):
     reduction: "elementwise_mean" or "mean" (over the rows that are not ignored; NaN if there is none), "sum" or "none".
     """
 
-    def __init__(self, alpha=1.5, n_iter=50, ignore_index=-100, reduction="elementwise_mean"):
+    def __init__(self, alpha: float | Tensor = 1.5, n_iter: int = 50, ignore_index: int = -100,
+                 reduction: str = "elementwise_mean") -> None:
         super().__init__(_c.MAP_ENTMAX, alpha, ignore_index, reduction)
 
 
 class Entmax15Loss(_Loss):
     """EntmaxBisectLoss of alpha = 1.5; k changes nothing."""
 
-    def __init__(self, k=100, ignore_index=-100, reduction="elementwise_mean"):
+    def __init__(self, k: int | None = 100, ignore_index: int = -100, reduction: str = "elementwise_mean") -> None:
         super().__init__(_c.MAP_ENTMAX, 1.5, ignore_index, reduction)
 
 
 class SparsemaxLoss(_Loss):
     """EntmaxBisectLoss of alpha = 2; k changes nothing."""
 
-    def __init__(self, k=None, ignore_index=-100, reduction="elementwise_mean"):
+    def __init__(self, k: int | None = None, ignore_index: int = -100, reduction: str = "elementwise_mean") -> None:
         super().__init__(_c.MAP_ENTMAX, 2.0, ignore_index, reduction)
 
 
 class SparsemaxBisectLoss(_Loss):
     """The same as SparsemaxLoss."""
 
-    def __init__(self, n_iter=50, ignore_index=-100, reduction="elementwise_mean"):
+    def __init__(self, n_iter: int = 50, ignore_index: int = -100, reduction: str = "elementwise_mean") -> None:
         super().__init__(_c.MAP_ENTMAX, 2.0, ignore_index, reduction)
 
 
 class NormmaxBisectLoss(_Loss):
     """normmax_bisect_loss, reduced; otherwise as EntmaxBisectLoss."""
 
-    def __init__(self, alpha=2, n_iter=50, ignore_index=-100, reduction="elementwise_mean"):
+    def __init__(self, alpha: float | Tensor = 2, n_iter: int = 50, ignore_index: int = -100,
+                 reduction: str = "elementwise_mean") -> None:
         super().__init__(_c.MAP_NORMMAX, alpha, ignore_index, reduction)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maps of scores to weights with exact zeros, on PyTorch tensors."""
+from __future__ import annotations
+
 from ctypes import byref
 from math import prod
 
@@ -40,7 +42,8 @@ def _second_gradient(ctx, h, _):
     return d_p, _rows_backward(p, h, alphas, ctx.kind, ctx.alpha, False)[0], None, None, None, None
 
 
-@_core.operator("map_backward", "(Tensor p, Tensor dp, Tensor? alphas, int kind, float alpha, bool want_alpha) -> (Tensor, Tensor)",
+@_core.operator("map_backward",
+                "(Tensor p, Tensor dp, Tensor? alphas, int kind, float alpha, bool want_alpha) -> (Tensor, Tensor)",
                 _rows_backward_fake, _second_setup, _second_gradient)
 def _rows_backward(p, dp, alphas, kind, alpha, want_alpha):
     p, dp = _core.readable(p, "p"), _core.readable(dp, "dp")
@@ -103,7 +106,7 @@ def _map(kind, x, dim, alpha, budget=1.0):
     return p.reshape(moved.shape).movedim(-1, dim)
 
 
-def entmax(X, alpha=1.5, dim=-1):
+def entmax(X: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     """alpha-entmax along `dim`: p_i = [(alpha-1) x_i - tau]_+ ^ (1/(alpha-1)), with tau such that p sums to one.
 
     X: scores, any shape, float32, float64, float16 or bfloat16; -inf is masked. Rows along the last dimension are read in place.
@@ -117,17 +120,17 @@ def entmax(X, alpha=1.5, dim=-1):
     return _map(_c.MAP_ENTMAX, X, dim, alpha)
 
 
-def entmax15(X, dim=-1, k=None):
+def entmax15(X: Tensor, dim: int = -1, k: int | None = None) -> Tensor:
     """entmax of alpha = 1.5 along `dim`. k is not needed: only scores that may have weight are looked at twice anyway."""
     return _map(_c.MAP_ENTMAX, X, dim, 1.5)
 
 
-def sparsemax(X, dim=-1, k=None):
+def sparsemax(X: Tensor, dim: int = -1, k: int | None = None) -> Tensor:
     """Sparsemax along `dim`, the projection onto the simplex (Martins, Astudillo 2016): entmax of alpha = 2. k as in entmax15."""
     return _map(_c.MAP_ENTMAX, X, dim, 2.0)
 
 
-def entmax_bisect(X, alpha=1.5, dim=-1, n_iter=50, ensure_sum_one=True):
+def entmax_bisect(X: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, n_iter: int = 50, ensure_sum_one: bool = True) -> Tensor:
     """The same as entmax(X, alpha, dim), under the name and with the arguments of the entmax package.
 
     n_iter and ensure_sum_one change nothing: the threshold is exact, and p sums to one.
@@ -135,12 +138,12 @@ def entmax_bisect(X, alpha=1.5, dim=-1, n_iter=50, ensure_sum_one=True):
     return _map(_c.MAP_ENTMAX, X, dim, alpha)
 
 
-def sparsemax_bisect(X, dim=-1, n_iter=50, ensure_sum_one=True):
+def sparsemax_bisect(X: Tensor, dim: int = -1, n_iter: int = 50, ensure_sum_one: bool = True) -> Tensor:
     """The same as sparsemax(X, dim); n_iter and ensure_sum_one as in entmax_bisect."""
     return _map(_c.MAP_ENTMAX, X, dim, 2.0)
 
 
-def normmax_bisect(X, alpha=2, dim=-1, n_iter=50):
+def normmax_bisect(X: Tensor, alpha: float | Tensor = 2, dim: int = -1, n_iter: int = 50) -> Tensor:
     """Normmax along `dim`: the p of the simplex that maximises p.x - |p|_alpha, 1 + 1e-6 <= alpha <= 4.
 
     Arguments, result and errors as for entmax, but alpha gets no gradient (UnsupportedError where it wants one). n_iter changes
@@ -151,10 +154,11 @@ def normmax_bisect(X, alpha=2, dim=-1, n_iter=50):
     return _map(_c.MAP_NORMMAX, X, dim, alpha)
 
 
-def budget_bisect(X, budget=2, dim=-1, n_iter=50):
+def budget_bisect(X: Tensor, budget: float | Tensor = 2, dim: int = -1, n_iter: int = 50) -> Tensor:
     """Weights of at most one each and `budget` in all: p_i = min(1, [x_i - tau]_+), sum p = budget.
 
-    budget: 0 < budget <= length of `dim`; a number, or a tensor as alpha may be, without a gradient. A row with fewer unmasked scores than that gives each weight 1.
+    budget: 0 < budget <= length of `dim`; a number, or a tensor as alpha may be, without a gradient. A row with fewer unmasked
+    scores than that gives each weight 1.
     Arguments, result and errors otherwise as for entmax. n_iter changes nothing.
     Source: Malaviya, Ferreira, Martins 2018, "Sparse and Constrained Attention for Neural Machine Translation" (upper bounds).
     """
@@ -168,64 +172,64 @@ def budget_bisect(X, budget=2, dim=-1, n_iter=50):
 class Entmax15(nn.Module):
     """entmax15(X, dim, k) as a module."""
 
-    def __init__(self, dim=-1, k=None):
+    def __init__(self, dim: int = -1, k: int | None = None) -> None:
         super().__init__()
         self.dim, self.k = dim, k
 
-    def forward(self, X):
+    def forward(self, X: Tensor) -> Tensor:
         return entmax15(X, self.dim, self.k)
 
 
 class Sparsemax(nn.Module):
     """sparsemax(X, dim, k) as a module."""
 
-    def __init__(self, dim=-1, k=None):
+    def __init__(self, dim: int = -1, k: int | None = None) -> None:
         super().__init__()
         self.dim, self.k = dim, k
 
-    def forward(self, X):
+    def forward(self, X: Tensor) -> Tensor:
         return sparsemax(X, self.dim, self.k)
 
 
 class EntmaxBisect(nn.Module):
     """entmax_bisect(X, alpha, dim, n_iter) as a module. An alpha that is an nn.Parameter is one of the module's."""
 
-    def __init__(self, alpha=1.5, dim=-1, n_iter=50):
+    def __init__(self, alpha: float | Tensor = 1.5, dim: int = -1, n_iter: int = 50) -> None:
         super().__init__()
         self.alpha, self.dim, self.n_iter = alpha, dim, n_iter
 
-    def forward(self, X):
+    def forward(self, X: Tensor) -> Tensor:
         return entmax_bisect(X, self.alpha, self.dim, self.n_iter)
 
 
 class SparsemaxBisect(nn.Module):
     """sparsemax_bisect(X, dim, n_iter) as a module."""
 
-    def __init__(self, dim=-1, n_iter=None):
+    def __init__(self, dim: int = -1, n_iter: int | None = None) -> None:
         super().__init__()
         self.dim, self.n_iter = dim, n_iter
 
-    def forward(self, X):
+    def forward(self, X: Tensor) -> Tensor:
         return sparsemax_bisect(X, self.dim, self.n_iter)
 
 
 class NormmaxBisect(nn.Module):
     """normmax_bisect(X, alpha, dim, n_iter) as a module."""
 
-    def __init__(self, alpha=2, dim=-1, n_iter=50):
+    def __init__(self, alpha: float | Tensor = 2, dim: int = -1, n_iter: int = 50) -> None:
         super().__init__()
         self.alpha, self.dim, self.n_iter = alpha, dim, n_iter
 
-    def forward(self, X):
+    def forward(self, X: Tensor) -> Tensor:
         return normmax_bisect(X, self.alpha, self.dim, self.n_iter)
 
 
 class BudgetBisect(nn.Module):
     """budget_bisect(X, budget, dim, n_iter) as a module."""
 
-    def __init__(self, budget=2, dim=-1, n_iter=50):
+    def __init__(self, budget: float | Tensor = 2, dim: int = -1, n_iter: int = 50) -> None:
         super().__init__()
         self.budget, self.dim, self.n_iter = budget, dim, n_iter
 
-    def forward(self, X):
+    def forward(self, X: Tensor) -> Tensor:
         return budget_bisect(X, self.budget, self.dim, self.n_iter)
