@@ -80,29 +80,6 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
   return ARGP_ERR_UNKNOWN;
 }
 
-/* The prompt's tokens: its bytes, or for a model of a task the numbers that it spells. */
-static int prompt_tokens(const emx_model_config *config, const char *text, size_t size, int32_t **out, int64_t *n) {
-  *n = (int64_t)size;
-  if (!config->task) return session_tokens(config, text, size, out);
-  int32_t *tokens = malloc((size / 2 + 1) * sizeof *tokens); /* a digit and a blank each */
-  if (!tokens) return cli_nomem((size / 2 + 1) * sizeof *tokens, "the tokens");
-  *n = 0;
-  for (const char *at = text + strspn(text, " \t\r\n"); at < text + size; at += strspn(at, " \t\r\n")) {
-    char *end;
-    const long token = strtol(at, &end, 10);
-    const size_t length = strcspn(at, " \t\r\n");
-    if (end == at || end != at + length || token < 0 || token >= config->vocab_size) {
-      free(tokens);
-      return cli_fail("'%.*s' is no token of task %s, expected numbers from 0 to %d", length < 40 ? (int)length : 40, at,
-                      emx_task_name(config->task), config->vocab_size - 1);
-    }
-    tokens[(*n)++] = (int32_t)token;
-    at = end;
-  }
-  *out = tokens;
-  if (!*n) return cli_fail("the prompt has no tokens");
-  return CLI_OK;
-}
 /* What was made, as text. */
 static char *text_of(const emx_model_config *config, const int32_t *tokens, int64_t n, size_t *size) {
   char *text = malloc((size_t)n * (config->task ? 12 : 1) + 1);
@@ -190,7 +167,7 @@ int cmd_generate(int argc, char **argv) {
   emx_model_config config = {.struct_size = sizeof config};
   emx_cache_info info = {.struct_size = sizeof info};
   CLI_TRY(emx_model_get_config(model, &config));
-  if (size && (code = prompt_tokens(&config, o.file ? prompt : o.prompt, size, &given, &n_given))) goto done;
+  if (size && (code = session_prompt(&config, o.file ? prompt : o.prompt, size, &given, &n_given))) goto done;
   if (o.load) CLI_TRY(emx_cache_get_info(o.load, &info));
   cli_session defaults;
   cli_session_init(&defaults);

@@ -14,6 +14,7 @@ static const struct command {
     {"decode", "attention of queries against keys and values from a file, with a report", cmd_decode},
     {"train", "train a model on text files or a synthetic task", cmd_train},
     {"generate", "continue a prompt", cmd_generate},
+    {"inspect", "a page that shows which tokens every head attends to", cmd_inspect},
     {"eval", "bits per byte of a text, what a selector changes, long contexts, synthetic tasks", cmd_eval},
     {"bench", "time decode, attention and the row mapping; what a byte budget loses", cmd_bench},
     {"demo", "read a long text from one cache with every selector (make demo)", cmd_demo},

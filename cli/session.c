@@ -2,6 +2,7 @@
 #include "session.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 enum { KEY_PAGE = 1201, KEY_KV_DTYPE, KEY_KV_FILE };
 static const struct argp_option session_options[] = {
@@ -58,6 +59,29 @@ int session_tokens(const emx_model_config *config, const char *text, size_t n, i
     }
   }
   *out = tokens;
+  return CLI_OK;
+}
+
+int session_prompt(const emx_model_config *config, const char *text, size_t size, int32_t **out, int64_t *n) {
+  *n = (int64_t)size;
+  if (!config->task) return session_tokens(config, text, size, out);
+  int32_t *tokens = malloc((size / 2 + 1) * sizeof *tokens); /* a digit and a blank each */
+  if (!tokens) return cli_nomem((size / 2 + 1) * sizeof *tokens, "the tokens");
+  *n = 0;
+  for (const char *at = text + strspn(text, " \t\r\n"); at < text + size; at += strspn(at, " \t\r\n")) {
+    char *end;
+    const long token = strtol(at, &end, 10);
+    const size_t length = strcspn(at, " \t\r\n");
+    if (end == at || end != at + length || token < 0 || token >= config->vocab_size) {
+      free(tokens);
+      return cli_fail("'%.*s' is no token of task %s, expected numbers from 0 to %d", length < 40 ? (int)length : 40, at,
+                      emx_task_name(config->task), config->vocab_size - 1);
+    }
+    tokens[(*n)++] = (int32_t)token;
+    at = end;
+  }
+  *out = tokens;
+  if (!*n) return cli_fail("the prompt has no tokens");
   return CLI_OK;
 }
 

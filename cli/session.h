@@ -61,6 +61,8 @@ void session_reference_close(session_reference *r);
 int session_check_bytes(const emx_model_config *config);
 /* n bytes as tokens, for free(); CLI_ERROR names the first byte that is no token of the model. */
 int session_tokens(const emx_model_config *config, const char *text, size_t n, int32_t **out);
+/* A prompt's tokens, for free(): its bytes, or for a model of a task the numbers that it spells. */
+int session_prompt(const emx_model_config *config, const char *text, size_t size, int32_t **out, int64_t *n);
 
 /* KL divergence in nats between the next-token distributions of two rows of logits. */
 double logits_kl(const float *p, const float *q, int n);

@@ -49,6 +49,10 @@ assert abs(libentmax.sparsemax(np.array([1.0, 0.8, -3.0])) - [0.6, 0.4, 0]).max(
 _c.model_lib()
 here = pathlib.Path(libentmax.__file__).parent
 assert (here / "py.typed").exists()
+row = np.empty((1, 1), object)
+row[0, 0] = libentmax.Support(np.array([0]), np.ones(1, np.float32), 0.0)
+step = libentmax.Step(0, row, np.zeros((1, 1), libentmax._cache.REPORT))
+assert libentmax.plot.write("page.html", [step], "a") > 10000  # the template came along
 loaded = {line.split()[-1] for line in open("/proc/self/maps") if ".so" in line and "numpy" not in line}
 ours = {pathlib.Path(path).resolve() for path in loaded if any(name in path for name in ("libentmax", "jansson", "blas"))}
 assert len(ours) == 3 and all(here.resolve() in path.parents for path in ours), ours

@@ -4,6 +4,7 @@
 Shape letters: B batch, H query heads, G key/value heads, S query tokens, N keys, D head dimension, P page size, M pages.
 Errors are exceptions derived from Error, whose text is the sentence of the C library.
 """
+from . import plot
 from ._attention import attention, attention_backward
 from ._c import (Cancelled, Context, DtypeError, Error, FileError, InvalidError, OutOfMemoryError, ShapeError, StateError,
                  UnsupportedError, library_version)

@@ -44,6 +44,7 @@ class Model:
         handle = c_void_p()
         self._ctx.call(_c.model_lib().emx_model_open, self._ctx.handle, os.fsencode(folder), byref(handle))
         self._model = handle
+        self.folder = os.fspath(folder)
         self.config = _c.make(_c.ModelConfig)
         _c.check(_c.model_lib().emx_model_get_config(self._model, byref(self.config)))
 
