@@ -28,7 +28,7 @@ static const struct argp_option option_table[] = {
     {"rows", KEY_ROWS, "R", 0, "Rows (default 64)", 1},
     {"std", KEY_STD, "S", 0, "Standard deviation of the scores (default 1)", 1},
     {"kind", KEY_KIND, "K", 0, "entmax (default), normmax or budget", 1},
-    {"alpha", 'a', "A", 0, "1 to 4 (default 1.5)", 1},
+    {"alpha", 'a', "A", 0, "1 to 4, normmax to 1000 (default 1.5)", 1},
     {"budget", KEY_BUDGET, "B", 0, "With --kind budget: sum of a row's weights (default 1)", 1},
     {"pass", KEY_PASS, "P", 0, "forward, backward, loss, or several with commas (default all that the map has)", 1},
     {"dtype", KEY_DTYPE, "T", 0, "f32 (default), f16, bf16 or f64", 1},
@@ -58,7 +58,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_ROWS: o->rows = cli_int(state, "--rows", arg, 1, 1 << 24); return 0;
     case KEY_STD: o->std = cli_real(state, "--std", arg, 0, 1e6); return 0;
     case KEY_KIND: o->desc.kind = cli_map_kind(state, arg); return 0;
-    case 'a': o->desc.alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
+    case 'a': o->desc.alpha = cli_real(state, "--alpha", arg, 1, 1000); return 0;
     case KEY_BUDGET:
       o->desc.budget = cli_real(state, "--budget", arg, 0, 1 << 28);
       o->budget_set = true;

@@ -14,7 +14,7 @@ typedef struct options {
 } options;
 enum { KEY_KIND = 1, KEY_BUDGET, KEY_LOSS };
 static const struct argp_option option_table[] = {
-    {"alpha", 'a', "A", 0, "1 (softmax) to 4 (default 1.5)", 1},
+    {"alpha", 'a', "A", 0, "1 (softmax) to 4, normmax to 1000 (default 1.5)", 1},
     {"kind", KEY_KIND, "K", 0, "entmax (default), normmax (alpha-normmax) or budget (weights up to 1 that sum to --budget)", 1},
     {"budget", KEY_BUDGET, "B", 0, "With --kind budget: sum of a row's weights (default 1)", 1},
     {"loss", KEY_LOSS, 0, 0, "A row begins with a class, 0 for its first score; prints the Fenchel-Young loss", 1},
@@ -23,7 +23,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
   options *o = state->input;
   switch (key) {
     case ARGP_KEY_INIT: state->child_inputs[0] = &o->common; return 0;
-    case 'a': o->desc.alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
+    case 'a': o->desc.alpha = cli_real(state, "--alpha", arg, 1, 1000); return 0;
     case KEY_KIND: o->desc.kind = cli_map_kind(state, arg); return 0;
     case KEY_BUDGET:
       o->desc.budget = cli_real(state, "--budget", arg, 0, 1 << 28);

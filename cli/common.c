@@ -77,7 +77,9 @@ int32_t cli_map_kind(const struct argp_state *state, const char *text) {
 }
 void cli_map_check(const struct argp_state *state, const emx_entmax_desc *desc, bool budget_set) {
   const bool budget = desc->kind == EMX_MAP_BUDGET;
-  if (desc->alpha > 1 && desc->alpha < 1.000001) argp_error(state, "--alpha is %.9g, expected 1 or 1.000001 to 4", desc->alpha);
+  if ((desc->alpha > 1 && desc->alpha < 1.000001) || (desc->alpha > 4 && desc->kind != EMX_MAP_NORMMAX))
+    argp_error(state, "--alpha is %.9g, expected 1 or 1.000001 to 4%s", desc->alpha,
+               desc->kind == EMX_MAP_NORMMAX ? ", or to 1000" : "");
   if (desc->kind != EMX_MAP_ENTMAX && desc->alpha == 1)
     argp_error(state, "--kind %s needs --alpha above 1", budget ? "budget" : "normmax");
   if (budget_set && !budget) argp_error(state, "--budget goes with --kind budget");

@@ -162,7 +162,7 @@ EMX_API void emx_ctx_resume(emx_ctx *ctx);
  *             sum p = 1 (Peters, Niculae, Martins 2019, eq. 10). alpha = 1: softmax; 2: sparsemax.
  *   NORMMAX   the p of the simplex that maximises p.x - |p|_alpha: p = w / sum w, w_i = [x_i - tau]_+^b, sum w^alpha = 1 (norm
  *             entropies: Blondel, Martins, Niculae 2020; Santos, Niculae, McNamee, Martins 2024 for Hopfield networks).
- *             1 < alpha <= 4: a large alpha gives nearly equal weights on a support, alpha near 1 the largest scores alone.
+ *             1 < alpha <= 1000: a large alpha gives nearly equal weights on a support, alpha near 1 the largest scores alone.
  *   BUDGET    as ENTMAX, but at most one a weight and `budget` in all: p_i = min(1, [a x_i - tau]_+^b), sum p = budget. alpha = 2
  *             is the k-subsets relaxation (budget_bisect of the entmax package; upper bounds: Malaviya, Ferreira, Martins 2018).
  *             1 < alpha <= 4. A row with fewer unmasked scores than the budget gives each of them weight 1. */
@@ -171,7 +171,7 @@ enum { EMX_MAP_ENTMAX = 0, EMX_MAP_NORMMAX = 1, EMX_MAP_BUDGET = 2 };
 typedef struct emx_entmax_desc {
   uint32_t struct_size;
   int32_t kind;  /* EMX_MAP_* */
-  double alpha;  /* ENTMAX: 1 (softmax), or 1 + 1e-6 to 4. NORMMAX, BUDGET: 1 + 1e-6 to 4 */
+  double alpha;  /* ENTMAX: 1 (softmax), or 1 + 1e-6 to 4. NORMMAX: 1 + 1e-6 to 1000. BUDGET: 1 + 1e-6 to 4 */
   double budget; /* BUDGET: sum of a row's weights, 0 < budget <= N; default 1. Others: not looked at */
 } emx_entmax_desc;
 EMX_API void emx_entmax_desc_init_sized(emx_entmax_desc *desc, size_t size); /* entmax, alpha = 1.5 */
@@ -202,14 +202,15 @@ EMX_API void emx_entmax_io_init_sized(emx_entmax_io *io, size_t size);
  * (the one allocation; NOMEM). */
 EMX_API emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io);
 
-/* dx = J^T dp from the weights alone, 1 <= alpha <= 4; u_i = p_i^(2-alpha) on the support (docs/math.md, 6).
+/* dx = J^T dp from the weights alone; u_i = p_i^(2-alpha) on the support (docs/math.md, 6).
  *   ENTMAX    J = diag(u) - u u^T / sum(u)  (Peters et al. 2019, prop. 2; alpha = 1: u = p)
  *   NORMMAX   J = |p|_alpha^a / a (diag(u) - u p^T - p u^T + sum(u) p p^T)
  *   BUDGET    as ENTMAX over the weights strictly between 0 and 1
  * d_alpha = dp . dp/dalpha (Correia, Niculae, Martins 2019, prop. 1, in a form that holds down to softmax; at alpha = 1 it is the
  * derivative from the right, sum dp_i p_i (sum_j p_j ln^2 p_j - ln^2 p_i) / 2).
  * For alpha > 2 u grows without bound as p goes to 0, and so does the true gradient between two such elements. Weights under
- * 2^(-52/(alpha-1)), which no solver in double can tell from zero or from each other, count as that much: gradients stay finite.
+ * 2^(-52/(alpha-1)) (NORMMAX: times |p|_alpha), which no solver in double can tell from zero or from each other, count as that
+ * much: gradients stay finite.
  * A dp at a weight of zero is not read. A fully masked row (all p zero) gives zeros, NaN weights give NaN.
  * Errors: as forward; UNSUPPORTED for d_alpha of another kind than ENTMAX. */
 EMX_API emx_status emx_entmax_backward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io);

@@ -53,6 +53,12 @@ emx_status emxi_rows_support(emx_ctx *ctx, const emx_tensor *t, emxi_rows *r, co
   return EMX_OK;
 }
 
+static const char *const alphas_of[] = {"1 or 1.000001 to 4", "1.000001 to 1000", "1.000001 to 4"};
+static bool alpha_fits(int32_t kind, double alpha) {
+  if (alpha == 1) return kind == EMX_MAP_ENTMAX;
+  return alpha >= 1 + 1e-6 && alpha <= (kind == EMX_MAP_NORMMAX ? EMXI_NORMMAX_ALPHA : 4);
+}
+
 emx_status emxi_map_check(emx_ctx *ctx, const emx_entmax_desc *desc, const char *who) {
   if (!ctx) return emxi_fail(EMX_ERR_INVALID, "%s: ctx is NULL", who);
   if (ctx->device != EMX_DEVICE_CPU)
@@ -62,9 +68,10 @@ emx_status emxi_map_check(emx_ctx *ctx, const emx_entmax_desc *desc, const char 
     return emxi_fail(EMX_ERR_INVALID, "%s: map kind %d; there are EMX_MAP_ENTMAX, _NORMMAX and _BUDGET", who, desc->kind);
   if (desc->kind == EMX_MAP_BUDGET && !(desc->budget > 0 && desc->budget < INFINITY))
     return emxi_fail(EMX_ERR_INVALID, "%s: budget is %g, expected a positive number", who, desc->budget);
-  EMX_TRY(emxi_alpha_check(desc->alpha, who));
   if (desc->kind != EMX_MAP_ENTMAX && desc->alpha == 1)
     return emxi_fail(EMX_ERR_INVALID, "%s: %s needs alpha above 1, at least 1.000001", who, names[desc->kind]);
+  if (!alpha_fits(desc->kind, desc->alpha))
+    return emxi_fail(EMX_ERR_INVALID, "%s: alpha is %.9g, expected %s", who, desc->alpha, alphas_of[desc->kind]);
   return EMX_OK;
 }
 
@@ -75,9 +82,9 @@ static emx_status check_alphas(emx_ctx *ctx, const emx_entmax_desc *desc, const 
   r->alphas = alphas;
   for (int64_t i = 0; r->alphas && i < r->rows; i++) {
     const double alpha = emxi_load(r->alphas, r->alphas_dtype, i);
-    if ((alpha == 1 && desc->kind == EMX_MAP_ENTMAX) || (alpha >= 1 + 1e-6 && alpha <= 4)) continue;
-    return emxi_fail(EMX_ERR_INVALID, "%s: alpha of row %lld is %.9g, expected %s1.000001 to 4", who, (long long)i, alpha,
-                     desc->kind == EMX_MAP_ENTMAX ? "1 or " : "");
+    if (!alpha_fits(desc->kind, alpha))
+      return emxi_fail(EMX_ERR_INVALID, "%s: alpha of row %lld is %.9g, expected %s", who, (long long)i, alpha,
+                       alphas_of[desc->kind]);
   }
   return EMX_OK;
 }

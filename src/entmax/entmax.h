@@ -39,6 +39,9 @@ typedef struct emxi_rows {
   int32_t total_dtype;
 } emxi_rows;
 
+/* The largest alpha of normmax: its weights are then equal but for those of scores within a thousandth of the threshold. */
+#define EMXI_NORMMAX_ALPHA 1000.0
+
 /* Weights under this one are noise of the threshold's rounding: y = p^(alpha-1) is under the spacing of doubles at 1. */
 static inline double emxi_weight_floor(double alpha) { return alpha > 1 ? exp2(-52.0 / (alpha - 1.0)) : 0; }
 

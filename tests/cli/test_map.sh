@@ -45,6 +45,10 @@ holds '.p[0] == 1 and (.p[1] - 0.625 | fabs) < 1e-15 and (.p[2] - 0.375 | fabs) 
 holds '(.tau - 1.875 | fabs) < 1e-15 and .support == 3'
 map 0 '1 1.2 -1\n' --json --kind normmax --alpha 2
 holds '(.p[0] - 0.6/1.4 | fabs) < 1e-12 and .p[2] == 0 and (.tau - 0.4 | fabs) < 1e-12 and .support == 2'
+map 0 '1 1.2 -1\n' --json --kind normmax --alpha 1000 # w = y^(1/999): nearly equal
+holds '(.p[0] - .p[1] | fabs) < 2e-3 and .p[2] == 0 and .support == 2'
+map 2 '1\n' --kind normmax --alpha 1001
+map 2 '1\n' --kind budget --alpha 5
 map 1 '1 2 3 4\n1 2 3\n' --kind budget --budget 3.5
 grep -q "line 2.*3 scores.*3.5" err || die "a row too short for the budget is not named"
 map 0 '1 -inf -inf 2\n' --kind budget --budget 3

@@ -37,7 +37,7 @@ class Maps(unittest.TestCase):
         self.close(L.softmax(x), reference.entmax(x, 1.0), 1e-12)
         self.close(L.sparsemax(x), reference.entmax(x, 2.0), 1e-12)
         self.close(L.entmax15(x), reference.entmax(x, 1.5), 1e-9)
-        for alpha in (1.3, 2.0, 4.0):
+        for alpha in (1.3, 2.0, 4.0, 10.0):
             self.close(L.normmax(x, alpha), reference.entmax(x, alpha, kind="normmax"), 1e-7)
         for k in (1, 2.5, 7):
             got = L.budget(x, k)

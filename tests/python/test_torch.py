@@ -71,7 +71,7 @@ class Maps(unittest.TestCase):
         for function in (T.entmax15, T.sparsemax, T.entmax_bisect, T.sparsemax_bisect, T.normmax_bisect, T.budget_bisect):
             for dim in (0, 1):
                 self.assertTrue(gradcheck(lambda x: function(x, dim=dim), (x,)))
-        for alpha in (1.2, 1.5, 4):
+        for alpha in (1.2, 1.5, 4, 10):
             self.assertTrue(gradcheck(lambda x: T.normmax_bisect(x, alpha), (x,)))
 
     def test_gradient_of_alpha(self):
@@ -485,7 +485,7 @@ class Package(unittest.TestCase):
                     calls = [("entmax15", {}), ("sparsemax", {}), ("entmax15", {"k": 3}), ("sparsemax", {"k": 3}),
                              ("sparsemax_bisect", {})]
                     calls += [("entmax_bisect", {"alpha": a}) for a in (1.2, 1.5, 1.75, 2.25)]
-                    calls += [("normmax_bisect", {"alpha": a}) for a in (1.2, 1.5, 2, 4)]
+                    calls += [("normmax_bisect", {"alpha": a}) for a in (1.2, 1.5, 2, 5, 10)]
                     calls += [("budget_bisect", {"budget": b}) for b in (1, 2, 3)]
                     for name, how in calls:
                         ours, theirs = getattr(T, name)(x, dim=dim, **how), getattr(package, name)(x, dim=dim, **how)

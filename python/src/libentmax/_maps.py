@@ -114,7 +114,7 @@ def entmax15(x, axis=-1, *, return_support_size=False, return_tau=False, ctx=Non
 
 
 def normmax(x, alpha=2.0, axis=-1, *, return_support_size=False, return_tau=False, ctx=None):
-    """Normmax along `axis`: the p of the simplex that maximises p.x - |p|_alpha, 1 + 1e-6 <= alpha <= 4.
+    """Normmax along `axis`: the p of the simplex that maximises p.x - |p|_alpha, 1 + 1e-6 <= alpha <= 1000.
 
     Arguments, results and errors as for entmax; tau is in units of the score.
     Sources: Blondel, Martins, Niculae 2020, "Learning with Fenchel-Young Losses"; Santos, Niculae, McNamee, Martins 2024.

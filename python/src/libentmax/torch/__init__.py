@@ -12,8 +12,8 @@ with a contiguous last dimension is read in place, anything else (an expanded or
 maps but normmax can be differentiated twice by their scores; other second derivatives are an error. Errors are the exceptions of
 libentmax, with the library's sentence.
 
-What differs from the entmax package: thresholds are exact, so n_iter, k and ensure_sum_one change nothing; alpha is 1 to 4 (there
-also below 1, where nothing is sparse, and above 4, where gradients have no bound) and a budget above 0; a target of -100 does not
+What differs from the entmax package: thresholds are exact, so n_iter, k and ensure_sum_one change nothing; alpha is 1 to 4
+(normmax: to 1000; there also below 1, where nothing is sparse, and above) and a budget above 0; a target of -100 does not
 count; losses of 16-bit scores are float32; an alpha of normmax or a budget that wants a gradient is an error, not ignored.
 """
 import importlib as _importlib

@@ -106,7 +106,7 @@ def sparsemax_bisect_loss(X: Tensor, target: Tensor, n_iter: int = 50) -> Tensor
 
 
 def normmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 2, n_iter: int = 50) -> Tensor:
-    """Fenchel-Young loss of normmax, H(p) = 1 - |p|_alpha, 1 + 1e-6 <= alpha <= 4; otherwise as entmax_bisect_loss."""
+    """Fenchel-Young loss of normmax, H(p) = 1 - |p|_alpha, 1 + 1e-6 <= alpha <= 1000; otherwise as entmax_bisect_loss."""
     return _loss(_c.MAP_NORMMAX, X, target, alpha)
 
 

@@ -144,7 +144,7 @@ def sparsemax_bisect(X: Tensor, dim: int = -1, n_iter: int = 50, ensure_sum_one:
 
 
 def normmax_bisect(X: Tensor, alpha: float | Tensor = 2, dim: int = -1, n_iter: int = 50) -> Tensor:
-    """Normmax along `dim`: the p of the simplex that maximises p.x - |p|_alpha, 1 + 1e-6 <= alpha <= 4.
+    """Normmax along `dim`: the p of the simplex that maximises p.x - |p|_alpha, 1 + 1e-6 <= alpha <= 1000.
 
     Arguments, result and errors as for entmax, but alpha gets no gradient (UnsupportedError where it wants one). n_iter changes
     nothing.
