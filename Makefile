@@ -23,7 +23,7 @@ test:
 	cmake --build "$(BUILD)"
 	ctest --test-dir "$(BUILD)" --output-on-failure -j $(JOBS)
 
-# The tests of the Python package with the current torch and the entmax package from the package index (hundreds of megabytes, into
+# The tests of the Python package with the current torch and the entmax package from the package index (gigabytes, into
 # $(BUILD)/torch-env); PYTHON=... names an interpreter that has them.
 test-torch: all
 	scripts/test_torch.sh "$(BUILD)"
