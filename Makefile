@@ -28,6 +28,13 @@ test:
 test-torch: all
 	scripts/test_torch.sh "$(BUILD)"
 
+# The page of `emx inspect` in a headless Chromium; its screenshots are in $(BUILD)/tests/browser.
+test-browser:
+	scripts/setup.sh build test browser
+	cmake -S . -B "$(BUILD)" -G Ninja -DEMX_TESTS=ON $(CMAKE_FLAGS)
+	cmake --build "$(BUILD)" --target emx
+	ctest --test-dir "$(BUILD)" -C browser -L browser --output-on-failure
+
 # Reads a real book from one sparse cache with every selector; writes build/demo.svg.
 demo:
 	scripts/setup.sh build demo
@@ -42,4 +49,4 @@ dist:
 clean:
 	rm -rf "$(BUILD)"
 
-.PHONY: all install uninstall test test-torch demo dist clean
+.PHONY: all install uninstall test test-torch test-browser demo dist clean

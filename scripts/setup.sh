@@ -1,5 +1,5 @@
 #!/bin/sh
-# Usage: scripts/setup.sh GROUP...   (groups of packages.txt: build test demo ci)
+# Usage: scripts/setup.sh GROUP...   (groups of packages.txt: build test demo browser ci)
 # Installs what is missing with apt-get, as root or through sudo; where it may not, says exactly what to run and fails. What has the
 # alternative "none" is installed where that can be done, and else left out.
 set -eu
