@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense entmax attention and its gradient on NumPy arrays."""
+from __future__ import annotations
+
 from ctypes import byref, c_size_t
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import _c
+from ._c import Context
 
 LAYOUTS = {"BHND": _c.LAYOUT_BHND, "BNHD": _c.LAYOUT_BNHD}
 
@@ -54,9 +59,11 @@ def _run(function, backward, desc, io, ctx):
     _c.run(ctx, function, byref(desc), byref(io), workspace.ctypes.data, size)
 
 
-def attention(q, k, v, alpha=1.5, *, causal=False, scale=None, window=(-1, -1), layout="BHND", alibi_slopes=None,
-              block_table=None, seqlens_q=None, seqlens_k=None, cu_seqlens_q=None, cu_seqlens_k=None, return_tau=False,
-              return_support_size=False, ctx=None):
+def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, alpha: float | ArrayLike = 1.5, *, causal: bool = False,
+              scale: float | None = None, window: tuple[int, int] = (-1, -1), layout: str = "BHND",
+              alibi_slopes: ArrayLike | None = None, block_table: ArrayLike | None = None, seqlens_q: ArrayLike | None = None,
+              seqlens_k: ArrayLike | None = None, cu_seqlens_q: ArrayLike | None = None, cu_seqlens_k: ArrayLike | None = None,
+              return_tau: bool = False, return_support_size: bool = False, ctx: Context | None = None) -> Any:
     """o_i = sum_j p_ij v_j, with p_i the alpha-entmax of the scores scale * (q_i . k_j) + ALiBi.
 
     padded: q [B,H,S,D], k and v [B,G,N,D] ("BNHD": [B,S,H,D], [B,N,G,D]); seqlens_q, seqlens_k [B] optional.
@@ -87,9 +94,11 @@ def attention(q, k, v, alpha=1.5, *, causal=False, scale=None, window=(-1, -1), 
     return out if len(out) > 1 else o
 
 
-def attention_backward(d_o, q, k, v, tau, alpha=1.5, *, causal=False, scale=None, window=(-1, -1), layout="BHND",
-                       alibi_slopes=None, seqlens_q=None, seqlens_k=None, cu_seqlens_q=None, cu_seqlens_k=None,
-                       return_d_alpha=False, ctx=None):
+def attention_backward(d_o: ArrayLike, q: ArrayLike, k: ArrayLike, v: ArrayLike, tau: ArrayLike, alpha: float | ArrayLike = 1.5,
+                       *, causal: bool = False, scale: float | None = None, window: tuple[int, int] = (-1, -1),
+                       layout: str = "BHND", alibi_slopes: ArrayLike | None = None, seqlens_q: ArrayLike | None = None,
+                       seqlens_k: ArrayLike | None = None, cu_seqlens_q: ArrayLike | None = None,
+                       cu_seqlens_k: ArrayLike | None = None, return_d_alpha: bool = False, ctx: Context | None = None) -> Any:
     """Gradients (d_q, d_k, d_v) of attention, each with shape and dtype of what it belongs to.
 
     d_o: gradient of o, shape of q; tau: what attention(..., return_tau=True) gave with the same arguments. 1 <= alpha <= 2, k and

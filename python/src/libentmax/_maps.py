@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maps of scores to weights with exact zeros, their gradients and their losses, on NumPy arrays."""
+from __future__ import annotations
+
 from ctypes import byref
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from . import _c
+from ._c import Context
 
 
 def _rows(array, axis, name):
@@ -84,7 +89,8 @@ def _backward(kind, p, dp, alpha, axis, return_d_alpha, ctx):
     return (out, _per_row(d_alpha, shape, axis)) if return_d_alpha else out
 
 
-def entmax(x, alpha=1.5, axis=-1, *, return_support_size=False, return_tau=False, ctx=None):
+def entmax(x: ArrayLike, alpha: float | ArrayLike = 1.5, axis: int = -1, *, return_support_size: bool = False,
+           return_tau: bool = False, ctx: Context | None = None) -> Any:
     """alpha-entmax along `axis`: p_i = [(alpha-1) x_i - tau]_+ ^ (1/(alpha-1)), with tau such that p sums to one.
 
     x: scores, any shape, float16, bfloat16, float32 or float64; -inf is masked. Contiguous rows are read in place.
@@ -98,22 +104,25 @@ def entmax(x, alpha=1.5, axis=-1, *, return_support_size=False, return_tau=False
     return _forward(_c.MAP_ENTMAX, x, alpha, axis, return_support_size, return_tau, ctx)
 
 
-def softmax(x, axis=-1, *, ctx=None):
+def softmax(x: ArrayLike, axis: int = -1, *, ctx: Context | None = None) -> np.ndarray:
     """Softmax along `axis`: entmax of alpha = 1."""
     return entmax(x, 1.0, axis, ctx=ctx)
 
 
-def sparsemax(x, axis=-1, *, return_support_size=False, return_tau=False, ctx=None):
+def sparsemax(x: ArrayLike, axis: int = -1, *, return_support_size: bool = False, return_tau: bool = False,
+              ctx: Context | None = None) -> Any:
     """Sparsemax along `axis`, the projection onto the simplex (Martins, Astudillo 2016): entmax of alpha = 2."""
     return entmax(x, 2.0, axis, return_support_size=return_support_size, return_tau=return_tau, ctx=ctx)
 
 
-def entmax15(x, axis=-1, *, return_support_size=False, return_tau=False, ctx=None):
+def entmax15(x: ArrayLike, axis: int = -1, *, return_support_size: bool = False, return_tau: bool = False,
+             ctx: Context | None = None) -> Any:
     """entmax of alpha = 1.5 along `axis`."""
     return entmax(x, 1.5, axis, return_support_size=return_support_size, return_tau=return_tau, ctx=ctx)
 
 
-def normmax(x, alpha=2.0, axis=-1, *, return_support_size=False, return_tau=False, ctx=None):
+def normmax(x: ArrayLike, alpha: float | ArrayLike = 2.0, axis: int = -1, *, return_support_size: bool = False,
+            return_tau: bool = False, ctx: Context | None = None) -> Any:
     """Normmax along `axis`: the p of the simplex that maximises p.x - |p|_alpha, 1 + 1e-6 <= alpha <= 1000.
 
     Arguments, results and errors as for entmax; tau is in units of the score.
@@ -122,7 +131,8 @@ def normmax(x, alpha=2.0, axis=-1, *, return_support_size=False, return_tau=Fals
     return _forward(_c.MAP_NORMMAX, x, alpha, axis, return_support_size, return_tau, ctx)
 
 
-def budget(x, budget, alpha=2.0, axis=-1, *, return_support_size=False, return_tau=False, ctx=None):
+def budget(x: ArrayLike, budget: float | ArrayLike, alpha: float | ArrayLike = 2.0, axis: int = -1, *,
+           return_support_size: bool = False, return_tau: bool = False, ctx: Context | None = None) -> Any:
     """Weights of at most one each and `budget` in all: p_i = min(1, [(alpha-1) x_i - tau]_+ ^ (1/(alpha-1))), sum p = budget.
 
     budget: 0 < budget <= length of `axis`; a number, or an array as alpha may be. 1 + 1e-6 <= alpha <= 4; alpha = 2 is the
@@ -133,7 +143,8 @@ def budget(x, budget, alpha=2.0, axis=-1, *, return_support_size=False, return_t
     return _forward(_c.MAP_BUDGET, x, alpha, axis, return_support_size, return_tau, ctx, budget)
 
 
-def entmax_backward(p, dp, alpha=1.5, axis=-1, *, return_d_alpha=False, ctx=None):
+def entmax_backward(p: ArrayLike, dp: ArrayLike, alpha: float | ArrayLike = 1.5, axis: int = -1, *, return_d_alpha: bool = False,
+                    ctx: Context | None = None) -> Any:
     """Gradient of entmax: J^T dp, from the weights alone.
 
     p: weights that entmax(x, alpha, axis) gave; dp: gradient of p, shape and dtype of p; alpha as there.
@@ -145,27 +156,29 @@ def entmax_backward(p, dp, alpha=1.5, axis=-1, *, return_d_alpha=False, ctx=None
     return _backward(_c.MAP_ENTMAX, p, dp, alpha, axis, return_d_alpha, ctx)
 
 
-def softmax_backward(p, dp, axis=-1, *, ctx=None):
+def softmax_backward(p: ArrayLike, dp: ArrayLike, axis: int = -1, *, ctx: Context | None = None) -> np.ndarray:
     """Gradient of softmax; see entmax_backward."""
     return entmax_backward(p, dp, 1.0, axis, ctx=ctx)
 
 
-def sparsemax_backward(p, dp, axis=-1, *, ctx=None):
+def sparsemax_backward(p: ArrayLike, dp: ArrayLike, axis: int = -1, *, ctx: Context | None = None) -> np.ndarray:
     """Gradient of sparsemax; see entmax_backward."""
     return entmax_backward(p, dp, 2.0, axis, ctx=ctx)
 
 
-def entmax15_backward(p, dp, axis=-1, *, ctx=None):
+def entmax15_backward(p: ArrayLike, dp: ArrayLike, axis: int = -1, *, ctx: Context | None = None) -> np.ndarray:
     """Gradient of entmax15; see entmax_backward."""
     return entmax_backward(p, dp, 1.5, axis, ctx=ctx)
 
 
-def normmax_backward(p, dp, alpha=2.0, axis=-1, *, ctx=None):
+def normmax_backward(p: ArrayLike, dp: ArrayLike, alpha: float | ArrayLike = 2.0, axis: int = -1, *,
+                     ctx: Context | None = None) -> np.ndarray:
     """Gradient of normmax; see entmax_backward."""
     return _backward(_c.MAP_NORMMAX, p, dp, alpha, axis, False, ctx)
 
 
-def budget_backward(p, dp, alpha=2.0, axis=-1, *, ctx=None):
+def budget_backward(p: ArrayLike, dp: ArrayLike, alpha: float | ArrayLike = 2.0, axis: int = -1, *,
+                    ctx: Context | None = None) -> np.ndarray:
     """Gradient of budget: only weights strictly between 0 and 1 move; see entmax_backward."""
     return _backward(_c.MAP_BUDGET, p, dp, alpha, axis, False, ctx)
 
@@ -197,7 +210,8 @@ def _loss(kind, x, target, alpha, ignore_index, reduction, return_grad, ctx):
     return (out, dx.reshape(shape)) if return_grad else out
 
 
-def entmax_loss(x, target, alpha=1.5, *, ignore_index=-100, reduction="mean", return_grad=False, ctx=None):
+def entmax_loss(x: ArrayLike, target: ArrayLike, alpha: float = 1.5, *, ignore_index: int = -100, reduction: str = "mean",
+                return_grad: bool = False, ctx: Context | None = None) -> Any:
     """Fenchel-Young loss of entmax: max_p (p.x + H(p)) - x_target. alpha = 1 is cross-entropy in nats, 2 the sparsemax loss.
 
     x: scores [..., V], float16, bfloat16, float32 or float64; target: integers [...], 0 <= target < V or ignore_index (loss and
@@ -210,16 +224,19 @@ def entmax_loss(x, target, alpha=1.5, *, ignore_index=-100, reduction="mean", re
     return _loss(_c.MAP_ENTMAX, x, target, float(alpha), ignore_index, reduction, return_grad, ctx)
 
 
-def sparsemax_loss(x, target, *, ignore_index=-100, reduction="mean", return_grad=False, ctx=None):
+def sparsemax_loss(x: ArrayLike, target: ArrayLike, *, ignore_index: int = -100, reduction: str = "mean",
+                   return_grad: bool = False, ctx: Context | None = None) -> Any:
     """Sparsemax loss (Martins, Astudillo 2016): entmax_loss of alpha = 2."""
     return entmax_loss(x, target, 2.0, ignore_index=ignore_index, reduction=reduction, return_grad=return_grad, ctx=ctx)
 
 
-def entmax15_loss(x, target, *, ignore_index=-100, reduction="mean", return_grad=False, ctx=None):
+def entmax15_loss(x: ArrayLike, target: ArrayLike, *, ignore_index: int = -100, reduction: str = "mean",
+                  return_grad: bool = False, ctx: Context | None = None) -> Any:
     """entmax_loss of alpha = 1.5."""
     return entmax_loss(x, target, 1.5, ignore_index=ignore_index, reduction=reduction, return_grad=return_grad, ctx=ctx)
 
 
-def normmax_loss(x, target, alpha=2.0, *, ignore_index=-100, reduction="mean", return_grad=False, ctx=None):
+def normmax_loss(x: ArrayLike, target: ArrayLike, alpha: float = 2.0, *, ignore_index: int = -100, reduction: str = "mean",
+                 return_grad: bool = False, ctx: Context | None = None) -> Any:
     """Fenchel-Young loss of normmax, H(p) = 1 - |p|_alpha; arguments as for entmax_loss."""
     return _loss(_c.MAP_NORMMAX, x, target, float(alpha), ignore_index, reduction, return_grad, ctx)
