@@ -16,7 +16,7 @@ check() {
   chrome --dump-dom "file://$WORK/$1#selfcheck=1" >dom || die "$browser ended with $?: $(tail -n 3 log)"
   ! grep -q 'CONSOLE.*\(rror\|refused\)' log || die "the console of $1: $(grep CONSOLE log)"
   sed -n 's/.*<pre id="selfcheck" hidden="">\(.*\)<\/pre>.*/\1/p' dom >out
-  holds '.clean and .wrong == 0 and (.inputs | length == 11 and all(.))'
+  holds '.clean and .wrong == 0 and (.inputs | length == 14 and all(.))'
   # the median frame: 10 a second without any help of a GPU on a busy machine, where a browser is sluggish, not frozen
   holds '.ready_ms < 10000 and .panels_ms < 500 and (.frames | length == 8 and all(.marks > 0 and .texts > 10 and .ms < 100))'
 }
