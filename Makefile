@@ -23,8 +23,8 @@ test:
 	cmake --build "$(BUILD)"
 	ctest --test-dir "$(BUILD)" --output-on-failure -j $(JOBS)
 
-# The tests of the Python package with the current torch and the entmax package from the package index (gigabytes, into
-# $(BUILD)/torch-env); PYTHON=... names an interpreter that has them.
+# The tests of the Python package with the current torch, the entmax package and two versions of transformers from the package index
+# (gigabytes, into $(BUILD)/torch-env and $(BUILD)/transformers-*); PYTHON=... names an interpreter that has the first two.
 test-torch: all
 	scripts/test_torch.sh "$(BUILD)"
 

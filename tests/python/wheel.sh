@@ -41,7 +41,7 @@ cd "$work"
 "$work/empty/bin/python" - <<'PYTHON'
 import pathlib
 import libentmax
-import libentmax.torch  # needs no torch until a name of it is used
+import libentmax.torch, libentmax.transformers  # need no torch and transformers until a name of them is used
 from libentmax import _c
 import numpy as np
 
