@@ -99,6 +99,13 @@ def llama(implementation="entmax", alpha=1.5, dtype=None, **changes):
     return model.to(dtype or torch.float64)
 
 
+def sharper(model):
+    """With a scale that is not the one that attention takes by itself."""
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.4
+    return model
+
+
 def tokens(b, n, seed=0):
     return torch.randint(2, 60, (b, n), generator=torch.Generator().manual_seed(seed))
 
@@ -119,13 +126,14 @@ class Attention(unittest.TestCase):
         ids = tokens(3, 12)
         masks = [None, padding([12, 5, 9], 12, True), padding([12, 5, 9], 12, False), padding([12, 12, 1], 12, True)]
         for alpha in (1.0, 1.5, 2.0, [1.2, 1.5, 1.9, 3.0]):
-            ours, theirs = llama(alpha=alpha), llama("plain", alpha)
+            ours, theirs = sharper(llama(alpha=alpha)), sharper(llama("plain", alpha))
             for mask in masks[:None if alpha == 1.5 else 2]:
                 with torch.no_grad():
                     a, b = (model(ids, attention_mask=mask).logits for model in (ours, theirs))
                 real = slice(None) if mask is None else mask.bool()
-                # float64 throughout: the order of sums, through two layers and logits of about 10; measured 2e-13.
-                torch.testing.assert_close(a[real], b[real], rtol=0, atol=1e-10)
+                # float64 but for the norms of transformers, where float32 hides (measured: 0) or shows, as 6e-8 of values of
+                # about 6, that sums ran in another order.
+                torch.testing.assert_close(a[real], b[real], rtol=0, atol=1e-5)
         changed = ids.clone()
         changed[:, 7] = (changed[:, 7] + 1) % 60
         with torch.no_grad():
@@ -137,7 +145,7 @@ class Attention(unittest.TestCase):
         ids = tokens(2, 40)
         with torch.no_grad():
             a, b = (llama(name, 1.0, torch.float32)(ids).logits for name in ("entmax", "sdpa"))
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # float32, logits of about 10
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-5)  # float32, logits of about 6; measured 4e-6
 
     def test_weights_are_sparse(self):
         with torch.no_grad():
@@ -152,7 +160,7 @@ class Attention(unittest.TestCase):
             for model in models:
                 model(ids, attention_mask=mask, labels=labels).loss.backward()
             for (name, a), b in zip(models[0].named_parameters(), models[1].parameters()):
-                # Norms and the loss are float32 in transformers, gradients up to 5.
+                # Norms and the loss are float32 in transformers, as above; gradients up to 1.
                 torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5, msg=lambda text: f"{name}: {text}")
 
     def test_sixteen_bits(self):
@@ -161,8 +169,8 @@ class Attention(unittest.TestCase):
             with torch.no_grad():
                 a, b = (llama(name, dtype=dtype)(ids).logits for name in ("entmax", "plain"))
             self.assertEqual(a.dtype, dtype)
-            # Both round o to the dtype; one unit at 1 of bfloat16 is 2^-7, through two layers and a head that sums 64 terms.
-            self.assertLess((a - b).float().abs().mean(), 0.05)
+            # Both round o to the dtype, seldom to neighbours; a unit of bfloat16 is 2^-5 at logits of 6. Measured 4e-3.
+            self.assertLess((a - b).float().abs().max(), 0.1)
 
     def test_errors(self):
         ids = tokens(2, 6)
@@ -225,8 +233,8 @@ class PagedCache(unittest.TestCase):
     def test_chunks_dtypes_and_alphas(self):
         ids, mask = tokens(2, 30), padding([30, 21], 30, True)
         for alpha, dtype, atol in ((1.5, "float32", 1e-4), ([1.2, 1.5, 1.9, 3.0], "float32", 1e-4), (1.0, "float32", 1e-4),
-                                   (1.5, "bfloat16", 0.5)):  # keys to 2^-9 under scores of about 5, or float32 and logits of 10
-            model = llama(alpha=alpha, dtype=torch.float32)
+                                   (1.5, "bfloat16", 0.3)):  # measured 1e-5, and 0.05 where keys and values are off by 2^-9
+            model = sharper(llama(alpha=alpha, dtype=torch.float32))
             with torch.no_grad():
                 want = model(ids, attention_mask=mask).logits[:, -1]
                 cache = H.EntmaxCache(model.config, 30, dtype=dtype, select="certified")
@@ -346,6 +354,8 @@ def small(seed=0, **changes):
     with torch.no_grad():
         for parameter in model.parameters():  # nothing is left at a value that hides it
             parameter.mul_(3).add_(0.1 * torch.randn_like(parameter))
+        if model.config.entmax_alpha_learned:
+            model.model.layers[1].self_attn.entmax_alpha_logit[0] = -8  # below the least alpha
     return model.eval()
 
 
@@ -360,10 +370,10 @@ class TrainedModels(unittest.TestCase):
             nll, last = Session(folder, 500).prefill(text)
             with torch.no_grad():
                 logits = model(ids).logits
-            # Both are float32 and sum in orders of their own; logits reach 40, and a score at the threshold may come in or stay
-            # out, which changes weights by no more than its own rounding. Measured: up to 6e-5.
-            np.testing.assert_allclose(logits[0, -1], last, rtol=0, atol=5e-4, err_msg=str(folder))
-            np.testing.assert_allclose(nlls(logits, ids), nll, rtol=0, atol=5e-4, err_msg=str(folder))
+            # Both are float32 and sum in orders of their own, logits reach 15; a score at the threshold may come in or stay out,
+            # which changes weights by no more than its own rounding. Measured: up to 5e-5.
+            np.testing.assert_allclose(logits[0, -1], last, rtol=0, atol=2e-4, err_msg=str(folder))
+            np.testing.assert_allclose(nlls(logits, ids), nll, rtol=0, atol=2e-4, err_msg=str(folder))
 
     def test_same_greedy_text(self):
         prompt = "And it came to pass "
@@ -403,7 +413,7 @@ class TrainedModels(unittest.TestCase):
                 nll, last = session.prefill(ids[0].numpy())
                 logits = model(ids).logits
                 self.assertTrue(torch.equal(again(ids).logits, logits), changes)
-                # As above; logits of about 10 here.
+                # As above; with alpha 2 and these weights up to 1.5e-4.
                 np.testing.assert_allclose(logits[0, -1], last, rtol=0, atol=5e-4, err_msg=str(changes))
                 np.testing.assert_allclose(nlls(logits, ids), nll, rtol=0, atol=5e-4, err_msg=str(changes))
                 steps = H.EntmaxCache(model.config, 70)

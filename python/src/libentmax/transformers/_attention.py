@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention and mask functions as transformers calls them."""
+from __future__ import annotations
+
+from typing import Any, Callable
+
 import torch
+from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
 from .. import _c
@@ -62,7 +67,9 @@ def attend(query, key, value, mask, alpha, scale, causal=True, slopes=None):
     return layer(key).attend(query, mask, alpha, scale, slopes)
 
 
-def entmax_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **kwargs):
+def entmax_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                     scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None,
+                     **kwargs: Any) -> tuple[Tensor, None]:
     """(o [B,S,H,D], None) of query [B,H,S,D] and key, value [B,G,N,D]: alpha-entmax attention with alpha = config.entmax_alpha.
 
     attention_mask: None, or [B,N] of entmax_mask(). Gradients flow to query, key and value (alpha up to 2). Padding is left out,
@@ -81,8 +88,9 @@ def entmax_attention(module, query, key, value, attention_mask, scaling=None, dr
     return attend(query, key, value, attention_mask, alpha_of(getattr(module, "config", None)), scaling, causal), None
 
 
-def entmax_mask(batch_size, q_length=None, kv_length=None, q_offset=0, kv_offset=0, mask_function=None, attention_mask=None,
-                cache_position=None, **_):
+def entmax_mask(batch_size: int, q_length: int = 1, kv_length: int = 1, q_offset: int | Tensor = 0, kv_offset: int = 0,
+                mask_function: Callable | None = None, attention_mask: Tensor | None = None, cache_position: Tensor | None = None,
+                **_: Any) -> Tensor | None:
     """The padding mask [B,N] that entmax_attention takes, or None where there is no padding; causality it has by itself.
 
     Errors: UnsupportedError (anything but a causal mask with padding: sliding windows, packed sequences, a cache that is longer

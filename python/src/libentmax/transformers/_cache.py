@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transformers Cache over the paged cache: decoding that reads what a selector picks, and reports what it left out."""
-from typing import NamedTuple
+from __future__ import annotations
 
+from typing import Any, NamedTuple, Sequence
+
+import numpy as np
 import torch
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import _c
@@ -209,8 +213,8 @@ class EntmaxCache(Cache):
     full attention, padding after the prompt, gradients), InvalidError, ShapeError, DtypeError.
     """
 
-    def __init__(self, config, max_tokens, *, select="all", dtype=None, page_size=16, summaries="minmax,moments,sketch,residual",
-                 **options):
+    def __init__(self, config: PretrainedConfig, max_tokens: int, *, select: str = "all", dtype: str | None = None,
+                 page_size: int = 16, summaries: str | Sequence[str] = "minmax,moments,sketch,residual", **options: Any) -> None:
         select_desc(select, **options)  # its errors
         if max_tokens < 1:
             raise _c.InvalidError(f"max_tokens is {max_tokens}; at least 1 is needed")
@@ -220,11 +224,11 @@ class EntmaxCache(Cache):
             raise _c.UnsupportedError("EntmaxCache is for layers of full attention; the model has " + ", ".join(sorted(other)))
         self.max_tokens, self.select, self.options = max_tokens, select, options
         self.dtype, self.page_size, self.summaries = dtype, page_size, summaries
-        self.steps = []
+        self.steps: list[StepReport] = []
         super().__init__(layers=[_Layer(self, i) for i in range(config.num_hidden_layers)])
 
     @property
-    def reports(self):
+    def reports(self) -> list[np.ndarray | None]:
         return [layer.reports for layer in self.layers]
 
     def decoded(self, layer):
@@ -238,6 +242,6 @@ class EntmaxCache(Cache):
             delta_bound_max=float(max(r["delta_bound"].max() for r in self.reports)),
             bytes=int(sum(r[name].sum() for r in self.reports for name in ("bytes_k", "bytes_v", "bytes_meta")))))
 
-    def reset(self):
+    def reset(self) -> None:
         super().reset()
         self.steps = []

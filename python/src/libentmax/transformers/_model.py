@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models of `emx train` as transformers classes: the forward pass of src/model on PyTorch, with gradients."""
+from __future__ import annotations
+
 import math
 import os
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .. import _c
@@ -36,7 +40,7 @@ class LibentmaxConfig(PretrainedConfig):
             setattr(self, key, kwargs.pop(key, default))
         super().__init__(tie_word_embeddings=self.tie_word_embeddings, **kwargs)
 
-    def check(self):
+    def check(self) -> None:
         """Raises InvalidError where the keys make no model."""
         alpha = alpha_of(self)
         for key, names in _NAMES.items():
@@ -239,7 +243,7 @@ class LibentmaxForCausalLM(PreTrainedModel, GenerationMixin):
             module.start()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -269,9 +273,11 @@ class LibentmaxForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value):
         self.model.embed_tokens = value
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, output_attentions=None, output_hidden_states=None, return_dict=None,
-                logits_to_keep=0, **kwargs):
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+                past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+                use_cache: bool | None = None, output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+                return_dict: bool | None = None, logits_to_keep: int | Tensor = 0,
+                **kwargs: Any) -> CausalLMOutputWithPast | tuple:
         """CausalLMOutputWithPast of input_ids [B,S] or inputs_embeds [B,S,W]: logits [B,S,V], loss where there are labels [B,S]
         (shifted here; -100 is left out). attention_mask: padding [B,N], N counting what the cache holds. Positions, where they
         are not given, count the tokens that are not padding."""
