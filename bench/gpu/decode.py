@@ -5,8 +5,10 @@
     python3 bench/gpu/decode.py --lib build/libentmax.so --out result.json
 
 Every method is captured in a CUDA graph that runs it once on each of several data sets in turn, so that nothing stays in the second-level
-cache; a time is the median over the rounds of one replay divided by the number of sets. Softmax is a different function and the speed to
-beat; the error of ours is the relative L2 distance from float64 attention of the same alpha over the same keys, all heads of the first set.
+cache (a set of half a million tokens or more four times); a time is the median over the rounds of one replay divided by the launches, and ms_eager the same without a graph. Softmax is
+a different function and the speed to beat; rel_err of ours is the relative L2 distance from float64 attention of the same alpha over all
+keys, all heads of the first set, delta the entmax mass of what was not read (mean over heads), delta_bound and certified what the reports say.
+bytes: what the reports count, once for the heads of a group where they share it; roof: of the rate of a large copy on the same GPU.
 Needs PyTorch with CUDA and a libentmax built with its CUDA back end. One JSON object a line goes to --out, a table to standard output.
 """
 import argparse
@@ -20,6 +22,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PAGE = 16
+TOPK, GAUSSIAN = 1, 2
 
 
 class Tensor(C.Structure):
@@ -83,16 +86,21 @@ class Library:
 class Ours:
     """A cache over [M,G,P,D] tensors with a block table, and one decode of it."""
 
-    def __init__(self, lib, k, v, q, lengths, alpha, scale):
-        self.lib, self.keep = lib, [k, v, q]
+    def __init__(self, lib, k, v, q, lengths, alpha, scale, select=0, budget=0):
+        self.lib, self.keep, self.group = lib, [k, v, q], q.shape[1] // k.shape[1]
         pages, g, p, d = k.shape
         b, h = q.shape[:2]
         kt, vt = lib.tensor(k), lib.tensor(v)
         opts = lib.init("emx_kv_opts", KvOpts)
         opts.dtype, opts.kv_heads, opts.head_dim, opts.page_size, opts.max_seqs = lib.DTYPES[k.dtype], g, d, p, 1
         opts.max_pages, opts.k_pool, opts.v_pool = pages, C.pointer(kt), C.pointer(vt)
+        opts.summaries = {0: 0, TOPK: 1, GAUSSIAN: 2}[select]
         self.kv = C.c_void_p()
         lib.call("emx_kv_create", lib.ctx, C.byref(opts), C.byref(self.kv))
+        if select:
+            every = torch.arange(pages, dtype=torch.int32, device="cuda")
+            lib.call("emx_kv_summarize", lib.ctx, self.kv, C.byref(lib.tensor(every)), None)
+            torch.cuda.synchronize()
         most = max(lengths)
         columns = (most + p - 1) // p
         table = torch.zeros(b, columns, dtype=torch.int32)
@@ -109,6 +117,7 @@ class Ours:
         self.batch.batch, self.batch.table, self.batch.lens, self.batch.max_len = (
             b, C.pointer(self.views[2]), C.pointer(self.views[3]), most)
         self.select = lib.init("emx_select_desc", Select)
+        self.select.kind, self.select.budget = select, budget
         self.io = lib.init("emx_decode_io", Io)
         self.io.alpha, self.io.scale = alpha, scale
         self.io.q, self.io.o, self.io.reports = C.pointer(self.views[0]), C.pointer(self.views[1]), self.reports.data_ptr()
@@ -122,8 +131,28 @@ class Ours:
         lib.call("emx_decode", lib.ctx, self.kv, C.byref(self.batch), C.byref(self.select), C.byref(self.io),
                  C.c_void_p(self.work.data_ptr()), C.c_size_t(self.work.numel()))
 
-    def support(self):
-        return self.reports[:, 16:20].contiguous().view(torch.int32).float().mean().item()
+    def report(self):
+        """What the reports of the last call say, summed or averaged over rows."""
+        r = self.reports.view(torch.uint8)
+        word = lambda at, kind, size: r[:, at:at + size].contiguous().view(kind)[:, 0].double()
+        k, v, meta = (word(at, torch.int64, 8) for at in (32, 40, 48))
+        shared = lambda x: x.view(-1, self.group).amax(1).sum().item()  # one read for the heads of a group
+        return {"support_mean": word(16, torch.int32, 4).mean().item(), "tokens_mean": word(20, torch.int32, 4).mean().item(),
+                "delta_bound": word(4, torch.float32, 4).max().item(), "certified": (r[:, 31] & 1).double().mean().item(),
+                "bytes": (k.sum().item() if self.select.kind else shared(k)) + v.sum().item() + shared(meta)}
+
+    def pages(self, most):
+        """Page lists [B,H,M], -1 past the end."""
+        b, h = self.o.shape[:2]
+        lists = torch.empty(b, h, 1, (most + PAGE - 1) // PAGE, dtype=torch.int32, device="cuda")
+        counts = torch.empty(b, h, 1, dtype=torch.int32, device="cuda")
+        self.views += [self.lib.tensor(lists), self.lib.tensor(counts)]
+        self.io.pages, self.io.n_pages = C.pointer(self.views[-2]), C.pointer(self.views[-1])
+        self.lib.call("emx_select", self.lib.ctx, self.kv, C.byref(self.batch), C.byref(self.select), C.byref(self.io),
+                      C.c_void_p(self.work.data_ptr()), C.c_size_t(self.work.numel()))
+        torch.cuda.synchronize()
+        self.io.pages = self.io.n_pages = None
+        return lists[:, :, 0]
 
     def close(self):
         self.lib.lib.emx_kv_destroy(self.kv)
@@ -145,7 +174,18 @@ def keys(data, n, g, d, gen):
     if data == "topics":
         topic = torch.randn((n + 63) // 64, g, d, device="cuda", generator=gen).repeat_interleave(64, 0)[:n]
         return 0.9 * topic + 0.45 * noise
+    if data.startswith("outlier:"):
+        channels, gain = data[8:].split(",")
+        noise[:, :, :int(channels)] *= float(gain)
     return noise
+
+
+def scale_of(data, d):
+    """Scores of unit variance, or as asked for."""
+    if data.startswith("outlier:"):
+        channels, gain = data[8:].split(",")
+        return 1 / math.sqrt(d - int(channels) + int(channels) * float(gain) ** 2)
+    return (float(data[5:]) if data.startswith("flat:") else 1.0) / math.sqrt(d)
 
 
 def paged(x, lengths):
@@ -179,9 +219,9 @@ def make_set(data, lengths, hq, g, d, seed):
     return kp, vp, q.half()
 
 
-def exact(kp, vp, q, lengths, alpha, scale):
-    """float64 attention [b,hq,d] of alpha 1, 1.5 or 2."""
-    out, first = [], 0
+def exact(kp, vp, q, lengths, alpha, scale, lists=None):
+    """float64 attention [b,hq,d] of alpha 1, 1.5 or 2; and the mean over heads of the mass outside the lists."""
+    out, first, dropped = [], 0, []
     b, hq, _, d = q.shape
     g = kp.shape[1]
     for i, n in enumerate(lengths):
@@ -207,9 +247,13 @@ def exact(kp, vp, q, lengths, alpha, scale):
                 support = int((tau <= top - shift).sum())
                 p = (x - shift - tau[support - 1]).clamp(min=0) ** (1 / (alpha - 1))
             rows.append(p @ v)
+            if lists is not None:
+                read = torch.zeros(pages + 1, dtype=torch.bool, device="cuda")
+                read[lists[i, h].long()] = True  # -1: the extra one
+                dropped.append(p[~read[:pages].repeat_interleave(PAGE)[:n]].sum().item())
         out.append(torch.stack(rows))
         first += pages
-    return torch.stack(out)
+    return torch.stack(out), statistics.mean(dropped) if dropped else 0.0
 
 
 def capture(calls):
@@ -239,54 +283,87 @@ def softmax(kind, k, v, q, scale):
     return call
 
 
-def run(lib, data, lengths, hq, g, d, sets, rounds, seed, profile):
-    std = float(data[5:]) if data.startswith("flat:") else 1.0
-    scale = std / math.sqrt(d)
+def copy_rate():
+    """Bytes read and written a second by a large copy."""
+    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    times = []
+    for _ in range(8):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        y.copy_(x)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return 2 * x.numel() / min(times) * 1e-6
+
+
+def timed(call):
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def run(lib, data, lengths, hq, g, d, sets, rounds, seed, profile, roof):
+    scale = scale_of(data, d)
     bytes_k = sum(lengths) * g * d * 2
     problems = [make_set(data, lengths, hq, g, d, seed + i) for i in range(sets)]
-    graphs, ours, bytes_of = {}, {}, {}
-    for name, alpha in (("ours softmax", 1.0), ("ours all 1.5", 1.5), ("ours all 2", 2.0)):
-        ours[name] = [Ours(lib, *p, lengths, alpha, scale) for p in problems]
-        graphs[name] = capture(ours[name])
-        bytes_of[name] = bytes_k * (2 if alpha == 1 else 1)
+    methods, ours, alphas = {}, {}, {}
+    for name, alpha, select in (("ours softmax", 1.0, 0), ("ours all 1.5", 1.5, 0), ("ours all 2", 2.0, 0), ("ours gaussian 1.5", 1.5, GAUSSIAN),
+                                ("ours topk 1% 1.5", 1.5, TOPK)):
+        ours[name] = methods[name] = [Ours(lib, *p, lengths, alpha, scale, select, max(lengths) // 100) for p in problems]
+        alphas[name] = alpha
     if len(lengths) == 1:  # PyTorch has no paged decode: contiguous copies
         flat = [tuple(t.transpose(0, 1).reshape(1, g, -1, d)[:, :, :lengths[0]].contiguous() for t in p[:2]) for p in problems]
         for name, kind in (("softmax cuDNN", SDPBackend.CUDNN_ATTENTION), ("softmax FlashAttention", SDPBackend.FLASH_ATTENTION)):
-            try:
-                graphs[name] = capture([softmax(kind, *f, p[2], scale) for f, p in zip(flat, problems)])
-                bytes_of[name] = 2 * bytes_k
-            except RuntimeError as error:
-                print(f"# {name}: {str(error).splitlines()[0]}", file=sys.stderr)
-    times = {name: [] for name in graphs}
+            methods[name] = [softmax(kind, *f, p[2], scale) for f, p in zip(flat, problems)]
+    again = max(1, 4 // sets)  # a long set is larger than the cache by itself; one launch a graph would be timed with cold code
+    graphs = {}
+    for name, calls in list(methods.items()):
+        try:
+            graphs[name] = capture(calls * again)
+        except RuntimeError as error:
+            print(f"# {name}: {str(error).splitlines()[0]}", file=sys.stderr)
+    times, eager = {name: [] for name in graphs}, {name: [] for name in graphs}
     for i in range(rounds + 3):
         for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
+            ms = timed(graph.replay) / (sets * again)
             if i >= 3:
-                times[name].append(start.elapsed_time(end) / sets)
+                times[name].append(ms)
+    for i in range(7):
+        for name in graphs:
+            ms = timed(lambda: [call() for call in methods[name]]) / sets
+            if i >= 2:
+                eager[name].append(ms)
     if profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
             for name in graphs:
-                graphs[name].replay()
-            torch.cuda.synchronize()
+                if name.startswith("ours"):
+                    graphs[name].replay()
+                    torch.cuda.synchronize()
         for event in prof.key_averages():
-            print(f"#   {event.device_time_total / event.count:9.1f} us x{event.count:<3} {event.key[:110]}")
+            if event.device_time_total:
+                print(f"#   {event.device_time_total / event.count:9.1f} us x{event.count:<3} {event.key[:100]}")
     base = min((statistics.median(t) for n, t in times.items() if n.startswith("softmax")), default=None)
     for name, t in times.items():
         ms = statistics.median(t)
-        row = {"device": torch.cuda.get_device_name(), "data": data, "n": max(lengths), "batch": len(lengths), "hq": hq, "hkv": g,
-               "d": d, "dtype": "f16", "page": PAGE, "method": name, "ms": ms, "ms_min": min(t),
-               "ms_mad": statistics.median(abs(x - ms) for x in t), "vs_softmax": base / ms if base else None,
-               "gbps_of_floor": bytes_of[name] / ms * 1e-6, "sets": sets, "rounds": rounds, "seed": seed, "graph": True}
+        row = {"device": torch.cuda.get_device_name(), "data": data, "n": max(lengths), "batch": len(lengths), "tokens": sum(lengths),
+               "hq": hq, "hkv": g, "d": d, "dtype": "f16", "page": PAGE, "method": name, "ms": ms, "ms_min": min(t),
+               "ms_mad": statistics.median(abs(x - ms) for x in t), "ms_eager": statistics.median(eager[name]),
+               "vs_softmax": base / ms if base else None, "bytes": 2 * bytes_k, "sets": sets, "rounds": rounds, "seed": seed, "graph": True}
         if name in ours:
-            alpha = {"ours softmax": 1, "ours all 1.5": 1.5, "ours all 2": 2}[name]
-            want = exact(*problems[0], lengths, alpha, scale)
-            got = ours[name][0].o[:, :, 0].double()
-            row["rel_err"] = ((got - want).norm() / want.norm()).item()
-            row["support_mean"] = ours[name][0].support() if alpha > 1 else None
+            first = ours[name][0]
+            first()
+            torch.cuda.synchronize()
+            row.update(first.report())
+            lists = first.pages(max(lengths)) if first.select.kind else None
+            want, row["delta"] = exact(*problems[0], lengths, alphas[name], scale, lists)
+            row["rel_err"] = ((first.o[:, :, 0].double() - want).norm() / want.norm()).item()
+        row["gbps"] = row["bytes"] / ms * 1e-6
+        row["roof"] = row["gbps"] / roof
         yield row
     for caches in ours.values():
         for cache in caches:
@@ -299,27 +376,33 @@ def main():
     parser.add_argument("--out", default="gpu-decode.json")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--data", help="these data alone, separated by semicolons, and no batch")
     parser.add_argument("--profile", action="store_true", help="print what each kernel takes")
-    parser.add_argument("--quick", action="store_true", help="iid only, and no batch")
+    parser.add_argument("--quick", action="store_true", help="iid and flat, 32K and 1M, no batch")
     args = parser.parse_args()
     lib = Library(args.lib)
+    roof = copy_rate()
+    print(f"# {torch.cuda.get_device_name()}, PyTorch {torch.__version__}, copy {roof:.0f} GB/s")
     cases = []
-    for n, sets in ((32768, 8), (131072, 4), (1 << 20, 1)):
-        for data in ("iid",) if args.quick else ("iid", "ar:0.99", "topics", "flat:0.05"):
-            cases += [(data, [n], 8, 8, 64, sets), (data, [n], 32, 8, 128, sets)]
-    if not args.quick:
-        ragged = [131072 - 65536 * i // 7 for i in range(8)]
-        cases += [("iid", ragged, 8, 8, 64, 1), ("iid", ragged, 32, 8, 128, 1)]
+    kinds = ("iid", "flat:0.05") if args.quick else ("iid", "ar:0.9", "ar:0.99", "topics", "outlier:4,20", "flat:0.05")
+    kinds = args.data.split(";") if args.data else kinds
+    ragged = [131072 - 65536 * i // 7 for i in range(8)]
+    for lengths, sets in (([1 << 20], 1), ([32768], 8), (ragged, 1), ([131072], 4), ([1 << 19], 1)):
+        if (args.quick and lengths[0] in (131072, 1 << 19)) or ((args.quick or args.data) and len(lengths) > 1):
+            continue
+        for data in kinds if len(lengths) == 1 else ("iid", "topics"):
+            cases += [(data, lengths, 8, 8, 64, sets), (data, lengths, 32, 8, 128, sets)]
     with open(args.out, "w") as out:
         for case in cases:
             try:
-                for row in run(lib, *case, args.rounds, args.seed, args.profile):
+                for row in run(lib, *case, args.rounds, args.seed, args.profile, roof):
                     out.write(json.dumps(row) + "\n")
                     out.flush()
-                    print(f"{row['data']:9} n {row['n']:8} x{row['batch']} {row['hq']}/{row['hkv']} D{row['d']:<4}{row['method']:23}"
-                          f"{row['ms'] * 1e3:9.1f} us  mad {row['ms_mad'] * 1e3:5.1f}  x{row['vs_softmax'] or 0:5.2f}"
-                          f"  {row['gbps_of_floor']:7.0f} GB/s  err {row.get('rel_err', math.nan):.1e}"
-                          f"  support {row.get('support_mean') or 0:.0f}", flush=True)
+                    print(f"{row['data']:12} n {row['n']:8} x{row['batch']} {row['hq']}/{row['hkv']} D{row['d']:<4}{row['method']:23}"
+                          f"{row['ms'] * 1e3:9.1f} us (eager {row['ms_eager'] * 1e3:7.1f})  mad {row['ms_mad'] * 1e3:5.1f}"
+                          f"  x{row['vs_softmax'] or 0:6.2f}  {row['gbps']:6.0f} GB/s  err {row.get('rel_err', math.nan):.1e}"
+                          f"  delta {row.get('delta', math.nan):.1e} <= {row.get('delta_bound', math.nan):.1e}"
+                          f"  read {row.get('tokens_mean') or 0:.0f} support {row.get('support_mean') or 0:.0f}", flush=True)
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 print(f"# {case[0]} {case[1][0]} {case[2]}/{case[3]}: {str(error).splitlines()[0]}", flush=True)
             torch.cuda.empty_cache()

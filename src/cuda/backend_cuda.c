@@ -31,7 +31,7 @@ emx_status emxi_cuda_leave(int before, emx_status status, bool launched, const c
 
 static emx_status cuda_open(emx_ctx *ctx) {
   static const char who[] = "emx_ctx_create";
-  int n = 0, before, major = 0, minor = 0, processors = 0, shared = 0;
+  int n = 0, before, major = 0, minor = 0, processors = 0;
   cudaError_t error = cudaGetDeviceCount(&n);
   if (error) return cuda_fail(error, who, "no CUDA device can be used; the CPU can");
   if (ctx->device_index < 0 || ctx->device_index >= n)
@@ -40,7 +40,6 @@ static emx_status cuda_open(emx_ctx *ctx) {
   error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ctx->device_index);
   if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ctx->device_index);
   if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ctx->device_index);
-  if (!error) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ctx->device_index);
   emx_status status = error ? cuda_fail(error, who, "the device cannot be asked") : EMX_OK;
   if (!status && major < 8)
     status = emxi_fail(EMX_ERR_UNSUPPORTED, "%s: CUDA device %d has compute capability %d.%d, 8.0 or later is needed", who,
@@ -71,7 +70,6 @@ static emx_status cuda_open(emx_ctx *ctx) {
   memset(cuda->fault, 0, sizeof *cuda->fault);
   cuda->processors = processors;
   cuda->overlap = major >= 9;
-  cuda->listed = (size_t)shared >= EMXI_CUDA_SOLVE_BYTES(EMXI_CUDA_LISTED) + 2048 ? EMXI_CUDA_LISTED : EMXI_CUDA_LISTED_LEAST;
   ctx->backend_state = cuda;
   return emxi_cuda_leave(before, EMX_OK, false, who);
 }

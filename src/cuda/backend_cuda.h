@@ -10,10 +10,10 @@
 #include <cuda_runtime_api.h>
 
 typedef struct emxi_cuda {
-  emxi_cuda_fault *fault;     /* pinned, seen by the device */
-  int32_t *claimed;           /* device memory: not 0 once a kernel has written the fault */
-  int32_t processors, listed; /* listed: EMXI_CUDA_LISTED or _LEAST, as shared memory allows */
-  bool overlap;               /* compute capability 9: kernels of a chain overlap their starts */
+  emxi_cuda_fault *fault; /* pinned, seen by the device */
+  int32_t *claimed;       /* device memory: not 0 once a kernel has written the fault */
+  int32_t processors;
+  bool overlap; /* compute capability 9: kernels of a chain overlap their starts */
 } emxi_cuda;
 
 static inline emxi_cuda *emxi_cuda_of(const emx_ctx *ctx) { return ctx->backend_state; }

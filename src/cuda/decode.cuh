@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Decode with ALL on the device: every key is read once, values of the support only.
+ * Decode on the device: every key (with a selector: of the pages in the row's list) is read once, values of the support only.
  *
  *   s_j = scale q.k_j + slope (j - i),  o = sum_j [a s_j - tau]_+^(1/a) v_j,  a = alpha-1        (alpha = 1: softmax, K and V in one pass)
  *
@@ -8,8 +8,9 @@
  *          a key a lane, L lanes a key; the products of U keys with R queries are summed over the lanes by exchanging halves, so that
  *          afterwards every lane owns different scores. What exceeds the largest score so far minus 1/a (T1 of docs/math.md) goes to the
  *          chunk's segment of the row, which has room for all of it. Bytes: N D of K for all R rows; 5 a candidate.
- *   solve  block = row. The true maximum decides which candidates are left: a set, and an order, that do not depend on timing. tau by
- *          bracketed steps in double, in shared memory up to twice `listed` candidates. Values of up to 512 are added here.
+ *   solve  block = (part, row). The true maximum decides which candidates are left: a set, and an order, that do not depend on timing. tau
+ *          by bracketed steps in double. Few candidates are one block's, in shared memory, with values of up to MAX_HERE of them; of more,
+ *          all parts pack what is left and the last one solves.
  *   share  block = (row, part): values of all other rows; leaves at once for the rest. The last block adds up.
  * Softmax: scan also sums exp(s - m) v for its part, merge joins the parts.
  *
@@ -22,8 +23,10 @@
 
 namespace {
 
-constexpr int MAX_HERE = 512; /* support whose values the block of the row reads by itself */
-constexpr int SCAN_THREADS = 256, SCAN_WARPS = SCAN_THREADS / 32, MAX_ALIVE = EMXI_CUDA_ALIVE, PER_LANE = MAX_D / 32;
+constexpr int MAX_HERE = 256; /* support whose values the block of the row reads by itself */
+constexpr int SCAN_THREADS = 256, SCAN_WARPS = SCAN_THREADS / 32, PER_LANE = MAX_D / 32, MAX_ALIVE = 1024,
+              LISTED = 4096; /* of a row that one block solves in shared memory: chunks, candidates */
+enum { WIDE_NOT, WIDE_SEGMENTS, WIDE_PACKED };
 
 /* ---- rows of K and V in registers: eight elements a lane */
 
@@ -33,11 +36,7 @@ template <typename T, int FIXED>
 struct piece {
   static constexpr int L = FIXED / 8;
   uint4 x;
-  __device__ __forceinline__ void load(const T *row, int l, int) {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(row + 8 * l));
-  }
+  __device__ __forceinline__ void load(const T *row, int l, int, uint64_t once) { x = load16(row + 8 * l, once); }
   __device__ __forceinline__ void clear() { x = make_uint4(0, 0, 0, 0); }
   __device__ __forceinline__ static void two(uint32_t w, float &a, float &b, const __half *) {
     const float2 f = __half22float2(*reinterpret_cast<const __half2 *>(&w));
@@ -60,7 +59,7 @@ template <typename T>
 struct piece<T, 0> {
   static constexpr int L = 32;
   T x[8];
-  __device__ __forceinline__ void load(const T *row, int l, int d) {
+  __device__ __forceinline__ void load(const T *row, int l, int d, uint64_t) {
 #pragma unroll
     for (int e = 0; e < 8; e++)
       if (l + 32 * e < d)
@@ -140,6 +139,81 @@ __device__ __noinline__ bool key_is_finite(const T *key, int d) {
 
 /* ---- scan */
 
+/* Scores v[0..COUNT) of a lane: number i is of row own_r[i % OWN], one of R, whose state this lane has. */
+
+/* A new largest score somewhere in the warp: all lanes, and through shared memory the other warps, get to know it. */
+template <int COUNT, int R, int OWN, int V>
+__device__ __forceinline__ void raise_bounds(const float (&v)[V], const int (&own_r)[OWN], const float (&reach)[OWN], float floor,
+                                             int *shared_max, int lane, float (&m)[OWN], float (&bound)[OWN]) {
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    int top = to_ordered(-emxi_inf());
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+      if (own_r[i % OWN] == r && v[i] > -emxi_inf() && to_ordered(v[i]) > top) top = to_ordered(v[i]);
+    top = __reduce_max_sync(EMXI_FULL, top);
+    if (lane == 0) top = max(top, atomicMax(&shared_max[r], top));
+    top = __shfl_sync(EMXI_FULL, top, 0);
+    const float new_m = from_ordered(top);
+#pragma unroll
+    for (int i = 0; i < OWN; i++)
+      if (own_r[i] == r && new_m > m[i]) {
+        m[i] = new_m;
+        bound[i] = scan_bound(new_m, reach[i], floor);
+      }
+  }
+}
+/* What is above the bound goes to the chunk's segment; `first`: position of the tile in the chunk. */
+template <int COUNT, int R, int OWN, int V, typename F>
+__device__ __forceinline__ void keep_candidates(const emxi_cuda_decode &a, int64_t c, int first, const float (&v)[V],
+                                                const float (&bound)[OWN], const int (&own_r)[OWN], const int (&own_token)[COUNT],
+                                                F row_number, int lane, int (&count)[R]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    const bool mine = v[i] > bound[i % OWN];
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      const uint32_t mask = __ballot_sync(EMXI_FULL, mine && own_r[i % OWN] == r);
+      if (!mask) continue;
+      if (mine && own_r[i % OWN] == r) {
+        const int64_t at = (row_number(r) * a.chunks + c) * CHUNK + count[r] + __popc(mask & ((1u << lane) - 1));
+        a.z[at] = v[i];
+        a.local[at] = (uint8_t)(first + own_token[i]);
+      }
+      count[r] += __popc(mask);
+    }
+  }
+}
+/* The chunk is complete. */
+template <int R, int OWN, typename F>
+__device__ __forceinline__ void close_chunk(const emxi_cuda_decode &a, int64_t c, int rows, const int (&own_r)[OWN],
+                                            const float (&reach)[OWN], float floor, const int *shared_max, F row_number, int lane,
+                                            float (&chunk_top)[OWN], float (&m)[OWN], float (&bound)[OWN], int (&count)[R]) {
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    int top = to_ordered(-emxi_inf());
+#pragma unroll
+    for (int i = 0; i < OWN; i++)
+      if (own_r[i] == r) top = max(top, to_ordered(chunk_top[i]));
+    top = __reduce_max_sync(EMXI_FULL, top);
+    if (lane == 0 && r < rows) {
+      const int64_t at = row_number(r) * a.chunks + c;
+      a.chunk_max[at] = from_ordered(top);
+      a.count[at] = (uint8_t)count[r];
+    }
+    count[r] = 0;
+    const float all = from_ordered(((const volatile int *)shared_max)[r]);
+#pragma unroll
+    for (int i = 0; i < OWN; i++)
+      if (own_r[i] == r && all > m[i]) {
+        m[i] = all;
+        bound[i] = scan_bound(all, reach[i], floor);
+      }
+  }
+#pragma unroll
+  for (int i = 0; i < OWN; i++) chunk_top[i] = -emxi_inf();
+}
+
 template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE>
 __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ emxi_cuda_decode a) {
   static_assert(!SPARSE || R == 1, "rows of a group have lists of their own");
@@ -173,14 +247,15 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
     else
       return item_row(a, b, g, first_row + r, length);
   };
+  const auto row_number = [&](int r) { return row_of(r).row; };
   const auto page_of = [&](int64_t i) {
     if constexpr (SPARSE)
       return __ldg(self.place + i);
     else
       return table_page(a.batch, pool, table, b, i);
   };
-  const int64_t chunks = (length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits, from = split * per,
-                to = from + per < chunks ? from + per : chunks;
+  const int64_t chunks = (length + CHUNK - 1) / CHUNK, per = ((uint32_t)chunks + a.splits - 1) / (uint32_t)a.splits,
+                from = split * per, to = from + per < chunks ? from + per : chunks;
 
   for (int i = threadIdx.x; i < R * MAX_D; i += SCAN_THREADS) {
     const int r = i / MAX_D, x = i % MAX_D;
@@ -238,6 +313,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
 #pragma unroll
       for (int e = 0; e < 8; e++) o[r][e] = 0;
 
+  const uint64_t once = read_once();
   /* Tiles of this warp: all of chunk `c`, then of the next one that is its. Page numbers are fetched two tiles ahead, keys one. */
   const T *k_base = (const T *)pool.k + g * pool.k_head, *v_base = (const T *)pool.v + g * pool.v_head;
   const auto fetch = [&](int64_t c, int tile, int32_t(&page)[PAGES]) {
@@ -259,12 +335,12 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
     if (c < to && first + TILE <= length) {
 #pragma unroll
       for (int u = 0; u < U; u++)
-        x[u].load(start[PAGES > 1 ? u * SUBS / 16 : 0] + (PAGES > 1 ? u % (16 / SUBS) : u) * step, l, D);
+        x[u].load(start[PAGES > 1 ? u * SUBS / 16 : 0] + (PAGES > 1 ? u % (16 / SUBS) : u) * step, l, D, once);
     } else {
 #pragma unroll
       for (int u = 0; u < U; u++)
         if (c < to && first + u * SUBS + sub < length)
-          x[u].load(start[PAGES > 1 ? u * SUBS / 16 : 0] + (PAGES > 1 ? u % (16 / SUBS) : u) * step, l, D);
+          x[u].load(start[PAGES > 1 ? u * SUBS / 16 : 0] + (PAGES > 1 ? u % (16 / SUBS) : u) * step, l, D, once);
         else
           x[u].clear();
     }
@@ -330,37 +406,29 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
       up |= s > m[i];
       if (s > chunk_top[i]) chunk_top[i] = s;
     }
-    if (__any_sync(EMXI_FULL,
-                   up)) { /* a new largest score: all lanes, and through shared memory the other warps, get to know it */
+    if (__any_sync(EMXI_FULL, up)) {
+      if constexpr (!SOFTMAX) raise_bounds<OWN, R>(v, own_r, reach, floor, shared_max, lane, m, bound);
 #pragma unroll
-      for (int r = 0; r < R; r++) {
+      for (int r = 0; SOFTMAX && r < R; r++) { /* all lanes get to know it, and scale what they have */
         int top = to_ordered(-emxi_inf());
 #pragma unroll
         for (int i = 0; i < OWN; i++)
           if (own_r[i] == r && v[i] > -emxi_inf() && to_ordered(v[i]) > top) top = to_ordered(v[i]);
-        top = __reduce_max_sync(EMXI_FULL, top);
-        if (!SOFTMAX) {
-          if (lane == 0) top = max(top, atomicMax(&shared_max[r], top));
-          top = __shfl_sync(EMXI_FULL, top, 0);
-        }
-        const float new_m = from_ordered(top);
+        const float new_m = from_ordered(__reduce_max_sync(EMXI_FULL, top));
         float old = -emxi_inf();
 #pragma unroll
         for (int i = 0; i < OWN; i++)
           if (own_r[i] == r) {
             old = m[i];
             if (new_m > old) {
-              if (SOFTMAX) z[i] *= __expf(old - new_m);
+              z[i] *= __expf(old - new_m);
               m[i] = new_m;
-              if (!SOFTMAX) bound[i] = scan_bound(new_m, reach[i], floor);
             }
           }
-        if (SOFTMAX) { /* the same in every lane: some lane owns row r */
-          old = from_ordered(__reduce_max_sync(EMXI_FULL, to_ordered(old)));
-          const float f = new_m > old ? __expf(old - new_m) : 1.0f;
+        old = from_ordered(__reduce_max_sync(EMXI_FULL, to_ordered(old))); /* the same in every lane: some lane owns row r */
+        const float f = new_m > old ? __expf(old - new_m) : 1.0f;
 #pragma unroll
-          for (int e = 0; e < 8; e++) o[r][e] *= f;
-        }
+        for (int e = 0; e < 8; e++) o[SOFTMAX ? r : 0][e] *= f;
       }
     }
 
@@ -389,49 +457,10 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
     } else {
 #pragma unroll
       for (int i = 0; i < OWN; i++) pass |= v[i] > bound[i]; /* what is not visible is -inf */
-      if (__any_sync(EMXI_FULL, pass)) {
-#pragma unroll
-        for (int i = 0; i < OWN; i++) {
-          const bool mine = v[i] > bound[i];
-#pragma unroll
-          for (int r = 0; r < R; r++) {
-            const uint32_t mask = __ballot_sync(EMXI_FULL, mine && own_r[i] == r);
-            if (!mask) continue;
-            if (mine && own_r[i] == r) {
-              const row_id id = row_of(r);
-              const int64_t at = (id.row * a.chunks + c) * CHUNK + count[r] + __popc(mask & ((1u << lane) - 1));
-              a.z[at] = v[i];
-              a.local[at] = (uint8_t)(tile * TILE + own_token[i]);
-            }
-            count[r] += __popc(mask);
-          }
-        }
-      }
-      if (tile == TILES - 1) { /* the chunk is complete */
-#pragma unroll
-        for (int r = 0; r < R; r++) {
-          int top = to_ordered(-emxi_inf());
-#pragma unroll
-          for (int i = 0; i < OWN; i++)
-            if (own_r[i] == r) top = max(top, to_ordered(chunk_top[i]));
-          top = __reduce_max_sync(EMXI_FULL, top);
-          if (lane == 0 && r < rows) {
-            const row_id id = row_of(r);
-            a.chunk_max[id.row * a.chunks + c] = from_ordered(top);
-            a.count[id.row * a.chunks + c] = (uint8_t)count[r];
-          }
-          count[r] = 0;
-          const float all = from_ordered(((volatile int *)shared_max)[r]);
-#pragma unroll
-          for (int i = 0; i < OWN; i++)
-            if (own_r[i] == r && all > m[i]) {
-              m[i] = all;
-              bound[i] = scan_bound(all, reach[i], floor);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < OWN; i++) chunk_top[i] = -emxi_inf();
-      }
+      if (__any_sync(EMXI_FULL, pass))
+        keep_candidates<OWN, R>(a, c, tile * TILE, v, bound, own_r, own_token, row_number, lane, count);
+      if (tile == TILES - 1)
+        close_chunk<R>(a, c, rows, own_r, reach, floor, shared_max, row_number, lane, chunk_top, m, bound, count);
     }
     c = next_c, tile = next_tile, next_c = after_c, next_tile = after_tile;
 #pragma unroll
@@ -500,6 +529,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
     if (a.alphas && (alpha_of(a, id.h) == 1.0) != SOFTMAX) return; /* the other scan's row */
     if (!SOFTMAX) a.split_max[id.row * a.splits + split] = from_ordered(shared_max[threadIdx.x]);
     a.bad[id.row * a.splits + split] = shared_bad >> threadIdx.x & 1;
+    if (!SOFTMAX && split == 0) a.wide[id.row].arrived = 0;
   }
 }
 
@@ -512,7 +542,7 @@ __device__ __forceinline__ piece<T, 0> load_value(const emxi_cuda_decode &a, con
       p.place ? p.place[position >> a.pool.shift] : table_page(a.batch, a.pool, p.table, p.b, position >> a.pool.shift);
   piece<T, 0> x;
   x.load((const T *)a.pool.v + page * a.pool.v_page + p.g * a.pool.v_head + (position & (a.pool.P - 1)) * a.pool.v_token, lane,
-         a.pool.D);
+         a.pool.D, 0);
   return x;
 }
 /* acc += sum over the set bits of `active` of p v, in ascending order of the lanes whose p and position they are. */
@@ -549,37 +579,62 @@ __device__ __forceinline__ void add_values(const emxi_cuda_decode &a, const row_
 
 /* ---- solve */
 
+/* Scores above thr of a row with many, as `solve` has packed them: a list for each warp of each part. */
+struct packed {
+  const float *z;
+  const int32_t *at, *n;
+  int lists;
+};
+__device__ __forceinline__ packed packed_of(const emxi_cuda_decode &a, int64_t row) {
+  const int lists = a.parts * SOLVE_WARPS;
+  return {a.packed_z + row * lists * EMXI_CUDA_PACKED, a.packed_at + row * lists * EMXI_CUDA_PACKED, a.packed_n + row * lists,
+          lists};
+}
+
+/* Block = (part, row). All parts find out how many scores may matter. Few: part 0 has them in shared memory. Many: each part packs those
+ * of its chunks, and the last one solves. */
 template <typename T>
 __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ emxi_cuda_decode a) {
-  constexpr int KEPT = 16; /* chunk maxima a thread keeps in registers: those of a million tokens */
-  /* [2 listed] scores, and their positions from `listed` on if there are no more than that; chunks with a candidate; how many each has,
-   * then where they start. */
-  extern __shared__ float list[];
-  int32_t *position = (int32_t *)list + a.listed, *alive = (int32_t *)list + 2 * a.listed;
-  int16_t *begin = (int16_t *)(alive + MAX_ALIVE);
+  constexpr int KEPT = 16;               /* chunk maxima a thread keeps in registers: those of a million tokens */
+  __shared__ float list[2 * LISTED];     /* scores, then positions; at the end sums of values */
+  __shared__ int32_t alive[MAX_ALIVE];   /* chunks with a candidate */
+  __shared__ uint8_t alive_n[MAX_ALIVE]; /* candidates of the scan */
+  __shared__ int16_t begin[MAX_ALIVE];   /* how many matter, then where they start */
   __shared__ double scratch[3][SOLVE_WARPS];
-  __shared__ float part[2][SOLVE_WARPS];
+  __shared__ float part_sum[3][SOLVE_WARPS];
+  __shared__ double found[3]; /* by the first warp: threshold, one without margins, mass */
+  __shared__ int found_n;
   __shared__ int offsets[SOLVE_WARPS];
+  int32_t *position = (int32_t *)list + LISTED;
   wait_for_previous();
-  const int64_t row = blockIdx.x;
+  const uint32_t n_rows = (uint32_t)(a.batch.n * a.H * a.S);
+  const int64_t row = blockIdx.x % n_rows;
+  const int part = (int)(blockIdx.x / n_rows);
   const row_place place = place_of(a, row);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.pool.D;
   const int64_t chunks = (place.count + CHUNK - 1) / CHUNK;
   emxi_cuda_wide *wide = &a.wide[row];
   const double alpha = alpha_of(a, place.h);
   if (alpha == 1.0) { /* merge's row */
-    if (threadIdx.x == 0) wide->wide = 0;
+    if (threadIdx.x == 0 && part == 0) wide->wide = 0;
     return;
   }
 
-  /* A thread has neighbouring chunks, so that what it finds is in order. */
+  /* A thread has neighbouring chunks, so that what it finds is in order; a multiple of 16 of them, for their counts are bytes. */
   const float *chunk_max = a.chunk_max + row * a.chunks, *z = a.z + row * a.chunks * CHUNK;
   const uint8_t *count = a.count + row * a.chunks, *local = a.local + row * a.chunks * CHUNK;
-  const int64_t per = (chunks + SOLVE_THREADS - 1) / SOLVE_THREADS, from = threadIdx.x * per,
-                to = from + per < chunks ? from + per : chunks;
+  const int64_t per = chunks > 16 * SOLVE_THREADS  ? (chunks + SOLVE_THREADS - 1) / SOLVE_THREADS
+                      : chunks > 4 * SOLVE_THREADS ? 16
+                                                   : 4,
+                from = threadIdx.x * per, to = from + per < chunks ? from + per : chunks;
   float kept[KEPT];
+  uint8_t kept_n[KEPT];
 #pragma unroll
-  for (int i = 0; i < KEPT; i++) kept[i] = i < per && from + i < to ? chunk_max[from + i] : -emxi_inf();
+  for (int i = 0; i < KEPT; i++) {
+    const bool there = i < per && from + i < to;
+    kept[i] = there ? chunk_max[from + i] : -emxi_inf();
+    kept_n[i] = there ? count[from + i] : 0;
+  }
 
   bool bad = query_is_bad(a, place) || alpha == 0;
   int top = to_ordered(-emxi_inf());
@@ -590,9 +645,10 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
   top = __reduce_max_sync(EMXI_FULL, top);
   if (lane == 0) offsets[warp] = top;
   bad = __syncthreads_or(bad);
-  for (int w = 0; w < SOLVE_WARPS; w++) top = max(top, offsets[w]);
+  top = __reduce_max_sync(EMXI_FULL, offsets[lane % SOLVE_WARPS]);
   const float m = from_ordered(top);
   if (bad || m == -emxi_inf()) {
+    if (part) return;
     for (int d = threadIdx.x; d < D; d += SOLVE_THREADS) store_output(a, place, d, bad ? emxi_nan() : 0.0f);
     if (threadIdx.x == 0) {
       wide->wide = 0;
@@ -603,7 +659,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     return;
   }
 
-  const threshold k = threshold_of(alpha, m);
+  const threshold k = threshold_of(a, alpha, m);
   /* GAUSSIAN: weights from the estimated threshold, which may lie on either side of the true one. */
   const bool estimated = a.sparse && a.tau_mode != EMX_TAU_EXACT && a.choice[row].estimated;
 
@@ -613,92 +669,177 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
   const float fa = (float)k.a, fb = (float)k.b, slack = k.alpha == 2.0 || k.alpha == 1.5 ? 2e-5f : 1e-4f; /* above all rounding */
   for (int step = 0; step < 4 && k.alpha <= 2.0; step++) {
     float mass = 0, slope = 0;
-    const auto add = [&](float score) {
-      const float y = fmaf(fa, score - m, -low);
-      if (!(y > 0)) return;
-      const float p = k.alpha == 2.0 ? y : k.alpha == 1.5 ? y * y : powf(y, fb);
-      mass += p;
-      slope += k.alpha == 2.0 ? 1.0f : k.alpha == 1.5 ? y : p / y;
+    const auto add_all = [&](auto add) {
+#pragma unroll
+      for (int i = 0; i < KEPT; i++) add(fmaf(fa, kept[i] - m, -low));
+      for (int64_t c = from + KEPT; c < to; c++) add(fmaf(fa, chunk_max[c] - m, -low));
     };
-#pragma unroll
-    for (int i = 0; i < KEPT; i++) add(kept[i]);
-    for (int64_t c = from + KEPT; c < to; c++) add(chunk_max[c]);
-#pragma unroll
-    for (int i = 16; i; i >>= 1) {
-      mass += __shfl_xor_sync(EMXI_FULL, mass, i);
-      slope += __shfl_xor_sync(EMXI_FULL, slope, i);
-    }
-    __syncthreads();
-    if (lane == 0) part[0][warp] = mass, part[1][warp] = slope;
-    __syncthreads();
-    mass = slope = 0;
-#pragma unroll
-    for (int w = 0; w < SOLVE_WARPS; w++) mass += part[0][w], slope += part[1][w];
+    if (k.alpha == 1.5)
+      add_all([&](float y) {
+        y = fmaxf(y, 0.0f);
+        mass = fmaf(y, y, mass);
+        slope += y;
+      });
+    else if (k.alpha == 2.0)
+      add_all([&](float y) {
+        mass += fmaxf(y, 0.0f);
+        slope += y > 0 ? 1.0f : 0.0f;
+      });
+    else
+      add_all([&](float y) {
+        if (!(y > 0)) return;
+        const float p = slow_power(y, fb);
+        mass += p;
+        slope += p / y;
+      });
+    float sum[3] = {mass, slope, 0};
+    block_sums(sum, part_sum);
+    mass = sum[0], slope = sum[1];
     if (!(mass > 1 && slope > 0)) break;
-    low += fmaxf(0.0f, (mass - (k.alpha == 2.0 ? 1.0f : k.alpha == 1.5 ? sqrtf(mass) : powf(mass, 1.0f - fa))) / slope - slack);
+    low += fmaxf(0.0f, (mass - (k.alpha == 2.0   ? 1.0f
+                                : k.alpha == 1.5 ? sqrtf(mass)
+                                                 : slow_power(mass, 1.0f - fa))) /
+                               slope -
+                           slack);
   }
-  float thr = fmaxf(below_of(m, alpha), nextafterf((float)((double)m + (double)low / k.a), -emxi_inf()));
+  float thr = fmaxf(below_of(k), nextafterf((float)((double)m + (double)low * k.b), -emxi_inf()));
   if (estimated) {
-    thr = below_of(m, alpha);
+    thr = below_of(k);
     if (a.tau_mode == EMX_TAU_FIXED) thr = fminf(thr, nextafterf((float)(a.choice[row].estimate / k.a), -emxi_inf()));
   }
 
-  /* Chunks with a candidate, in order; then their candidates, a warp a chunk: counted, and put where they belong. */
-  int mine = 0, n_alive, total = 0;
+  /* Chunks with a candidate, in order. */
+  int mine = 0, candidates = 0, n_alive, total;
 #pragma unroll
-  for (int i = 0; i < KEPT; i++) mine += kept[i] > thr;
-  for (int64_t c = from + KEPT; c < to; c++) mine += chunk_max[c] > thr;
+  for (int i = 0; i < KEPT; i++)
+    if (kept[i] > thr) mine++, candidates += kept_n[i];
+  for (int64_t c = from + KEPT; c < to; c++)
+    if (chunk_max[c] > thr) mine++, candidates += count[c];
   int at = block_offsets(mine, offsets, &n_alive);
-  bool small = n_alive <= MAX_ALIVE;
-  if (small) {
-    for (int64_t c = from; mine && c < to; c++)
-      if (chunk_max[c] > thr) alive[at++] = (int32_t)c;
-    __syncthreads();
-    for (int i = warp; i < n_alive; i += SOLVE_WARPS) {
-      const int64_t base = (int64_t)alive[i] * CHUNK;
-      const int n = count[alive[i]];
-      int found = 0;
+  (void)block_offsets(candidates, offsets, &total);
+  const bool few = n_alive <= MAX_ALIVE && total <= LISTED;
+  bool held = few, listed = true; /* in shared memory; in the packed lists: else scores are read where the scan has put them */
+  const packed pack = packed_of(a, row);
+  if (few) {
+    if (part) return;
 #pragma unroll
-      for (int j = 0; j < CHUNK; j += 32) found += __popc(__ballot_sync(EMXI_FULL, j + lane < n && z[base + j + lane] > thr));
-      if (lane == 0) begin[i] = (int16_t)found;
-    }
+    for (int i = 0; i < KEPT; i++)
+      if (kept[i] > thr) alive[at] = (int32_t)(from + i), alive_n[at++] = kept_n[i];
+    for (int64_t c = from + KEPT; c < to; c++)
+      if (chunk_max[c] > thr) alive[at] = (int32_t)c, alive_n[at++] = count[c];
     __syncthreads();
-    mine = 0;
-    for (int i = threadIdx.x * (MAX_ALIVE / SOLVE_THREADS), n = 0; n < MAX_ALIVE / SOLVE_THREADS && i + n < n_alive; n++)
-      mine += begin[i + n];
-    at = block_offsets(mine, offsets, &total);
-    small = total <= 2 * a.listed;
-  }
-  if (small) {
-    for (int i = threadIdx.x * (MAX_ALIVE / SOLVE_THREADS), n = 0; n < MAX_ALIVE / SOLVE_THREADS && i + n < n_alive; n++) {
-      const int found = begin[i + n];
-      begin[i + n] = (int16_t)at;
-      at += found;
-    }
-    __syncthreads();
-    for (int i = warp; i < n_alive; i += SOLVE_WARPS) {
-      const int64_t base = (int64_t)alive[i] * CHUNK;
-      const int n = count[alive[i]];
-      int place_in = begin[i];
+    /* Four chunks a warp at a time, twice: what is above thr is counted, then put where it belongs. */
+    for (int pass = 0; pass < 2; pass++) {
+      for (int first = warp * 4; first < n_alive; first += SOLVE_WARPS * 4) {
+        float v[4]; /* most have no more than 32 candidates */
 #pragma unroll
-      for (int j = 0; j < CHUNK; j += 32) {
-        const float s = j + lane < n ? z[base + j + lane] : -emxi_inf();
-        const uint32_t mask = __ballot_sync(EMXI_FULL, s > thr);
-        if (s > thr) {
-          const int to_place = place_in + __popc(mask & ((1u << lane) - 1));
-          list[to_place] = s;
-          if (total <= a.listed) position[to_place] = (int32_t)(base + local[base + j + lane]);
+        for (int u = 0; u < 4; u++)
+          v[u] = first + u < n_alive && lane < alive_n[first + u] ? z[(int64_t)alive[first + u] * CHUNK + lane] : -emxi_inf();
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+          if (first + u >= n_alive) break;
+          const int64_t base = (int64_t)alive[first + u] * CHUNK;
+          const int n = alive_n[first + u];
+          int place_in = pass ? begin[first + u] : 0;
+          for (int j = 0;;) {
+            const uint32_t mask = __ballot_sync(EMXI_FULL, v[u] > thr);
+            if (pass && v[u] > thr) {
+              const int to_place = place_in + __popc(mask & ((1u << lane) - 1));
+              list[to_place] = v[u];
+              position[to_place] = (int32_t)(base + local[base + j + lane]);
+            }
+            place_in += __popc(mask);
+            j += 32;
+            if (j >= n) break;
+            v[u] = j + lane < n ? z[base + j + lane] : -emxi_inf();
+          }
+          if (!pass && lane == 0) begin[first + u] = (int16_t)place_in;
         }
-        place_in += __popc(mask);
       }
+      __syncthreads();
+      if (pass) break;
+      constexpr int EACH = MAX_ALIVE / SOLVE_THREADS;
+      mine = 0;
+#pragma unroll
+      for (int i = 0; i < EACH; i++) mine += threadIdx.x * EACH + i < n_alive ? begin[threadIdx.x * EACH + i] : 0;
+      at = block_offsets(mine, offsets, &total);
+#pragma unroll
+      for (int i = 0; i < EACH; i++)
+        if (threadIdx.x * EACH + i < n_alive) {
+          const int found = begin[threadIdx.x * EACH + i];
+          begin[threadIdx.x * EACH + i] = (int16_t)at;
+          at += found;
+        }
+      __syncthreads();
     }
+  } else {
+    const int64_t share_of = (chunks + a.parts - 1) / a.parts, first = part * share_of,
+                  end = first + share_of < chunks ? first + share_of : chunks;
+    const int64_t slot = ((row * a.parts + part) * SOLVE_WARPS + warp) * EMXI_CUDA_PACKED;
+    int n = 0;
+    for (int64_t c = first + warp * 4; c < end; c += SOLVE_WARPS * 4) {
+      float v[4][CHUNK / 32];
+#pragma unroll
+      for (int u = 0; u < 4; u++) {
+        const int there = c + u < end && chunk_max[c + u] > thr ? count[c + u] : 0;
+#pragma unroll
+        for (int j = 0; j < CHUNK / 32; j++) v[u][j] = 32 * j + lane < there ? z[(c + u) * CHUNK + 32 * j + lane] : -emxi_inf();
+      }
+#pragma unroll
+      for (int u = 0; u < 4; u++)
+#pragma unroll
+        for (int j = 0; j < CHUNK / 32; j++) {
+          const uint32_t mask = __ballot_sync(EMXI_FULL, v[u][j] > thr);
+          const int to_place = n + __popc(mask & ((1u << lane) - 1));
+          if (v[u][j] > thr && to_place < EMXI_CUDA_PACKED) {
+            a.packed_z[slot + to_place] = v[u][j];
+            a.packed_at[slot + to_place] = (int32_t)((c + u) * CHUNK + local[(c + u) * CHUNK + 32 * j + lane]);
+          }
+          n += __popc(mask);
+        }
+    }
+    if (lane == 0) a.packed_n[(row * a.parts + part) * SOLVE_WARPS + warp] = n;
+    __threadfence();
     __syncthreads();
+    if (threadIdx.x == 0) offsets[0] = atomicAdd(&wide->arrived, 1u) == (uint32_t)a.parts - 1;
+    __syncthreads();
+    if (!offsets[0]) return;
+    __threadfence();
+    int most = 0, sum = 0;
+    for (int i = threadIdx.x; i < pack.lists; i += SOLVE_THREADS) {
+      const int of = __ldcg(pack.n + i);
+      most = max(most, of), sum += of;
+    }
+    listed = !__syncthreads_or(most > EMXI_CUDA_PACKED);
+    at = block_offsets(sum, offsets, &total);
+    held = listed && total <= 2 * LISTED && pack.lists <= SOLVE_THREADS; /* a list a thread was counted */
+    if (held) {
+      if (threadIdx.x < pack.lists) alive[threadIdx.x] = at;
+      __syncthreads();
+      for (int i = warp; i < pack.lists; i += SOLVE_WARPS)
+        for (int j = lane, to_place = alive[i], n = __ldcg(pack.n + i); j < n; j += 32)
+          list[to_place + j] = __ldcg(pack.z + (int64_t)i * EMXI_CUDA_PACKED + j);
+      __syncthreads();
+    }
   }
-  /* The same numbers in every thread. A short list is summed by each warp for itself: no barriers. A row with many candidates is summed
-   * from its segments, by a thread a chunk, in the order of what is above thr, whatever else is there. */
+  /* f(score) for everything above thr, by some thread, in an order that depends on nothing else. */
+  const auto each = [&](auto f) {
+    if (held) {
+      for (int i = threadIdx.x; i < total; i += SOLVE_THREADS) f(list[i]);
+    } else if (listed) {
+      for (int i = warp; i < pack.lists; i += SOLVE_WARPS)
+        for (int j = lane, n = __ldcg(pack.n + i); j < n; j += 32) f(__ldcg(pack.z + (int64_t)i * EMXI_CUDA_PACKED + j));
+    } else {
+      for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS)
+        for (int j = 0, n = chunk_max[c] > thr ? count[c] : 0; j < n; j++)
+          if (z[c * CHUNK + j] > thr) f(z[c * CHUNK + j]);
+    }
+  };
+  /* The same numbers in every thread that works. A short list is the first warp's, which needs no barriers. */
+  const bool alone = held && total <= 256, works = !alone || warp == 0;
   const auto sums = [&](double t, double margin, double(&s)[3]) {
     s[0] = s[1] = s[2] = 0;
-    if (small && total <= 256) {
+    if (alone) {
       for (int i = lane; i < total; i += 32) add_term(k, list[i], t, margin, s);
 #pragma unroll
       for (int step = 16; step; step >>= 1)
@@ -706,23 +847,19 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
         for (int i = 0; i < 3; i++) s[i] += __shfl_xor_sync(EMXI_FULL, s[i], step);
       return;
     }
-    if (small) {
-      for (int i = threadIdx.x; i < total; i += SOLVE_THREADS) add_term(k, list[i], t, margin, s);
-    } else {
-      for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS) {
-        if (!(chunk_max[c] > thr)) continue;
-        const int n = count[c];
-        for (int j = 0; j < n; j++)
-          if (z[c * CHUNK + j] > thr) add_term(k, z[c * CHUNK + j], t, margin, s);
-      }
-    }
+    each([&](float score) { add_term(k, score, t, margin, s); });
     block_sums(s, scratch);
   };
 
   /* Root in [lo, hi], as in src/cpu/solver.inc: steps while they stay inside and make progress, else bisection (alpha > 2: of the
    * exponent, a flat row needs t relatively). 1e-14 is far below what the rounding of a float score moves. */
-  double lo = low, hi = emxi_bracket_hi((double)(small ? total : place.count), k.alpha) * (1 - 1e-12), t = lo, last = 1e300, s[3];
-  for (int iteration = 0; iteration < 300; iteration++) {
+  double lo = low,
+         hi = (k.alpha == 1.5   ? -rsqrt((double)total)
+               : k.alpha == 2.0 ? -1.0 / (double)total
+                                : -slow_power((double)total, -k.a)) *
+              (1 - 1e-12),
+         t = lo, last = 1e300, s[3];
+  for (int iteration = 0; works && iteration < 300; iteration++) {
     double f;
     sums(t, 0, s);
     const double e = threshold_step(k, s, &f);
@@ -750,13 +887,13 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     t = next;
   }
   const double margin = k.alpha <= 2.0 ? 1e-13 : 0.0;
-  if (k.alpha == 2.0 || k.alpha == 1.5) { /* in closed form from the support */
+  if (works && (k.alpha == 2.0 || k.alpha == 1.5)) { /* in closed form from the support */
     double f;
     sums(t, margin, s);
     t += threshold_step(k, s, &f);
   }
-  const double exact = t;
-  if (estimated) {
+  double exact = t;
+  if (estimated && works) {
     t = a.choice[row].estimate - k.a * (double)m;
     if (a.tau_mode == EMX_TAU_CORRECTED) { /* steps inside [m-1, m], as on the CPU */
       double below = -1, above = 0;
@@ -785,16 +922,24 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     result[0] += p;
     result[1] += p > 0;
   };
-  if (small) {
-    for (int i = threadIdx.x; i < total; i += SOLVE_THREADS) weigh(list[i]);
+  if (alone) {
+    if (warp == 0) {
+      for (int i = lane; i < total; i += 32) weigh(list[i]);
+#pragma unroll
+      for (int step = 16; step; step >>= 1)
+#pragma unroll
+        for (int i = 0; i < 2; i++) result[i] += __shfl_xor_sync(EMXI_FULL, result[i], step);
+      if (lane == 0) found[0] = t, found[1] = exact, found[2] = result[0], found_n = (int)result[1];
+    }
+    __syncthreads();
+    t = found[0], exact = found[1], result[0] = found[2], result[1] = found_n;
   } else {
-    for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS)
-      for (int j = 0, n = chunk_max[c] > thr ? count[c] : 0; j < n; j++) weigh(z[c * CHUNK + j]);
+    each(weigh);
+    block_sums(result, scratch);
   }
-  block_sums(result, scratch);
-  const bool here = small && total <= a.listed && result[1] <= MAX_HERE;
+  const bool here = few && result[1] <= MAX_HERE;
   if (threadIdx.x == 0) {
-    wide->wide = !here;
+    wide->wide = here ? WIDE_NOT : !few && listed ? WIDE_PACKED : WIDE_SEGMENTS;
     wide->done = 0;
     wide->t = t;
     wide->m = m;
@@ -826,7 +971,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     store_output(a, place, d, x);
   }
 }
-static_assert(SOLVE_WARPS * MAX_D <= EMXI_CUDA_LISTED_LEAST, "the warps' sums lie where the list was");
+static_assert(SOLVE_WARPS * MAX_D <= 2 * LISTED, "the warps' sums lie where the list was");
 
 /* ---- share */
 
@@ -841,23 +986,35 @@ __global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ em
   if (!wide->wide) return;
   const row_place place = place_of(a, row);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.pool.D;
-  const int64_t chunks = (place.count + CHUNK - 1) / CHUNK, per = (chunks + a.shares - 1) / a.shares, from = part * per,
-                to = from + per < chunks ? from + per : chunks;
-  const threshold k = threshold_of(alpha_of(a, place.h), wide->m);
+  const threshold k = threshold_of(a, alpha_of(a, place.h), wide->m);
   const double t = wide->t;
-  const float *z = a.z + row * a.chunks * CHUNK;
-  const uint8_t *local = a.local + row * a.chunks * CHUNK;
   float acc[PER_LANE];
 #pragma unroll
   for (int e = 0; e < PER_LANE; e++) acc[e] = 0;
-  for (int64_t c = from + warp; c < to; c += SCAN_WARPS) {
-    if (!(a.chunk_max[row * a.chunks + c] > wide->thr)) continue;
-    const int n = a.count[row * a.chunks + c];
-    for (int base = 0; base < n; base += 32) {
-      const int i = base + lane;
-      const float p = i < n ? weight_of(k, z[c * CHUNK + i], t) : 0.0f;
-      const int64_t at = c * CHUNK + (i < n ? local[c * CHUNK + i] : 0);
-      add_values<T>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, at, lane, acc);
+  const auto add = [&](float score, int64_t at, bool there) {
+    const float p = there ? weight_of(k, score, t) : 0.0f;
+    add_values<T>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, at, lane, acc);
+  };
+  if (wide->wide == WIDE_PACKED) {
+    const packed pack = packed_of(a, row);
+    for (int i = part * SCAN_WARPS + warp; i < pack.lists; i += a.shares * SCAN_WARPS)
+      for (int base = 0, n = pack.n[i]; base < n; base += 32) {
+        const int64_t j = (int64_t)i * EMXI_CUDA_PACKED + base + lane;
+        const bool there = base + lane < n;
+        add(there ? pack.z[j] : 0.0f, there ? pack.at[j] : 0, there);
+      }
+  } else {
+    const int64_t chunks = (place.count + CHUNK - 1) / CHUNK, per = (chunks + a.shares - 1) / a.shares, from = part * per,
+                  to = from + per < chunks ? from + per : chunks;
+    const float *z = a.z + row * a.chunks * CHUNK;
+    const uint8_t *local = a.local + row * a.chunks * CHUNK;
+    for (int64_t c = from + warp; c < to; c += SCAN_WARPS) {
+      if (!(a.chunk_max[row * a.chunks + c] > wide->thr)) continue;
+      const int n = a.count[row * a.chunks + c];
+      for (int base = 0; base < n; base += 32) {
+        const int i = base + lane;
+        add(i < n ? z[c * CHUNK + i] : 0.0f, c * CHUNK + (i < n ? local[c * CHUNK + i] : 0), i < n);
+      }
     }
   }
 #pragma unroll
@@ -972,9 +1129,7 @@ void decode_all(const emxi_cuda_decode &d, cudaStream_t stream) {
   }
   if (!d.alphas && d.alpha == 1.0) return;
   scan_any<T, false>(d, stream);
-  const int bytes = (int)EMXI_CUDA_SOLVE_BYTES(d.listed);
-  (void)cudaFuncSetAttribute(solve<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  launch(solve<T>, rows, SOLVE_THREADS, (size_t)bytes, stream, d.overlap, d);
+  launch(solve<T>, rows * (unsigned)d.parts, SOLVE_THREADS, 0, stream, d.overlap, d);
   launch(share<T>, rows * (unsigned)d.shares, SCAN_THREADS, 0, stream, d.overlap, d);
 }
 

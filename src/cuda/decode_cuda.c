@@ -2,6 +2,7 @@
  * How a decode is cut up for the device, and where its workspace lies. Everything that kernels decide by lies in device memory or is a
  * kernel argument; the cut depends on shapes and max_len only, so a captured graph stays right while lengths grow up to max_len. */
 #include "cuda/backend_cuda.h"
+#include "entmax/solve.h"
 #include "kv/gaussian.h"
 
 static int64_t at_least_one(int64_t x) { return x < 1 ? 1 : x; }
@@ -32,6 +33,8 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
                         .overlap = emxi_cuda_of(ctx)->overlap,
                         .alpha = d->alpha,
                         .alphas = d->alphas,
+                        .power = d->alpha > 1 ? 1.0 / (d->alpha - 1.0) : 0,
+                        .power_kind = d->alpha > 1 ? emxi_power_kind(1.0 / (d->alpha - 1.0)) : 0,
                         .scale = d->scale,
                         .slopes = d->slopes,
                         .report_stride = d->report_stride,
@@ -60,7 +63,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   splits = splits > most ? most : splits;
   shares = shares > most ? most : shares;
   const int64_t judges = at_least_one(slice * kv->G * ceil_div(group, group == 1 ? 1 : 4)), few = ceil_div(k.pages, 256);
-  int64_t page_splits = at_least_one((int64_t)emxi_cuda_of(ctx)->processors * 3 / judges);
+  int64_t page_splits = at_least_one((int64_t)emxi_cuda_of(ctx)->processors * 2 / judges);
   page_splits = page_splits > few ? few : page_splits;
   k.page_splits = (int32_t)page_splits;
   if (items * splits > INT32_MAX || rows * shares > INT32_MAX || judges * page_splits > INT32_MAX)
@@ -71,7 +74,8 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   k.blocks = (int32_t)blocks;
   k.splits = (int32_t)splits;
   k.shares = (int32_t)shares;
-  k.listed = emxi_cuda_of(ctx)->listed;
+  const int64_t solvers = emxi_cuda_of(ctx)->processors / at_least_one(rows);
+  k.parts = solvers < 1 ? 1 : solvers > 16 ? 16 : (int32_t)solvers;
 
   int64_t cells; /* chunks of all rows */
   if (__builtin_mul_overflow(rows, k.chunks, &cells)) cells = -1;
@@ -86,6 +90,10 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   k.split_max = emxi_arena_take(arena, solved, sizeof *k.split_max);
   k.wide = emxi_arena_take(arena, d->select_only ? 0 : rows, sizeof *k.wide);
   k.share = emxi_arena_take(arena, solved ? rows * shares * kv->D : 0, sizeof *k.share);
+  const int64_t packs = solved ? rows * k.parts * (EMXI_CUDA_SOLVE_THREADS / 32) : 0;
+  k.packed_z = emxi_arena_take(arena, packs * EMXI_CUDA_PACKED, sizeof *k.packed_z);
+  k.packed_at = emxi_arena_take(arena, packs * EMXI_CUDA_PACKED, sizeof *k.packed_at);
+  k.packed_n = emxi_arena_take(arena, packs, sizeof *k.packed_n);
   k.part_o = emxi_arena_take(arena, merged * kv->D, sizeof *k.part_o);
   k.part_m = emxi_arena_take(arena, merged, sizeof *k.part_m);
   k.part_z = emxi_arena_take(arena, merged, sizeof *k.part_z);

@@ -78,6 +78,21 @@ __device__ __forceinline__ int32_t table_page(const emxi_cuda_batch &batch, cons
   return 0;
 }
 
+/* Sixteen bytes that are read once: they leave the second-level cache first, where the code of the kernels that follow and what they share
+ * shall stay. `once`: read_once(). */
+__device__ __forceinline__ uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint4 load16(const void *p, uint64_t once) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p), "l"(once));
+  return x;
+}
+
 /* First in every kernel that `launch` starts: what the kernel before it wrote is there. */
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
@@ -100,16 +115,33 @@ void launch(K kernel, dim3 grid, unsigned threads, size_t shared, cudaStream_t s
   (void)cudaLaunchKernelEx(&config, kernel, argument);
 }
 
-/* Sum over the block in a fixed order, in every thread. scratch: a double for each warp. Has barriers. */
+/* Sum over the block in a fixed order, in every thread. scratch: a double for each warp, at most 32. Has barriers. The warps' sums are
+ * added by lanes: a loop over them in every warp would be issued by all of them. */
 __device__ __forceinline__ double block_sum(double x, double *scratch) {
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
 #pragma unroll
   for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(EMXI_FULL, x, step);
   __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  if (lane == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
-  double sum = 0;
-  for (int w = 0; w < (int)blockDim.x / 32; w++) sum += scratch[w];
-  return sum;
+  x = lane < warps ? scratch[lane] : 0;
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(EMXI_FULL, x, step);
+  return x;
+}
+/* The largest, -inf included; NaN wins. scratch: a float for each warp. */
+__device__ __forceinline__ float block_max(float x, float *scratch) {
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const auto larger = [](float p, float q) { return p != p || q <= p ? p : q; };
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x = larger(x, __shfl_xor_sync(EMXI_FULL, x, step));
+  __syncthreads();
+  if (lane == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = scratch[lane < warps ? lane : 0];
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x = larger(x, __shfl_xor_sync(EMXI_FULL, x, step));
+  return x;
 }
 
 } // namespace

@@ -15,14 +15,10 @@ extern "C" {
 #define EMXI_CUDA_SLICE 64
 /* Positions of a chunk: what one warp scores in one go, and what one candidate segment has room for. A local position is a byte. */
 #define EMXI_CUDA_CHUNK 128
-/* Shared memory of the solver: the scores of twice `listed` candidates, or of `listed` with their positions; and chunks that have some.
- * Rows with more are solved from global memory. What a multiprocessor of compute capability 8.0 and 9.0 has, and others. */
-#define EMXI_CUDA_LISTED 12288
-#define EMXI_CUDA_LISTED_LEAST 4096
-#define EMXI_CUDA_ALIVE 8192
-#define EMXI_CUDA_SOLVE_BYTES(listed) ((size_t)(listed)*8 + (size_t)EMXI_CUDA_ALIVE * 6)
+/* Room for the scores above the threshold that a warp finds, in a row that has many. A row with more is solved from all candidates. */
+#define EMXI_CUDA_PACKED 512
+#define EMXI_CUDA_SOLVE_THREADS 512
 #define EMXI_CUDA_UPDATES 300
-#define EMXI_CUDA_MAX_ROWS 8 /* query rows that share one read of K */
 
 /* The first fault of asynchronous work, in host memory that the device sees; who may write it is decided by a word in device memory. */
 enum {
@@ -108,7 +104,8 @@ typedef struct emxi_cuda_listed {
 typedef struct emxi_cuda_wide {
   double t;
   float m, thr;
-  uint32_t wide, done; /* done: blocks that have added their share */
+  uint32_t wide, done; /* who adds values; done: blocks that have added their share */
+  uint32_t arrived;    /* parts that have packed what they have */
   /* for the bound of what was not read */
   double exact;   /* threshold that was solved, relative to m; alpha = 1: sum of exp(s - m) */
   int32_t solved; /* the row has scores, all below +inf */
@@ -119,7 +116,6 @@ typedef struct emxi_cuda_choice {
   double estimate;   /* GAUSSIAN: threshold in units of (alpha-1) score */
   float max_unread;  /* bound of the scores of all pages that are not read; -inf: all are */
   float size;        /* >= the norm of every key that may be read */
-  float floor, z;    /* GAUSSIAN: a page is read where mu + z sigma > floor */
   int32_t estimated; /* GAUSSIAN: there is an estimate */
   int32_t judged;    /* pages whose summaries were read */
 } emxi_cuda_choice;
@@ -131,10 +127,12 @@ typedef struct emxi_cuda_decode {
   int32_t H, S, group;               /* group: H / G */
   int32_t rows, blocks;              /* rows of a work item; items of a (sequence, KV head): they cover group * S rows */
   int32_t splits, shares;            /* parts of a sequence: in the scan; in the sums of wide rows */
-  int32_t listed;                    /* EMXI_CUDA_LISTED or _LEAST */
+  int32_t parts;                     /* blocks that look at a row's candidates */
   int32_t q_dtype, o_dtype, vectors; /* vectors: rows of K may be read 16 bytes at a time */
   int32_t overlap;                   /* a kernel may be made ready while the one before it ends */
   double alpha;
+  double power; /* 1/(alpha-1), and the integer that it is, 1..4, or 0 */
+  int32_t power_kind;
   const double *alphas; /* [H] or NULL: alpha for all */
   float scale;
   const char *q;
@@ -153,6 +151,8 @@ typedef struct emxi_cuda_decode {
   int32_t *bad;         /* [rows, splits] NaN or +inf among the scores */
   emxi_cuda_wide *wide; /* [rows] */
   float *share;         /* [rows, shares, D] */
+  float *packed_z;      /* [rows, parts, warps of a block, EMXI_CUDA_PACKED]; positions; [rows, parts, warps] how many */
+  int32_t *packed_at, *packed_n;
   /* alpha = 1 */
   float *part_o; /* [rows, splits, D] sum of exp(s - m) v */
   float *part_m, *part_z;
@@ -165,7 +165,7 @@ typedef struct emxi_cuda_decode {
   int32_t page_splits;
   float page_z, safety_margin, excess_margin;
   float *upper;                   /* [rows, pages] no score of the page is larger; +inf: not known, -inf: the page is read */
-  float *mu, *sigma;              /* [rows, pages] GAUSSIAN */
+  float *mu, *sigma;              /* [rows, pages] GAUSSIAN; without slopes mu is mu + page_z sigma, and sigma is not there */
   float *sizes;                   /* [rows, page_splits] */
   double *stats;                  /* [rows, page_splits, 4] GAUSSIAN: pages, sums of mu, sigma, mu^2 + sigma^2 */
   uint32_t *chosen;               /* [rows, pages/32] */

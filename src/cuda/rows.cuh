@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int CHUNK = EMXI_CUDA_CHUNK, SOLVE_THREADS = 512, SOLVE_WARPS = SOLVE_THREADS / 32, MAX_D = 256;
+constexpr int CHUNK = EMXI_CUDA_CHUNK, SOLVE_THREADS = EMXI_CUDA_SOLVE_THREADS, SOLVE_WARPS = SOLVE_THREADS / 32, MAX_D = 256;
 
 /* ---- rows */
 
@@ -22,16 +22,17 @@ struct row_place {
 };
 __device__ __forceinline__ row_place place_of(const emxi_cuda_decode &a, int64_t row) {
   row_place p;
-  p.s = (int)(row % a.S);
-  p.h = (int)(row / a.S % a.H);
-  p.b = (int)(row / a.S / a.H);
-  p.g = p.h / a.group;
+  const uint32_t r = (uint32_t)row; /* rows fit 31 bits; long divisions are slow */
+  p.s = (int)(r % (uint32_t)a.S);
+  p.h = (int)(r / (uint32_t)a.S % (uint32_t)a.H);
+  p.b = (int)(r / (uint32_t)a.S / (uint32_t)a.H);
+  p.g = (int)((uint32_t)p.h / (uint32_t)a.group);
   p.table = batch_entry(a.batch, p.b, &p.length);
   p.visible = p.length - a.S + p.s + 1;
   if (p.visible < 0) p.visible = 0;
   p.list = p.place = nullptr;
   p.count = p.visible;
-  p.pages = (int32_t)((p.visible + a.pool.P - 1) / a.pool.P);
+  p.pages = (int32_t)((p.visible + a.pool.P - 1) >> a.pool.shift);
   if (a.sparse) {
     p.list = a.list + row * a.pages;
     p.place = a.place + row * a.pages;
@@ -92,17 +93,22 @@ struct threshold {
   int power;
   float m;
 };
-__device__ __forceinline__ threshold threshold_of(double alpha, float m) {
+/* A kernel here runs once over code that is not in the instruction cache: what is long and seldom needed is a function. */
+__device__ __noinline__ double slow_power(double x, double b) { return pow(x, b); }
+__device__ __noinline__ float slow_power(float x, float b) { return powf(x, b); }
+__device__ __forceinline__ double power_of(double y, double b, int kind) {
+  return kind ? emxi_power(y, 1.0, kind) : slow_power(y, b);
+}
+__device__ __forceinline__ threshold threshold_of(const emxi_cuda_decode &a, double alpha, float m) {
+  if (!a.alphas) return {alpha, alpha - 1.0, a.power, a.power_kind, m};
   const double b = 1.0 / (alpha - 1.0);
   return {alpha, alpha - 1.0, b, emxi_power_kind(b), m};
 }
 /* What cannot be in the support once a score m was seen: one float further down covers the rounding of the difference. */
-__device__ __forceinline__ float below_of(float m, double alpha) {
-  return nextafterf((float)((double)m - 1.0 / (alpha - 1.0)), -emxi_inf());
-}
+__device__ __forceinline__ float below_of(const threshold &k) { return nextafterf((float)((double)k.m - k.b), -emxi_inf()); }
 __device__ __forceinline__ float weight_of(const threshold &k, float z, double t) {
   const double y = k.a * ((double)z - (double)k.m) - t;
-  return y > 0 ? (float)emxi_power(y, k.b, k.power) : 0.0f;
+  return y > 0 ? (float)power_of(y, k.b, k.power) : 0.0f;
 }
 /* Adds what z contributes: alpha 2 and 1.5: count, sum y, sum y^2 over y > margin; else 0, sum y^(b-1), sum y^b. */
 __device__ __forceinline__ void add_term(const threshold &k, float z, double t, double margin, double (&s)[3]) {
@@ -113,13 +119,13 @@ __device__ __forceinline__ void add_term(const threshold &k, float z, double t, 
     s[1] += y;
     s[2] += y * y;
   } else {
-    const double p = emxi_power(y, k.b, k.power);
+    const double p = power_of(y, k.b, k.power);
     s[1] += p / y;
     s[2] += p;
   }
 }
 /* The next threshold minus t, and the residual at t. As in src/cpu/solver.inc. */
-__device__ __forceinline__ double threshold_step(const threshold &k, const double (&s)[3], double *f) {
+__device__ __noinline__ double threshold_step(const threshold &k, const double (&s)[3], double *f) {
   if (k.alpha == 2.0 || k.alpha == 1.5) {
     const emxi_sums sums = {s[0], s[1], s[2]};
     *f = (k.alpha == 2.0 ? s[1] : s[2]) - 1.0;
@@ -128,12 +134,12 @@ __device__ __forceinline__ double threshold_step(const threshold &k, const doubl
   }
   *f = s[2] - 1.0;
   if (!(s[1] > 0)) return -0.5;
-  return k.alpha < 2.0 ? (s[2] - pow(s[2], 1.0 - k.a)) / s[1] : emxi_step_newton(*f, s[1], k.b);
+  return k.alpha < 2.0 ? (s[2] - slow_power(s[2], 1.0 - k.a)) / s[1] : emxi_step_newton(*f, s[1], k.b);
 }
 
-/* Exclusive sum of x over the block and, in *total, of all. Has barriers. */
+/* Exclusive sum of x over the block and, in *total, of all. scratch: an int for each warp. Has barriers. */
 __device__ __forceinline__ int block_offsets(int x, int *scratch, int *total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   int upto = x;
 #pragma unroll
   for (int step = 1; step < 32; step <<= 1) {
@@ -143,31 +149,35 @@ __device__ __forceinline__ int block_offsets(int x, int *scratch, int *total) {
   __syncthreads();
   if (lane == 31) scratch[warp] = upto;
   __syncthreads();
-  int sum = 0, before = 0;
-  for (int w = 0; w < (int)blockDim.x / 32; w++) {
-    if (w == warp) before = sum;
-    sum += scratch[w];
+  int sum = lane < warps ? scratch[lane] : 0;
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) {
+    const int other = __shfl_up_sync(EMXI_FULL, sum, step);
+    if (lane >= step) sum += other;
   }
-  *total = sum;
-  return before + upto - x;
+  *total = __shfl_sync(EMXI_FULL, sum, 31);
+  const int before = __shfl_sync(EMXI_FULL, sum, warp ? warp - 1 : 0);
+  return (warp ? before : 0) + upto - x;
 }
 
 /* Sums of all threads in a fixed order, the same in every thread. Has barriers. */
-__device__ __forceinline__ void block_sums(double (&x)[3], double (*scratch)[SOLVE_WARPS]) {
+template <typename S>
+__device__ __forceinline__ void block_sums(S (&x)[3], S (*scratch)[SOLVE_WARPS]) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 16; step; step >>= 1)
 #pragma unroll
     for (int i = 0; i < 3; i++) x[i] += __shfl_xor_sync(EMXI_FULL, x[i], step);
   __syncthreads();
-  if (threadIdx.x % 32 == 0)
+  if (lane == 0)
 #pragma unroll
     for (int i = 0; i < 3; i++) scratch[i][threadIdx.x / 32] = x[i];
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < 3; i++) {
-    x[i] = 0;
+    x[i] = scratch[i][lane % SOLVE_WARPS];
 #pragma unroll
-    for (int w = 0; w < SOLVE_WARPS; w++) x[i] += scratch[i][w];
+    for (int step = SOLVE_WARPS / 2; step; step >>= 1) x[i] += __shfl_xor_sync(EMXI_FULL, x[i], step);
   }
 }
 

@@ -17,8 +17,8 @@
 
 namespace {
 
-constexpr int JUDGE_THREADS = 256, JUDGE_WARPS = JUDGE_THREADS / 32, AHEAD = 4, PICK_THREADS = 1024, SECTIONS = 256,
-              CERTIFY_THREADS = SOLVE_THREADS, BINS = 1024, LISTED = 4096;
+constexpr int JUDGE_THREADS = 256, JUDGE_WARPS = JUDGE_THREADS / 32, PICK_THREADS = 1024, SECTIONS = 256,
+              CERTIFY_THREADS = SOLVE_THREADS, BINS = 256, LISTED = 256;
 
 __device__ __forceinline__ float float_up(double x) {
   const float f = __double2float_ru(x);
@@ -46,13 +46,6 @@ __device__ double load_query(const emxi_cuda_decode &a, int b, int h, int s, int
 
 /* ---- judge */
 
-__device__ __forceinline__ uint4 load16(const void *p) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(p));
-  return x;
-}
 /* Byte i of w as a float: 2^23 + byte has it in its last bits. */
 template <int I>
 __device__ __forceinline__ float byte_float(uint32_t w, float less) {
@@ -61,14 +54,14 @@ __device__ __forceinline__ float byte_float(uint32_t w, float less) {
 template <typename T>
 struct eight { /* elements */
   float x[8];
-  __device__ __forceinline__ void load(const T *p) {
+  __device__ __forceinline__ void load(const T *p, uint64_t once) {
     if constexpr (sizeof(T) == 4) {
-      const uint4 a = load16(p), b = load16(p + 4);
+      const uint4 a = load16(p, once), b = load16(p + 4, once);
       const uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
       for (int i = 0; i < 8; i++) x[i] = __uint_as_float(w[i]);
     } else {
-      const uint4 a = load16(p);
+      const uint4 a = load16(p, once);
       const uint32_t w[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
       for (int i = 0; i < 8; i++) {
@@ -99,8 +92,8 @@ __device__ float size_of_keys(const emxi_cuda_pool &p, int64_t page, int head, i
 }
 
 template <typename T, bool BOX, int R>
-__global__ void __launch_bounds__(JUDGE_THREADS) judge(const __grid_constant__ emxi_cuda_decode a) {
-  constexpr int PER = BOX ? 8 : 16; /* elements a lane */
+__global__ void __launch_bounds__(JUDGE_THREADS, 2) judge(const __grid_constant__ emxi_cuda_decode a) {
+  constexpr int PER = BOX ? 8 : 16, AHEAD = R == 1 ? 4 : 2; /* elements a lane; pages at a time */
   __shared__ float shared_q[R][MAX_D];
   __shared__ double scratch[JUDGE_WARPS], shared_norm[R], shared_lost[R];
   __shared__ float shared_stats[JUDGE_WARPS][R][4], shared_size[JUDGE_WARPS];
@@ -133,6 +126,7 @@ __global__ void __launch_bounds__(JUDGE_THREADS) judge(const __grid_constant__ e
 #pragma unroll
     for (int i = 0; i < 4; i++) stats[r][i] = 0;
 
+  const uint64_t once = read_once();
   const int64_t row0 = (int64_t)b * a.H + g * a.group + first; /* S = 1 */
   for (int64_t base = ((int64_t)split * JUDGE_WARPS + warp) * subs * AHEAD; base < pages;
        base += (int64_t)a.page_splits * JUDGE_WARPS * subs * AHEAD) {
@@ -155,11 +149,11 @@ __global__ void __launch_bounds__(JUDGE_THREADS) judge(const __grid_constant__ e
 #pragma unroll
           for (int e = 0; e < 8; e++) low[u].x[e] = high[u].x[e] = 0;
       } else if constexpr (BOX) {
-        low[u].load((const T *)pool.sum.box + record * 2 * padded + l * PER);
-        high[u].load((const T *)pool.sum.box + (record * 2 + 1) * padded + l * PER);
+        low[u].load((const T *)pool.sum.box + record * 2 * padded + l * PER, once);
+        high[u].load((const T *)pool.sum.box + (record * 2 + 1) * padded + l * PER, once);
       } else {
-        codes[u][0] = load16(pool.sum.codes + record * 2 * padded + l * PER);
-        codes[u][1] = load16(pool.sum.codes + (record * 2 + 1) * padded + l * PER);
+        codes[u][0] = load16(pool.sum.codes + record * 2 * padded + l * PER, once);
+        codes[u][1] = load16(pool.sum.codes + (record * 2 + 1) * padded + l * PER, once);
       }
     }
 #pragma unroll
@@ -227,8 +221,12 @@ __global__ void __launch_bounds__(JUDGE_THREADS) judge(const __grid_constant__ e
           if (!BOX && a.kind == EMX_SELECT_GAUSSIAN) {
             const float mu = slope != 0 ? (float)((double)mean + (double)slope * (from + 0.5 * (pool.P - 1))) : mean,
                         sigma = tail[u].spread_step * sqrtf(wide[r]);
-            a.mu[at] = mu;
-            a.sigma[at] = usable ? sigma : -1.0f;
+            if (a.slopes) {
+              a.mu[at] = mu;
+              a.sigma[at] = usable ? sigma : -1.0f;
+            } else { /* what pick compares is enough */
+              a.mu[at] = usable ? fmaf(a.page_z, sigma, mu) : emxi_inf();
+            }
             if (usable) {
               stats[r][0] += 1;
               stats[r][1] += mu;
@@ -286,23 +284,47 @@ struct picker {
   float *top;      /* [32] */
 };
 
-/* n E[(a X - tau)_+^b] of one normal at SECTIONS thresholds at a time: three rounds leave a 16-millionth of the bracket. */
-__device__ double single_tau(double alpha, double n, double mean, double spread) {
-  const double a = alpha - 1.0, b = 1.0 / a, reach = sqrt(2.0 * log(n + 1.0)) + 8.0;
-  double lo = a * mean - pow(n, 1.0 - alpha) - (b < 1.0 ? 1.0 + 8.0 * a * spread : 1e-9 * (1.0 + fabs(a * mean))),
-         hi = a * mean + a * spread * reach + 1e-9;
+__device__ __noinline__ double slow_term(double a, double b, double mean, double spread, double tau) {
+  double slope;
+  return emxi_gauss_term(a, b, mean, spread, tau, &slope);
+}
+/* ln(n E[(a X - tau)_+^b]) of one normal crosses zero: SECTIONS thresholds at a time, three rounds leave a 16-millionth of the bracket. For
+ * b = 1, 2, 3 in float, with the recurrence forward: at the fifth spread, where a token in a million is, 1e-4 of the mass is lost, which
+ * moves tau by 1e-5 spreads. */
+__device__ double single_tau(const threshold &k, double n, double mean, double spread) {
+  const double a = k.a, rare = sqrtf(2.0f * logf((float)n + 1.0f)) + 8.0;
+  double lo = a * mean - slow_power(n, -a) - (k.b < 1.0 ? 1.0 + 8.0 * a * spread : 1e-9 * (1.0 + fabs(a * mean))),
+         hi = a * mean + a * spread * rare + 1e-9;
+  const int kind = k.power <= 3 ? k.power : 0;
+  const float unit = (float)(a * spread);
   for (int round = 0; round < 3; round++) {
     const double width = (hi - lo) / (SECTIONS + 1);
-    double slope;
-    const bool above =
-        threadIdx.x < SECTIONS && n * emxi_gauss_term(a, b, mean, spread, lo + width * (double)(threadIdx.x + 1), &slope) >= 1.0;
-    lo += width * (double)__syncthreads_count(above);
+    bool more = false;
+    if (threadIdx.x < SECTIONS) {
+      const double tau = lo + width * (double)(threadIdx.x + 1);
+      const float above = (float)(a * mean - tau);
+      if (!kind || unit <= 1e-5f * fabsf(above)) {
+        more = n * slow_term(a, k.b, mean, spread, tau) >= 1.0;
+      } else {
+        const float t = __fdividef(above, unit);
+        float low = 0.5f * erfcf(-t * 0.70710678f), x = fmaf(t, low, 0.39894228f * __expf(-0.5f * t * t)), scale = unit;
+        for (int i = 2; i <= kind; i++) {
+          const float next = fmaf(t, x, (float)(i - 1) * low);
+          low = x;
+          x = next;
+          scale *= unit;
+        }
+        more = (float)n * x * scale >= 1.0f;
+      }
+    }
+    lo += width * (double)__syncthreads_count(more);
     hi = lo + width;
   }
   return lo;
 }
 /* The same for pages that differ: as emxi_gauss_tau, to 1e-6 of the mass. */
-__device__ double mixture_tau(double alpha, double n, const float *mu, const float *sigma, int64_t pages, const picker &k) {
+__device__ __noinline__ double mixture_tau(double alpha, double n, const float *mu, const float *sigma, int64_t pages,
+                                           const picker &k) {
   const double a = alpha - 1.0, b = 1.0 / a;
   float top = -emxi_inf(), widest = 0;
   for (int64_t p = threadIdx.x; p < pages; p += PICK_THREADS)
@@ -368,8 +390,9 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
   const picker tools = {offsets, scratch, shared_top};
   const emxi_cuda_pool &pool = a.pool;
   const int64_t row = blockIdx.x;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, s = (int)(row % a.S), h = (int)(row / a.S % a.H),
-            b = (int)(row / a.S / a.H);
+  const uint32_t r32 = (uint32_t)row;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, s = (int)(r32 % (uint32_t)a.S),
+            h = (int)(r32 / (uint32_t)a.S % (uint32_t)a.H), b = (int)(r32 / (uint32_t)a.S / (uint32_t)a.H);
   int64_t length;
   const int32_t *table = batch_entry(a.batch, b, &length);
   const int64_t visible = length - a.S + s + 1 > 0 ? length - a.S + s + 1 : 0, pages = (visible + pool.P - 1) >> pool.shift,
@@ -379,17 +402,13 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
   const float *mu = a.mu + row * a.pages, *sigma = a.sigma + row * a.pages;
   uint32_t *chosen = a.chosen + row * ((a.pages + 31) / 32);
   int32_t *list = a.list + row * a.pages, *place = a.place + row * a.pages;
-  emxi_cuda_choice choice = {0, -emxi_inf(), 0, -emxi_inf(), 0, 0, 0};
+  emxi_cuda_choice choice = {0, -emxi_inf(), 0, 0, 0};
   const bool judged = a.kind != EMX_SELECT_ALL && a.pool.sum.tails && (a.bounds || a.kind != EMX_SELECT_PAGES);
   if (judged) {
     float size = 0;
     for (int i = threadIdx.x; i < a.page_splits; i += PICK_THREADS) size = fmaxf(size, a.sizes[row * a.page_splits + i]);
-    for (int step = 16; step; step >>= 1) size = fmaxf(size, __shfl_xor_sync(EMXI_FULL, size, step));
-    if (lane == 0) shared_top[warp] = size;
-    __syncthreads();
-    for (int w = 0; w < PICK_THREADS / 32; w++) size = fmaxf(size, shared_top[w]);
+    size = block_max(size, shared_top);
     choice.size = size;
-    __syncthreads();
   }
   int n = 0; /* pages that are read */
   float unread = -emxi_inf();
@@ -424,7 +443,7 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
       choice.judged = (int32_t)pages;
     }
   } else {
-    float floor = -emxi_inf(), z = 0;
+    float floor = -emxi_inf();
     bool all = alpha == 0;
     if (a.kind == EMX_SELECT_GAUSSIAN && !all) {
       double t[4] = {0, 0, 0, 0};
@@ -439,11 +458,10 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
         all = true; /* means that overflow say nothing */
       } else if (count > 0) {
         const float slope = a.slopes ? a.slopes[h] : 0.0f;
-        const double tau =
-            slope == 0 ? single_tau(alpha, count * pool.P, mean, spread) : mixture_tau(alpha, pool.P, mu, sigma, pages, tools);
+        const double tau = slope == 0 ? single_tau(threshold_of(a, alpha, 0), count * pool.P, mean, spread)
+                                      : mixture_tau(alpha, pool.P, mu, sigma, pages, tools);
         const double excess = tau / unit - (t[1] + 1.5 * t[2]) / count;
         floor = (float)(tau / unit - fmax((double)a.safety_margin * spread, (double)a.excess_margin * fmax(excess, 0.0)));
-        z = a.page_z;
         choice.estimate = tau;
         choice.estimated = 1;
       }
@@ -465,6 +483,7 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
         for (int shift = 24; shift >= 0; shift -= 8) {
           if (threadIdx.x < 256) bins[threadIdx.x] = 0;
           __syncthreads();
+#pragma unroll 4
           for (int64_t p = threadIdx.x; p < pages; p += PICK_THREADS) {
             const uint32_t u = sortable(upper[p]);
             if (upper[p] != emxi_inf() && (u & mask) == last) atomicAdd(&bins[u >> shift & 255], 1);
@@ -486,32 +505,39 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
         ties = k;
       }
     }
-    /* A bit a page. TOPK: those like the last one in `place` for now. */
-    for (int64_t w = warp; w < words; w += PICK_THREADS / 32) {
-      const int64_t p = w * 32 + lane;
-      bool take = false, tie = false;
-      if (p < pages) {
-        if (all) {
-          take = true;
-        } else if (a.kind == EMX_SELECT_TOPK) {
-          const float up = upper[p];
-          const uint32_t u = sortable(up);
-          take = up == emxi_inf() || (spare > 0 && u > last);
-          tie = up != emxi_inf() && spare > 0 && u == last;
-        } else {
-          take = !(sigma[p] >= 0) || fmaf(z, sigma[p], mu[p]) > floor;
-        }
-        if (a.bounds && a.kind == EMX_SELECT_GAUSSIAN && upper) {
-          if (take)
-            upper[p] = -emxi_inf();
-          else
-            leave_out(upper[p]);
-        }
+    /* A bit a page, eight words a warp at a time, so that loads overlap. */
+    constexpr int WORDS = 8, WARPS = PICK_THREADS / 32;
+    const bool topk = a.kind == EMX_SELECT_TOPK;
+    if (topk) { /* those like the last one in `place` for now */
+      for (int64_t w = warp; w < words; w += WARPS) {
+        const int64_t p = w * 32 + lane;
+        const float up = p < pages ? upper[p] : -emxi_inf();
+        const uint32_t key = sortable(up);
+        const bool take = p < pages && (all || up == emxi_inf() || (spare > 0 && key > last)),
+                   tie = p < pages && !take && spare > 0 && key == last;
+        const uint32_t bits = __ballot_sync(EMXI_FULL, take), even = __ballot_sync(EMXI_FULL, tie);
+        if (lane == 0) chosen[w] = bits, place[w] = (int32_t)even;
       }
-      const uint32_t bits = __ballot_sync(EMXI_FULL, take), even = __ballot_sync(EMXI_FULL, tie);
-      if (lane == 0) {
-        chosen[w] = bits;
-        if (a.kind == EMX_SELECT_TOPK) place[w] = (int32_t)even;
+    } else {
+      for (int64_t first = warp; first < words; first += WORDS * WARPS) {
+        float up[WORDS], x[WORDS], y[WORDS];
+#pragma unroll
+        for (int u = 0; u < WORDS; u++) {
+          const int64_t p = (first + u * WARPS) * 32 + lane;
+          const bool there = p < pages;
+          up[u] = there && a.bounds ? upper[p] : -emxi_inf();
+          x[u] = there ? mu[p] : -emxi_inf();
+          y[u] = there && a.slopes ? sigma[p] : 0.0f;
+        }
+#pragma unroll
+        for (int u = 0; u < WORDS; u++) {
+          const int64_t w = first + u * WARPS, p = w * 32 + lane;
+          const bool take = p < pages && (all || (!a.slopes ? x[u] > floor : !(y[u] >= 0) || fmaf(a.page_z, y[u], x[u]) > floor));
+          const uint32_t bits = __ballot_sync(EMXI_FULL, take);
+          if (lane == 0 && w < words) chosen[w] = bits;
+          if (!take) leave_out(up[u]);
+          if (take && a.bounds) upper[p] = -emxi_inf();
+        }
       }
     }
     __syncthreads();
@@ -539,16 +565,8 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
     __syncthreads();
     for (int i = threadIdx.x; i < n && !a.select_only; i += PICK_THREADS) place[i] = table_page(a.batch, pool, table, b, list[i]);
   }
-  for (int step = 16; step; step >>= 1) {
-    const float other = __shfl_xor_sync(EMXI_FULL, unread, step);
-    if (!(other <= unread)) unread = other;
-  }
-  __syncthreads();
-  if (lane == 0) shared_top[warp] = unread;
-  __syncthreads();
+  unread = block_max(unread, shared_top);
   if (threadIdx.x == 0) {
-    for (int w = 0; w < PICK_THREADS / 32; w++)
-      if (!(shared_top[w] <= unread)) unread = shared_top[w];
     if (unread != unread) unread = emxi_inf();
     choice.max_unread = unread;
     if (!a.select_only) {
@@ -571,30 +589,10 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
 
 /* ---- certify */
 
-/* Scores of a row above thr, [n] in list if they are few; f(score) for each, by some thread. */
-struct survivors {
-  const float *z, *chunk_max, *list;
-  const uint8_t *count;
-  int64_t chunks;
-  float thr;
-  int n;
-  bool small;
-};
-template <typename F>
-__device__ __forceinline__ void each(const survivors &x, F f) {
-  if (x.small) {
-    for (int i = threadIdx.x; i < x.n; i += CERTIFY_THREADS) f(x.list[i]);
-    return;
-  }
-  for (int64_t c = threadIdx.x; c < x.chunks; c += CERTIFY_THREADS)
-    for (int j = 0, n = x.chunk_max[c] > x.thr ? x.count[c] : 0; j < n; j++)
-      if (x.z[c * CHUNK + j] > x.thr) f(x.z[c * CHUNK + j]);
-}
-
 __global__ void __launch_bounds__(CERTIFY_THREADS) certify(const __grid_constant__ emxi_cuda_decode a) {
-  __shared__ float q[MAX_D], list[LISTED];
-  __shared__ int bins[BINS], offsets[SOLVE_WARPS];
-  __shared__ double sums[3][SOLVE_WARPS], scratch[SOLVE_WARPS];
+  __shared__ float q[MAX_D], list[SOLVE_WARPS][LISTED]; /* a list for each warp */
+  __shared__ int bins[BINS], listed[SOLVE_WARPS];
+  __shared__ double scratch[SOLVE_WARPS];
   wait_for_previous();
   const int64_t row = blockIdx.x;
   const row_place place = place_of(a, row);
@@ -639,70 +637,72 @@ __global__ void __launch_bounds__(CERTIFY_THREADS) certify(const __grid_constant
                    nudge = 1e-12 * (1.0 + fabs(top) + fabs(low));
       for (int i = threadIdx.x; i < BINS; i += CERTIFY_THREADS) bins[i] = 0;
       __syncthreads();
-      for (int64_t p = threadIdx.x; p < all_pages; p += CERTIFY_THREADS) {
-        const double up = unit * (double)upper[p];
-        if (!(up > low)) continue;
-        int i = (int)((up - low) / width);
-        atomicAdd(&bins[i < BINS ? i : BINS - 1], 1);
+      for (int64_t first = threadIdx.x; first < all_pages; first += 8 * CERTIFY_THREADS) {
+        float up[8];
+#pragma unroll
+        for (int u = 0; u < 8; u++)
+          up[u] = first + u * CERTIFY_THREADS < all_pages ? upper[first + u * CERTIFY_THREADS] : -emxi_inf();
+#pragma unroll
+        for (int u = 0; u < 8; u++) {
+          const double x = unit * (double)up[u];
+          if (!(x > low)) continue;
+          const int i = (int)((x - low) / width);
+          atomicAdd(&bins[i < BINS ? i : BINS - 1], 1);
+        }
       }
-      /* Scores above the lower bound of tau, in order. */
-      survivors x = {a.z + row * a.chunks * CHUNK,
-                     a.chunk_max + row * a.chunks,
-                     list,
-                     a.count + row * a.chunks,
-                     (place.count + CHUNK - 1) / CHUNK,
-                     nextafterf((float)(low / unit), -emxi_inf()),
-                     0,
-                     false};
-      const int64_t per = (x.chunks + CERTIFY_THREADS - 1) / CERTIFY_THREADS, from = threadIdx.x * per,
-                    to = from + per < x.chunks ? from + per : x.chunks;
-      int mine = 0;
-      for (int64_t c = from; c < to; c++)
-        for (int j = 0, n = x.chunk_max[c] > x.thr ? x.count[c] : 0; j < n; j++) mine += x.z[c * CHUNK + j] > x.thr;
-      int at = block_offsets(mine, offsets, &x.n);
-      x.small = x.n <= LISTED;
-      if (x.small && mine)
-        for (int64_t c = from; c < to; c++)
-          for (int j = 0, n = x.chunk_max[c] > x.thr ? x.count[c] : 0; j < n; j++)
-            if (x.z[c * CHUNK + j] > x.thr) list[at++] = x.z[c * CHUNK + j];
-      __syncthreads();
-      const threshold k = threshold_of(alpha, 0);
-      const auto total = [&](double t, bool far, double *slope_of) {
-        double s[3] = {0, 0, 0};
+      /* Scores above the lower bound of tau; those of too many to hold count as nothing known. */
+      const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+      const float *z = a.z + row * a.chunks * CHUNK, *chunk_max = a.chunk_max + row * a.chunks,
+                  thr = nextafterf((float)(low / unit), -emxi_inf());
+      const int64_t chunks = (place.count + CHUNK - 1) / CHUNK;
+      int n = 0;
+      for (int64_t first = warp * 32; first < chunks && n <= LISTED; first += CERTIFY_THREADS) {
+        const int64_t mine = first + lane;
+        uint32_t alive = __ballot_sync(EMXI_FULL, mine < chunks && chunk_max[mine] > thr);
+        for (; alive && n <= LISTED; alive &= alive - 1) {
+          const int64_t c = first + __ffs(alive) - 1;
+          const int there = a.count[row * a.chunks + c];
+#pragma unroll
+          for (int j = 0; j < CHUNK; j += 32) {
+            const float score = j + lane < there ? z[c * CHUNK + j + lane] : -emxi_inf();
+            const uint32_t mask = __ballot_sync(EMXI_FULL, score > thr);
+            const int at = n + __popc(mask & ((1u << lane) - 1));
+            if (score > thr && at < LISTED) list[warp][at] = score;
+            n += __popc(mask);
+          }
+        }
+      }
+      if (lane == 0) listed[warp] = n;
+      const bool known = !__syncthreads_or(n > LISTED);
+      const threshold k = threshold_of(a, alpha, 0);
+      /* The mass at t, with every unread token at its bound or with none; by each warp for itself. */
+      const auto mass = [&](double t, bool far) {
+        double sum = 0;
         const auto add = [&](double y, double times) {
-          if (!(y > 0)) return;
-          const double p = emxi_power(y, k.b, k.power);
-          s[0] += times * p;
-          s[1] += times * p / y;
+          if (y > 0) sum += times * power_of(y, k.b, k.power);
         };
-        each(x, [&](float score) { add(unit * (double)score - t, 1); });
-        for (int i = threadIdx.x; far && i < BINS; i += CERTIFY_THREADS)
+        for (int w = 0; w < SOLVE_WARPS; w++)
+          for (int i = lane; i < listed[w]; i += 32) add(unit * (double)list[w][i] - t, 1);
+        for (int i = lane; far && i < BINS; i += 32)
           if (bins[i]) add(low + width * (double)(i + 1) + nudge - t, (double)bins[i] * a.pool.P);
-        block_sums(s, sums);
-        *slope_of = s[1];
-        return s[0];
+#pragma unroll
+        for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(EMXI_FULL, sum, step);
+        return sum;
       };
-      /* The root of H, the mass with every unread token at its bound: Newton on H^(1/b), a norm, stays left of it (alpha <= 2). */
-      double lo = low, hi = fmax(top, unit * (double)wide->m) + 2 * nudge, f, g;
-      const double tolerance = 1e-8 * (1.0 + fabs(lo));
-      for (int i = 0; i < 40 && alpha <= 2.0; i++) {
-        f = total(lo, true, &g);
-        const double step = (f - pow(f, 1.0 - unit)) / g;
-        if (!(step > tolerance) || !(lo + step < hi)) break;
-        lo += step;
+      /* Its root, at SOLVE_WARPS thresholds at a time. One above every score that was read leaves nothing of them. */
+      double lo = low, hi = unit * (double)wide->m;
+      if (known && lo < hi && mass(hi, true) < 1.0) {
+        for (int round = 0; round < 12 && hi - lo > 1e-6 * (1.0 + fabs(lo)); round++) {
+          const double part = (hi - lo) / (SOLVE_WARPS + 1);
+          const bool above = mass(lo + part * (double)(warp + 1), true) >= 1.0;
+          lo += part * (double)(__syncthreads_count(above) / 32); /* it falls with t: the first ones are above */
+          hi = lo + part;
+        }
+        hi += 1e-12 * (1.0 + fabs(hi)); /* of the sections' arithmetic */
+        /* Scores may be lower than computed by the slack, and the root lower by as much again. */
+        const double read = mass(hi + 2 * unit * slack + 1e-12 * (1.0 + fabs(hi)), false);
+        delta = fmin(fmax(1.0 - read + 1e-12 + (double)place.count * 0x1p-50, 0.0), 1.0);
       }
-      if (lo + 2 * tolerance < hi && total(lo + 2 * tolerance, true, &g) <= 1.0) hi = lo + 2 * tolerance;
-      while (hi - lo > 2 * tolerance) {
-        const double middle = 0.5 * (lo + hi);
-        if (middle <= lo || middle >= hi) break;
-        if (total(middle, true, &g) > 1.0)
-          lo = middle;
-        else
-          hi = middle;
-      }
-      /* Scores may be lower than computed by the slack, and the root lower by as much again. */
-      f = total(hi + 2 * unit * slack + 1e-12 * (1.0 + fabs(hi)), false, &g);
-      delta = fmin(fmax(1.0 - f + 1e-12 + (double)x.n * 0x1p-50, 0.0), 1.0);
     }
   }
   if (threadIdx.x) return;

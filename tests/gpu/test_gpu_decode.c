@@ -85,32 +85,38 @@ static void test_all(void **state) {
 static void test_fast_shapes(void **state) {
   (void)state;
   static const double alphas[] = {1, 1.5, 2, 1.5};
-  for (int i = 0; i < 24; i++)
+  for (int i = 0; i < 64; i++) /* the second half with queries of the cache's dtype */
     run_case((decode_case){.B = 1 + i % 2,
                            .G = 2,
-                           .H = i / 2 % 2 ? 2
-                                : i % 3   ? 8
-                                          : 12,
+                           .H = i / 2 % 2   ? 2
+                                : i % 3     ? 8
+                                : i / 5 % 2 ? 12
+                                            : 22,
                            .D = i % 2 ? 64 : 128,
                            .P = sizes[i % 3],
                            .dtype = dtypes[i / 4 % 2],
                            .layout = i / 3 % 2,
-                           .len = {3000 + 377 * i, 5003},
+                           .len = {i % 8 ? 300 + 377 * (i % 24) : 1 + i, 5003},
                            .alpha = alphas[i % 4],
+                           .alibi = i % 7 == 6,
                            .seed = (uint64_t)i,
-                           .data = i % 5 == 4 ? DATA_TOPIC : DATA_IID});
+                           .q_dtype = i < 32 ? EMX_F32 : dtypes[i / 4 % 2],
+                           .data = i % 5 == 4 ? DATA_TOPIC
+                                   : i % 5    ? DATA_IID
+                                              : DATA_AR});
 }
 /* Long supports: values added by the whole device, scores without their positions in shared memory, more than it holds. */
 static void test_flat(void **state) {
   (void)state;
   static const double alphas[] = {1.5, 2, 1.25, 1.75, 3, 1, 4. / 3};
-  for (int i = 0; i < 7; i++)
+  for (int i = 0; i < 14; i++)
     run_case((decode_case){.G = 1,
                            .H = 2,
                            .D = i % 2 ? 64 : 48,
                            .dtype = EMX_F16,
-                           .len = {9000 + i},
-                           .alpha = alphas[i],
+                           .q_dtype = i < 7 ? EMX_F32 : EMX_F16,
+                           .len = {i % 3 ? 9000 + i : 40000},
+                           .alpha = alphas[i % 7],
                            .data = i == 4 ? DATA_EQUAL : DATA_FLAT});
   for (int i = 0; i < 6; i++)
     run_case((decode_case){
@@ -156,6 +162,7 @@ static void test_odd_data(void **state) {
                        .H = 4,
                        .D = a % 2 ? 64 : 32,
                        .dtype = a % 2 ? EMX_BF16 : EMX_F32,
+                       .q_dtype = a % 2 ? EMX_BF16 : EMX_F32,
                        .len = {300},
                        .alpha = a / 2 == 0   ? 1
                                 : a / 2 == 1 ? 1.5
@@ -164,7 +171,7 @@ static void test_odd_data(void **state) {
       gpu_case g;
       gpu_open(&g, &c);
       const int D = c.D;
-      float *q = c.q_data; /* [H,D] */
+      float *q = c.q; /* [H,D] */
       bool nan_group0 = false, nan_row1 = false;
       emx_seq_truncate(g.kv, g.seqs[0], 0);
       switch (kind) {
@@ -187,6 +194,7 @@ static void test_odd_data(void **state) {
           q[0] = 3e38f, case_key(&c, 0, 0, 7)[0] = -3e38f, nan_group0 = false;
       }
       gpu_append(&c, g.kv, g.seqs[0], 0, 0, 300);
+      for (int i = 0; i < 4 * D; i++) emxi_store(c.q_data, c.q_dtype, i, (double)q[i]);
       OK(gpu->backend->memory_copy(gpu, g.q.data, c.q_data, gpu_bytes(&c.tq)));
       gpu_decode(&g);
       for (int h = 0; h < 4; h++) {
