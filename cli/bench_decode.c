@@ -338,6 +338,17 @@ static emx_status upload_tensor(bench *b, const emx_tensor *t, emx_tensor *out) 
   out->device_index = b->o->device_index;
   return upload(b, t->data, bytes, &out->data);
 }
+/* Every page of the copied pool; an open one describes what nobody asks for, the newest page is read. */
+static emx_status summarize_gpu(bench *b, int64_t pages) {
+  int32_t *ids = emxi_alloc((size_t)pages * sizeof *ids);
+  if (!ids) return emxi_fail(EMX_ERR_NOMEM, "no memory for %lld page numbers", (long long)pages);
+  for (int64_t i = 0; i < pages; i++) ids[i] = (int32_t)i;
+  const emx_tensor host = emx_tensor_view(ids, EMX_I32, 1, &pages);
+  emx_tensor list;
+  emx_status status = upload_tensor(b, &host, &list);
+  emxi_free(ids);
+  return status ? status : emx_kv_summarize(b->gpu, b->gpu_kv, &list, NULL);
+}
 static emx_status prepare_gpu(bench *b) {
   const options *o = b->o;
   const int64_t columns = (b->max_len + o->page - 1) / o->page;
@@ -354,7 +365,12 @@ static emx_status prepare_gpu(bench *b) {
   kv.max_pages = b->k.shape[0];
   kv.k_pool = &k;
   kv.v_pool = &v;
+  for (int i = 0; i < o->select.n; i++) {
+    if (o->select.desc[i].kind == EMX_SELECT_TOPK) kv.summaries |= EMX_SUMMARY_MINMAX;
+    if (o->select.desc[i].kind == EMX_SELECT_GAUSSIAN) kv.summaries |= EMX_SUMMARY_MOMENTS;
+  }
   EMX_TRY(emx_kv_create(b->gpu, &kv, &b->gpu_kv));
+  if (kv.summaries) EMX_TRY(summarize_gpu(b, kv.max_pages));
   int32_t *table = emxi_calloc((size_t)(b->B * columns) * sizeof *table), lengths[MAX_BATCH];
   if (!table) return emxi_fail(EMX_ERR_NOMEM, "no memory for block tables");
   emx_status status = EMX_OK;
@@ -487,7 +503,8 @@ static void dense_head(bench *b, int h, double alpha, dense *d) {
 static emx_status dropped(bench *b, const method *m, int h, const double *p, double *delta) {
   *delta = 0;
   if (m->select.kind == EMX_SELECT_ALL || m->reports[h].path == EMX_PATH_ALL) return EMX_OK;
-  if (m->select.kind == EMX_SELECT_CERTIFIED) { /* leaves out tokens, not pages: what a certificate says is checked by rel_err */
+  /* CERTIFIED leaves out tokens, not pages: what a certificate says is checked by rel_err. A GPU's lists are not fetched. */
+  if (m->select.kind == EMX_SELECT_CERTIFIED || b->gpu) {
     if (!(m->reports[h].flags & EMX_REPORT_CERTIFIED)) *delta = NAN;
     return EMX_OK;
   }
