@@ -18,7 +18,7 @@ import reference
 try:
     import torch
     import transformers
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig
+    from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MistralConfig
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 except ImportError:
     transformers = None
@@ -53,14 +53,15 @@ class Import(unittest.TestCase):
         self.assertIn("4.56 or later", said)
 
 
-def plain(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+def plain(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
     """Attention in float64 with the mask that transformers makes for its own plain attention, with the gradient."""
     group = query.shape[1] // key.shape[1]
     q, k, v = query.double(), key.double().repeat_interleave(group, 1), value.double().repeat_interleave(group, 1)
     seen = torch.ones_like(q[..., :1]) @ torch.ones_like(k[..., :1]).mT > 0
     if attention_mask is not None:
         seen = seen & (attention_mask > -1)
-    p = PlainEntmax.apply(q @ k.mT * scaling, seen, np.broadcast_to(module.config.entmax_alpha, q.shape[1]))
+    alpha = np.broadcast_to(module.config.entmax_alpha, q.shape[1])
+    p = PlainEntmax.apply(q @ k.mT * (scaling or q.shape[3] ** -0.5), seen, alpha)
     return (p @ v).to(query.dtype).transpose(1, 2), None
 
 
@@ -141,6 +142,24 @@ class Attention(unittest.TestCase):
         self.assertTrue(torch.equal(before[:, :7], after[:, :7]))
         self.assertFalse(torch.equal(before[:, 7:], after[:, 7:]))
 
+    def test_a_model_that_tells_torch_what_is_causal(self):
+        models = []
+        for implementation in ("entmax", "plain"):
+            torch.manual_seed(0)
+            config = GPT2Config(vocab_size=60, n_embd=64, n_layer=2, n_head=4, initializer_range=0.2, resid_pdrop=0, embd_pdrop=0,
+                                attn_pdrop=0, bos_token_id=1, eos_token_id=None, pad_token_id=0)
+            config.entmax_alpha = 1.5
+            models.append(AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval())
+        ids = tokens(2, 12)
+        for mask in (None, padding([12, 5], 12, True)):
+            how = dict(attention_mask=mask, max_new_tokens=6, do_sample=False)
+            with torch.no_grad():
+                a, b = (model(ids, attention_mask=mask).logits for model in models)
+            real = slice(None) if mask is None else mask.bool()
+            torch.testing.assert_close(a[real], b[real], rtol=0, atol=1e-4)  # float32, logits of about 6
+            cache = H.EntmaxCache(config, 18)
+            self.assertTrue(torch.equal(models[0].generate(ids, past_key_values=cache, **how), models[1].generate(ids, **how)))
+
     def test_softmax_is_sdpa(self):
         ids = tokens(2, 40)
         with torch.no_grad():
@@ -163,6 +182,17 @@ class Attention(unittest.TestCase):
                 # Norms and the loss are float32 in transformers, as above; gradients up to 1.
                 torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5, msg=lambda text: f"{name}: {text}")
 
+    def test_training_as_trainers_do(self):
+        model, ids, grads = llama().train(), tokens(2, 9), []
+        checkpoint = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # 5 and 4
+        for prepare in (lambda: None, checkpoint):
+            prepare()
+            model.zero_grad()
+            model(ids, labels=ids, use_cache=False, position_ids=torch.arange(9)[None]).loss.backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b)
+
     def test_sixteen_bits(self):
         ids = tokens(2, 20)
         for dtype in (torch.bfloat16, torch.float16):
@@ -183,6 +213,8 @@ class Attention(unittest.TestCase):
             (L.UnsupportedError, "padding mask", lambda: llama()(ids, attention_mask=torch.ones(2, 1, 6, 6))),
             (L.ShapeError, "columns", lambda: llama()(ids, attention_mask=torch.ones(2, 8), past_key_values=DynamicCache())),
             (L.UnsupportedError, "packed", lambda: llama()(ids, position_ids=torch.arange(6).remainder(3).expand(2, 6),
+                                                           use_cache=False)),
+            (L.UnsupportedError, "packed", lambda: llama()(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0]] * 2),
                                                            use_cache=False)),
             (L.UnsupportedError, "static", lambda: llama().generate(ids, max_new_tokens=2, cache_implementation="static")),
             (L.Error, "head", lambda: llama(head_dim=8, dtype=torch.float32)(ids)),

@@ -85,7 +85,26 @@ def entmax_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
         raise _c.UnsupportedError(f"dropout is {dropout}; with attn_implementation='entmax' it must be 0 "
                                   "(config.attention_dropout)")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal and getattr(module, "is_causal", True):
+        # For torch's attention some models say False where the mask has the causality, or where there is one query; our masks are
+        # of causal attention alone.
+        causal = attention_mask is not None or query.shape[2] == 1
     return attend(query, key, value, attention_mask, alpha_of(getattr(module, "config", None)), scaling, causal), None
+
+
+def _is_causal(function, b, first, s, offset, n):
+    """Whether a mask function of transformers lets queries first .. first+s-1 see just what is not after them, of n keys from
+    `offset` on. Functions other than the plain causal one are looked at pair by pair: transformers 4 wraps it for any
+    position_ids, packed or not."""
+    if function is None or function is causal_mask_function:
+        return True
+    batch, head = torch.arange(b)[:, None, None, None], torch.zeros(1, 1, 1, 1, dtype=torch.long)
+    keys, rows = offset + torch.arange(n)[None, None, None], max(1, (1 << 22) // (b * n))
+    for start in range(first, first + s, rows):
+        queries = torch.arange(start, min(start + rows, first + s))[None, None, :, None]
+        if not (function(batch, head, queries, keys) == (keys <= queries)).all():
+            return False
+    return True
 
 
 def entmax_mask(batch_size: int, q_length: int = 1, kv_length: int = 1, q_offset: int | Tensor = 0, kv_offset: int = 0,
@@ -96,11 +115,12 @@ def entmax_mask(batch_size: int, q_length: int = 1, kv_length: int = 1, q_offset
     Errors: UnsupportedError (anything but a causal mask with padding: sliding windows, packed sequences, a cache that is longer
     than its tokens), ShapeError.
     """
-    if mask_function is not None and mask_function is not causal_mask_function:
+    first = int(q_offset if cache_position is None else cache_position[0])
+    s = q_length if cache_position is None else cache_position.shape[0]
+    if not _is_causal(mask_function, batch_size, first, s, kv_offset, kv_length):
         raise _c.UnsupportedError("attn_implementation='entmax' takes causal masks with padding; not sliding windows, not "
                                   "position_ids that begin anew (packed sequences), no mask functions of one's own")
-    last = int(cache_position[-1]) if cache_position is not None else int(q_offset) + q_length - 1
-    if last != kv_offset + kv_length - 1:
+    if first + s != kv_offset + kv_length:
         raise _c.UnsupportedError("attn_implementation='entmax' works with caches that end at the newest token (DynamicCache, "
                                   "EntmaxCache), not with static ones")
     if attention_mask is None:
