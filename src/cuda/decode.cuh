@@ -822,13 +822,14 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
       __syncthreads();
     }
   }
-  /* f(score) for everything above thr, by some thread, in an order that depends on nothing else. */
+  /* f(score) for everything above thr, by some thread, in an order that depends on nothing else. Packed lists are of other blocks, behind a
+   * fence: plain loads, so that they come from the first-level cache when they are read again. */
   const auto each = [&](auto f) {
     if (held) {
       for (int i = threadIdx.x; i < total; i += SOLVE_THREADS) f(list[i]);
     } else if (listed) {
       for (int i = warp; i < pack.lists; i += SOLVE_WARPS)
-        for (int j = lane, n = __ldcg(pack.n + i); j < n; j += 32) f(__ldcg(pack.z + (int64_t)i * EMXI_CUDA_PACKED + j));
+        for (int j = lane, n = pack.n[i]; j < n; j += 32) f(pack.z[(int64_t)i * EMXI_CUDA_PACKED + j]);
     } else {
       for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS)
         for (int j = 0, n = chunk_max[c] > thr ? count[c] : 0; j < n; j++)
