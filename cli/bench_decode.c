@@ -361,6 +361,7 @@ static emx_status prepare_gpu(bench *b) {
   kv.kv_heads = b->G;
   kv.head_dim = b->D;
   kv.page_size = o->page;
+  kv.summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS | (cli_sketches(&o->select) & EMX_SUMMARY_SKETCH);
   kv.max_seqs = 1;
   kv.max_pages = b->k.shape[0];
   kv.k_pool = &k;
@@ -385,6 +386,16 @@ static emx_status prepare_gpu(bench *b) {
                    counts = emx_tensor_view(lengths, EMX_I32, 1, (int64_t[1]){b->B});
   if (!status) status = upload_tensor(b, &tables, &b->gpu_table);
   if (!status) status = upload_tensor(b, &counts, &b->gpu_lengths);
+  for (int i = 0; i < b->B && !status; i++) { /* summaries: the pages are not the library's own */
+    int64_t n = (b->lengths[i] + o->page - 1) / o->page;
+    emx_tensor pages = emx_tensor_view((int32_t *)b->gpu_table.data + i * columns, EMX_I32, 1, &n), fill, on_device;
+    pages.device = EMX_DEVICE_CUDA;
+    pages.device_index = o->device_index;
+    for (int64_t p = 0; p < n; p++) table[p] = (int32_t)(p < n - 1 ? o->page : b->lengths[i] - p * o->page);
+    fill = emx_tensor_view(table, EMX_I32, 1, &n);
+    status = upload_tensor(b, &fill, &on_device);
+    if (!status) status = emx_kv_summarize(b->gpu, b->gpu_kv, &pages, &on_device);
+  }
   emxi_free(table);
   EMX_TRY(status);
   EMX_TRY(upload_tensor(b, &b->tq, &b->gpu_q));

@@ -18,6 +18,8 @@ typedef struct emxi_cuda {
 
 static inline emxi_cuda *emxi_cuda_of(const emx_ctx *ctx) { return ctx->backend_state; }
 
+extern int64_t emxi_cuda_certified_short;
+
 /* Makes the context's device the calling thread's and remembers which was. */
 emx_status emxi_cuda_enter(emx_ctx *ctx, int *before);
 /* Goes back; with status OK and `launched`, what the launches since have said becomes the status. */

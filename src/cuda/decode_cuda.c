@@ -15,12 +15,29 @@ static bool rows_are_aligned(const emx_kv *kv) {
          kv->k_token * es % 16 == 0 && kv->v_page * es % 16 == 0 && kv->v_head * es % 16 == 0 && kv->v_token * es % 16 == 0;
 }
 
+/* Cached tokens times head dimension below which CERTIFIED takes ALL's path. A variable for the tests alone. */
+int64_t emxi_cuda_certified_short = (int64_t)6 << 20;
+
+static emx_status check_certified(const emxi_decode *d, const char *who) {
+  if (d->select.max_bytes > 0 || d->select.max_delta > 0)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version of CERTIFIED has no max_bytes and no max_delta", who);
+  if (d->select_only)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version has no page lists of CERTIFIED; emx_decode takes it", who);
+  if (d->per_head)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version of CERTIFIED takes one alpha for all heads", who);
+  if (d->alpha == 1)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: with alpha = 1 no weight is zero; CERTIFIED would need max_delta, which a GPU does not take yet",
+                     who);
+  return EMX_OK;
+}
+
 emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
   static const char who[] = "emx_decode";
   const emx_kv *kv = d->kv;
   const emx_select_desc *select = &d->select;
   const bool softmax = d->per_head || d->alpha == 1.0, entmax = d->per_head || d->alpha != 1.0,
-             sparse = select->kind != EMX_SELECT_ALL, lists = sparse || d->select_only;
+             certified = select->kind == EMX_SELECT_CERTIFIED, sparse = select->kind != EMX_SELECT_ALL && !certified,
+             lists = sparse || d->select_only;
   const int32_t slice = d->B < EMXI_CUDA_SLICE ? d->B : EMXI_CUDA_SLICE, group = d->H / kv->G;
   const int64_t rows = (int64_t)slice * d->H * d->S, per_head = (int64_t)group * d->S;
   emxi_cuda_decode k = {.pool = emxi_cuda_pool_of(kv),
@@ -51,8 +68,9 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
                         .safety_margin = select->safety_margin,
                         .excess_margin = select->excess_margin};
   if (select->kind == EMX_SELECT_GAUSSIAN) k.page_z = (float)emxi_gauss_max_quantile((double)select->max_quantile, kv->P);
-  if (select->kind == EMX_SELECT_CERTIFIED)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version selects ALL, TOPK, GAUSSIAN and PAGES", who);
+  if (certified) EMX_TRY(check_certified(d, who));
+  /* Below, ALL reads the keys as fast; and bounds of the ladder need a convex power of moderate exponent. */
+  const bool ladder = certified && d->max_len * kv->D >= emxi_cuda_certified_short && d->alpha >= 1.05 && d->alpha <= 2;
   const bool fast = k.vectors && kv->dtype != EMX_F32 && (kv->D == 64 || kv->D == 128);
   k.rows = fast && per_head == 1 ? 1 : 4;
   const int64_t blocks = ceil_div(per_head, k.rows), items = at_least_one(sparse ? rows : slice * kv->G * blocks);
@@ -111,6 +129,16 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   k.place = emxi_arena_take(arena, listed, sizeof *k.place);
   k.n_list = emxi_arena_take(arena, sparse ? rows : 0, sizeof *k.n_list);
   k.choice = emxi_arena_take(arena, sparse ? rows : 0, sizeof *k.choice);
+  if (ladder) {
+    const int64_t cut = items * splits;
+    k.cert_groups = at_least_one(ceil_div(d->max_len, EMXI_CUDA_GROUP));
+    k.cert = emxi_arena_take(arena, rows, sizeof *k.cert);
+    k.cert_upper = emxi_arena_take(arena, __builtin_mul_overflow(rows, k.cert_groups, &cells) ? -1 : cells, sizeof *k.cert_upper);
+    k.cert_best = emxi_arena_take(arena, parts * 2, sizeof *k.cert_best);
+    k.cert_bins = emxi_arena_take(arena, rows, EMXI_CUDA_BINS * sizeof *k.cert_bins);
+    k.cert_size = emxi_arena_take(arena, cut, sizeof *k.cert_size);
+    k.cert_flat = emxi_arena_take(arena, items, sizeof *k.cert_flat);
+  }
   if (!arena->base) return EMX_OK;
   EMX_TRY(emxi_arena_check(arena, who));
   if (!rows) return EMX_OK;
@@ -144,6 +172,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
      : kv->dtype == EMX_F16 ? emxi_cuda_decode_f16
                             : emxi_cuda_decode_bf16)(&k, ctx->stream);
     if (sparse && k.reports) emxi_cuda_certify(&k, ctx->stream);
+    if (ladder && k.reports) emxi_cuda_account(&k, ctx->stream);
   }
   return emxi_cuda_leave(before, status, true, who);
 }

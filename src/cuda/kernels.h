@@ -50,12 +50,43 @@ typedef struct emxi_cuda_summaries {
 } emxi_cuda_summaries;
 #define EMXI_CUDA_PADDED(d) (((d) + 15) / 16 * 16)
 
+/* Sketches of complete groups of 16 keys (a page has P/16), for CERTIFIED. A group without one has size 0.
+ *   centre   the mean in signed 8-bit codes times step_c, [Dp]
+ *   codes    4 bits a coordinate of a key, (code - 7.5) step from the centre: [Dp/32][16 keys][16 bytes], a word of 8 dimensions, of which
+ *            byte i has dimension i below and i + 4 above
+ * radius and error are about the centre and the codes as rounded. Dp is D padded to 64, 128 or 256. */
+#define EMXI_CUDA_GROUP 16
+#define EMXI_CUDA_SKETCH_PADDED(d) ((d) <= 64 ? 64 : (d) <= 128 ? 128 : 256)
+typedef struct emxi_cuda_group {
+  float step_c, norm_c; /* norm_c >= the norm of the centre */
+  float radius, error;  /* >= the distance of a key to the centre; to its codes */
+  float size;           /* >= the norm of every key */
+  float step;
+  float unused[2];
+} emxi_cuda_group;
+typedef struct emxi_cuda_sketch {
+  emxi_cuda_group *group; /* [M,G,P/16] or NULL */
+  int8_t *centre;         /* [M,G,P/16,Dp] */
+  uint8_t *codes;         /* [M,G,P/16,8 Dp] */
+  int32_t dp;
+} emxi_cuda_sketch;
+/* State of a row of CERTIFIED. */
+#define EMXI_CUDA_BINS 256
+typedef struct emxi_cuda_cert {
+  int32_t limit; /* ordered integer of a score: at or below it nothing has weight. Only rises */
+  float base;    /* the first limit: lower edge of bin 0 */
+  float slack;   /* >= the error of any score */
+  uint32_t tokens, pages, codes; /* read: keys, pages, groups' codes */
+  int32_t unused[26];            /* a line of its own: it is polled */
+} emxi_cuda_cert;
+
 typedef struct emxi_cuda_pool {
   char *k, *v;
   int64_t k_page, k_head, k_token, v_page, v_head, v_token; /* elements */
   int32_t G, D, P, shift, dtype;                            /* shift: log2 P */
   int32_t max_pages;
   emxi_cuda_summaries sum;
+  emxi_cuda_sketch sketch;
 } emxi_cuda_pool;
 
 typedef struct emxi_cuda_batch {
@@ -171,6 +202,14 @@ typedef struct emxi_cuda_decode {
   uint32_t *chosen;               /* [rows, pages/32] */
   int32_t *list, *place, *n_list; /* [rows, pages] logical and physical; [rows] */
   emxi_cuda_choice *choice;       /* [rows] */
+  /* CERTIFIED; items as in the scan */
+  int64_t cert_groups;   /* room for each row */
+  float *cert_upper;     /* [rows, cert_groups] no score of the group is larger */
+  uint64_t *cert_best;   /* [rows, splits, 2] best group of the part by centre and by bound: ordered value, number; 0: none */
+  float *cert_size;      /* [items, splits] largest norm of its keys */
+  int32_t *cert_flat;    /* [items] takes ALL's scan */
+  uint32_t *cert_bins;   /* [rows, BINS] */
+  emxi_cuda_cert *cert;  /* [rows]; NULL: not CERTIFIED */
   /* the caller's lists: read with PAGES, written by emx_select */
   int32_t *io_pages, *io_n;
   float *io_bound; /* or NULL */
@@ -185,6 +224,11 @@ void emxi_cuda_launch_listed(const emxi_cuda_listed *l, void *stream);
 /* Lists of pages; after the decode, what they left out. */
 void emxi_cuda_select(const emxi_cuda_decode *d, void *stream);
 void emxi_cuda_certify(const emxi_cuda_decode *d, void *stream);
+/* CERTIFIED: sketches of pages; bounds of groups; what was read, into the reports. */
+void emxi_cuda_launch_sketches(const emxi_cuda_append *a, void *stream);
+void emxi_cuda_launch_listed_sketches(const emxi_cuda_listed *l, void *stream);
+void emxi_cuda_judge(const emxi_cuda_decode *d, void *stream);
+void emxi_cuda_account(const emxi_cuda_decode *d, void *stream);
 /* One translation unit per dtype of the cache. */
 void emxi_cuda_decode_f32(const emxi_cuda_decode *d, void *stream);
 void emxi_cuda_decode_f16(const emxi_cuda_decode *d, void *stream);

@@ -20,7 +20,9 @@ emxi_cuda_pool emxi_cuda_pool_of(const emx_kv *kv) {
                                                  : 6,
                           .dtype = kv->dtype,
                           .max_pages = (int32_t)kv->max_pages,
-                          .sum = {kv->minmax, kv->codes, (emxi_cuda_tail *)kv->tails}};
+                          .sum = {kv->minmax, kv->codes, (emxi_cuda_tail *)kv->tails},
+                          .sketch = {(emxi_cuda_group *)kv->sketch_group, kv->sketch_centre, kv->sketch_codes,
+                                     EMXI_CUDA_SKETCH_PADDED(kv->D)}};
 }
 
 emxi_cuda_batch emxi_cuda_batch_of(const emx_kv *kv, const emx_kv_batch *batch, int32_t first, int32_t n) {
@@ -94,6 +96,7 @@ static emx_status write_tokens(emx_ctx *ctx, const emxi_kv_write *w) {
                                 .dtype = w->dtype};
     emxi_cuda_launch_append(&a, ctx->stream);
     if (kv->tails) emxi_cuda_launch_summaries(&a, ctx->stream);
+    if (kv->sketch_group) emxi_cuda_launch_sketches(&a, ctx->stream);
   }
   return EMX_OK;
 }
@@ -115,5 +118,6 @@ emx_status emxi_cuda_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages
   int before;
   EMX_TRY(emxi_cuda_enter(ctx, &before));
   emxi_cuda_launch_listed(&l, ctx->stream);
+  if (kv->sketch_group) emxi_cuda_launch_listed_sketches(&l, ctx->stream);
   return emxi_cuda_leave(before, EMX_OK, true, "emx_kv_summarize");
 }

@@ -70,7 +70,13 @@ static void carve(emx_kv *kv, const emx_kv_opts *opts, const emx_ctx *ctx, emxi_
   if (kv->summaries & EMX_SUMMARY_MOMENTS && gpu) kv->codes = take(device, M, G, 2 * wide, 1);
   if (kv->summaries && gpu) kv->tails = take(device, M, G, 4, sizeof(float));
   if (!gpu) kv->marks = take(device, M, G, 1, 1);
-  emxi_sketch_carve(kv, device, host);
+  if (!gpu) emxi_sketch_carve(kv, device, host);
+  if (kv->summaries & EMX_SUMMARY_SKETCH && gpu) {
+    const int64_t groups = G * (kv->P / 16), dp = D <= 64 ? 64 : D <= 128 ? 128 : 256;
+    kv->sketch_group = take(device, M, groups, 8, sizeof(float));
+    kv->sketch_centre = take(device, M, groups, dp, 1);
+    kv->sketch_codes = take(device, M, groups, 8 * dp, 1);
+  }
   kv->bytes_summary = (int64_t)(device->used - before);
   if (ctx->device != EMX_DEVICE_CPU) kv->device_tables = take(device, kv->max_seqs, M, 1, sizeof(int32_t));
   kv->sum_tokens = take(host, M, 1, 1, sizeof(int32_t));
@@ -97,9 +103,8 @@ static emx_status sizes(const emx_ctx *ctx, const emx_kv_opts *opts, const char 
   emx_kv kv;
   emxi_arena device, host;
   EMX_TRY(check_opts(opts, who));
-  if (opts->summaries & ~(EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS) && ctx->device != EMX_DEVICE_CPU)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: sketches are kept on the CPU only; a cache on a GPU takes MINMAX and MOMENTS",
-                     who);
+  if (opts->summaries & EMX_SUMMARY_RESIDUAL && ctx->device != EMX_DEVICE_CPU)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: sketches on a GPU have no residual rows; take EMX_SUMMARY_SKETCH alone", who);
   if (opts->file && ctx->device != EMX_DEVICE_CPU)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: a file goes with the CPU; a cache on a GPU has device memory", who);
   set_geometry(&kv, opts);

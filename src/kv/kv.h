@@ -64,7 +64,10 @@ struct emx_kv {
    * are no marks, and sum_tokens is of no use. */
   uint8_t *codes;
   float *tails;
-  emxi_sketch sketch;
+  emxi_sketch sketch; /* on a GPU: */
+  float *sketch_group;
+  int8_t *sketch_centre;
+  uint8_t *sketch_codes;
 
   /* Host side. */
   int32_t *sum_tokens; /* [M] */

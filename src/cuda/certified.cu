@@ -1,0 +1,320 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * Sketches of keys, bounds of groups of keys, and what CERTIFIED's reports say. docs/numerics.md derives the bounds. */
+#include "sketch.cuh"
+
+namespace {
+
+/* ---- sketches */
+
+constexpr int LANE_DIMS = MAX_D / 32;
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(EMXI_FULL, x, step);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(EMXI_FULL, x, step));
+  return x;
+}
+/* A root of a sum of d squares whose terms carry d + 3 roundings, upwards; what squares lose to underflow has a root under 1e-21. */
+__device__ __forceinline__ float root_up(float square, int d) {
+  return __fadd_ru(__fsqrt_ru(__fmul_ru(square, 1.0f + (float)(d + 8) * 0x1p-23f)), 1e-21f);
+}
+
+/* A warp, 16 keys of (page, head): read six times, once from memory. Lane l has dimensions l + 32 e. */
+__device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, int index, int lane) {
+  constexpr int E = LANE_DIMS, TRIES = 6;
+  const int es = p.dtype == EMX_F32 ? 4 : 2, D = p.D, dp = p.sketch.dp;
+  const char *keys = p.k + (page * p.k_page + head * p.k_head + (int64_t)index * GROUP * p.k_token) * es;
+  const int64_t at = (page * p.G + head) * (p.P / GROUP) + index;
+  float mean[E];
+  bool odd = false;
+  float size = 0;
+#pragma unroll
+  for (int e = 0; e < E; e++) mean[e] = 0;
+  for (int t = 0; t < GROUP; t++) {
+    float square = 0;
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      if (lane + 32 * e >= D) continue;
+      const float x = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e);
+      odd |= !(fabsf(x) <= 1e15f);
+      mean[e] += x / GROUP;
+      square = fmaf(x, x, square);
+    }
+    size = fmaxf(size, warp_sum(square));
+  }
+  emxi_cuda_group out = {};
+  if (__any_sync(EMXI_FULL, odd)) {
+    if (lane == 0) p.sketch.group[at] = out;
+    return;
+  }
+  out.size = fmaxf(root_up(size, D), 1e-30f);
+  float largest = 0, centre[E], square = 0;
+#pragma unroll
+  for (int e = 0; e < E; e++) largest = fmaxf(largest, fabsf(mean[e]));
+  out.step_c = warp_max(largest) / 127;
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    const int d = lane + 32 * e;
+    const int code = out.step_c > 0 ? max(-127, min(127, __float2int_rn(mean[e] / out.step_c))) : 0;
+    centre[e] = out.step_c * (float)code;
+    square = fmaf(centre[e], centre[e], square);
+    if (d < dp) p.sketch.centre[at * dp + d] = (int8_t)(d < D ? code : 0);
+  }
+  out.norm_c = root_up(warp_sum(square), D);
+  float far = 0, total = 0;
+  for (int t = 0; t < GROUP; t++) {
+    float here = 0;
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      if (lane + 32 * e >= D) continue;
+      const float x = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e) - centre[e];
+      here = fmaf(x, x, here);
+    }
+    here = warp_sum(here);
+    far = fmaxf(far, here);
+    total += here;
+  }
+  /* differences were rounded, and centres when they became floats */
+  out.radius = __fadd_ru(root_up(far, D), __fmul_ru(0x1p-22f, out.norm_c));
+
+  const float spread = sqrtf(total / (float)(GROUP * D));
+  float worst[TRIES];
+#pragma unroll
+  for (int i = 0; i < TRIES; i++) worst[i] = 0;
+  const auto step_of = [&](int i) { return spread * (0.24f + 0.04f * (float)i); };
+  const auto code_of = [&](float x, float step) { return step > 0 ? fminf(fmaxf(rintf(x / step + 7.5f), 0.0f), 15.0f) : 0.0f; };
+  for (int t = 0; t < GROUP; t++) {
+    float error[TRIES];
+#pragma unroll
+    for (int i = 0; i < TRIES; i++) error[i] = 0;
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      if (lane + 32 * e >= D) continue;
+      const float x = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e) - centre[e];
+#pragma unroll
+      for (int i = 0; i < TRIES; i++) {
+        const float step = step_of(i), left = x - (code_of(x, step) - 7.5f) * step;
+        error[i] = fmaf(left, left, error[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < TRIES; i++) worst[i] = fmaxf(worst[i], warp_sum(error[i]));
+  }
+  int best = 0;
+#pragma unroll
+  for (int i = 1; i < TRIES; i++)
+    if (worst[i] < worst[best]) best = i;
+  float least = worst[0];
+#pragma unroll
+  for (int i = 1; i < TRIES; i++) least = fminf(least, worst[i]);
+  out.step = step_of(best);
+  out.error = __fadd_ru(root_up(least, D),
+                        __fmul_ru(0x1p-21f, out.norm_c + out.radius + 8 * sqrtf((float)D) * out.step));
+  for (int t = 0; t < GROUP; t++)
+#pragma unroll
+    for (int e = 0; e < E; e++) {
+      const int d = lane + 32 * e;
+      if (32 * e >= dp) continue;
+      const float x = d < D ? load_any(keys, p.dtype, t * p.k_token + d) - centre[e] : 0.0f;
+      const int code = (int)code_of(x, out.step), above = __shfl_down_sync(EMXI_FULL, code, 4);
+      if (lane % 8 < 4)
+        p.sketch.codes[at * (GROUP / 2) * dp + (e * GROUP + t) * 16 + lane / 8 * 4 + lane % 8] = (uint8_t)(code | above << 4);
+    }
+  if (!(out.size < 1e18f) || !(out.radius < 1e18f) || !(out.error < 1e18f)) out = {};
+  if (lane == 0) p.sketch.group[at] = out;
+}
+__device__ void sketch_page(const emxi_cuda_pool &p, int64_t page, bool complete) {
+  const int per = p.P / GROUP;
+  for (int i = threadIdx.x / 32; i < p.G * per; i += blockDim.x / 32)
+    if (complete)
+      sketch_group(p, page, i / per, i % per, threadIdx.x % 32);
+    else if (threadIdx.x % 32 == 0)
+      p.sketch.group[page * p.G * per + i] = {};
+}
+
+/* Grid: (pages that an entry's tokens may touch, entries). */
+__global__ void append_sketches(const __grid_constant__ emxi_cuda_append a) {
+  const emxi_cuda_pool &p = a.pool;
+  const int b = blockIdx.y;
+  int64_t length;
+  const int32_t *table = batch_entry(a.batch, b, &length);
+  if (!table) return;
+  const int64_t n = a.n ? a.n[b] : a.t;
+  if (n <= 0 || n > a.t || (a.batch.lengths && length + n > a.batch.limit)) return; /* append_tokens has said so */
+  const int64_t i = (length >> p.shift) + blockIdx.x;
+  if (i << p.shift >= length + n) return;
+  const int64_t page = table_page(a.batch, p, table, b, i);
+  if (page != table[i]) return;
+  sketch_page(p, page, (i + 1) << p.shift <= length + n);
+}
+__global__ void listed_sketches(const __grid_constant__ emxi_cuda_listed l) {
+  const int32_t page = l.pages[blockIdx.x], tokens = l.tokens ? l.tokens[blockIdx.x] : l.pool.P;
+  if ((uint32_t)page >= (uint32_t)l.pool.max_pages || tokens < 0 || tokens > l.pool.P) return; /* listed_summaries says so */
+  sketch_page(l.pool, page, tokens == l.pool.P);
+}
+
+/* ---- judge */
+
+template <int LANES, int R>
+__global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__ emxi_cuda_decode a) {
+  constexpr int SUBS = 32 / LANES, UNROLL = 4;
+  __shared__ cert_query query[R];
+  __shared__ cert_words words[R];
+  __shared__ unsigned long long best[R][2];
+  __shared__ int shared_size;
+  wait_for_previous();
+  const emxi_cuda_sketch &sketch = a.pool.sketch;
+  const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits, lane = threadIdx.x % 32, l = lane % LANES,
+            sub = lane / LANES;
+  const cert_item it = open_item<R>(a, item);
+  if (threadIdx.x < 2 * R) best[threadIdx.x / 2][threadIdx.x % 2] = 0;
+  if (threadIdx.x == 0) {
+    shared_size = 0;
+    if (split == 0) a.cert_flat[item] = 0;
+  }
+  open_queries<R>(a, it, query, words);
+  int4 qa[R], qb[R];
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    qa[r] = r < it.rows ? *(const int4 *)&words[r].a[4 * l] : make_int4(0, 0, 0, 0);
+    qb[r] = r < it.rows ? *(const int4 *)&words[r].b[4 * l] : make_int4(0, 0, 0, 0);
+  }
+  /* whole chunks: as the sieve cuts */
+  const int64_t chunks = (it.length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits,
+                from = split * per * (CHUNK / GROUP), end = from + per * (CHUNK / GROUP),
+                to = end < it.groups ? end : it.groups;
+  const int r = l < R && l < it.rows ? l : 0; /* the row of this lane */
+  const cert_query q = query[r];
+  float best_mid = -emxi_inf(), best_up = -emxi_inf(), size = 0;
+  uint32_t at_mid = 0, at_up = 0;
+  for (int64_t base = from + threadIdx.x / 32 * (SUBS * UNROLL); base < to; base += CERT_WARPS * SUBS * UNROLL) {
+    int4 x[UNROLL];
+    float4 head[UNROLL];
+    float norm[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      const int64_t group = base + u * SUBS + sub, place = group < to ? group_at(a, it, group) : 0;
+      norm[u] = 0;
+      if (group >= to) {
+        x[u] = make_int4(0, 0, 0, 0), head[u] = make_float4(0, 0, 0, 0);
+        continue;
+      }
+      x[u] = __ldg((const int4 *)(sketch.centre + place * sketch.dp) + l);
+      head[u] = __ldg((const float4 *)(sketch.group + place));
+      norm[u] = __ldg(&sketch.group[place].size);
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      int dot[2 * R];
+#pragma unroll
+      for (int i = 0; i < R; i++) {
+        dot[2 * i] = __dp4a(x[u].x, qa[i].x, __dp4a(x[u].y, qa[i].y, __dp4a(x[u].z, qa[i].z, __dp4a(x[u].w, qa[i].w, 0))));
+        dot[2 * i + 1] = __dp4a(x[u].x, qb[i].x, __dp4a(x[u].y, qb[i].y, __dp4a(x[u].z, qb[i].z, __dp4a(x[u].w, qb[i].w, 0))));
+      }
+#pragma unroll
+      for (int step = LANES / 2; step; step >>= 1)
+#pragma unroll
+        for (int i = 0; i < 2 * R; i++) dot[i] += __shfl_xor_sync(EMXI_FULL, dot[i], step);
+      const int64_t group = base + u * SUBS + sub;
+      if (l >= it.rows || l >= R || group >= to) continue;
+      int da = dot[0], db = dot[1];
+#pragma unroll
+      for (int i = 1; i < R; i++)
+        if (i == l) da = dot[2 * i], db = dot[2 * i + 1];
+      const int64_t first = group * GROUP;
+      float up;
+      if (first >= q.visible) {
+        up = -emxi_inf();
+      } else if (!(norm[u] > 0) || !(q.norm * (double)norm[u] < 1e37)) {
+        up = emxi_inf();
+      } else {
+        const double step = (double)head[u].x, c = (double)head[u].y, radius = (double)head[u].z,
+                     coarse = q.s1 * (double)da * step, fine = q.s2 * (double)db * step, mid = coarse + fine,
+                     near = (double)(first + GROUP < q.visible ? first + GROUP - 1 : q.visible - 1) - (double)(q.visible - 1),
+                     far = (double)first - (double)(q.visible - 1), bias = fmax(q.slope * near, q.slope * far),
+                     slack = cert_slack(q, (double)norm[u], -far);
+        up = round_up(mid + bias + q.e2 * c + q.norm * radius + slack +
+                      1e-12 * (fabs(coarse) + fabs(fine) + fabs(bias) + q.norm * (radius + c)));
+        if (!(up < emxi_inf())) up = emxi_inf();
+        size = fmaxf(size, norm[u]);
+        const float value = (float)(mid + bias);
+        if (first + GROUP <= q.visible) {
+          if (value > best_mid) best_mid = value, at_mid = (uint32_t)group;
+          if (up > best_up) best_up = up, at_up = (uint32_t)group;
+        }
+      }
+      a.cert_upper[q.row * a.cert_groups + group] = up;
+    }
+  }
+  const auto key = [](float value, uint32_t group) {
+    return (unsigned long long)((uint32_t)to_ordered(value) ^ 0x80000000u) << 32 | group;
+  };
+  if (l < R && l < it.rows) {
+    if (best_mid > -emxi_inf()) atomicMax(&best[r][0], key(best_mid, at_mid));
+    if (best_up > -emxi_inf()) atomicMax(&best[r][1], key(best_up, at_up));
+    atomicMax(&shared_size, __float_as_int(size)); /* not negative: the order of the integers */
+  }
+  __syncthreads();
+  if ((int)threadIdx.x < 2 * it.rows)
+    a.cert_best[(query[threadIdx.x / 2].row * a.splits + split) * 2 + threadIdx.x % 2] = best[threadIdx.x / 2][threadIdx.x % 2];
+  if (threadIdx.x == 0) a.cert_size[item * (int64_t)a.splits + split] = __int_as_float(shared_size);
+}
+
+/* ---- account */
+
+__global__ void account(const __grid_constant__ emxi_cuda_decode a) {
+  wait_for_previous();
+  const int64_t row = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+  if (row >= (int64_t)a.batch.n * a.H * a.S) return;
+  const row_place p = place_of(a, row);
+  const int index = p.s * a.group + p.h % a.group, item = (p.b * a.pool.G + p.g) * a.blocks + index / a.rows;
+  emx_report *r = (emx_report *)(a.reports + row * a.report_stride);
+  const emxi_cuda_cert &c = a.cert[row];
+  const int64_t key = (int64_t)a.pool.D * (a.pool.dtype == EMX_F32 ? 4 : 2), dp = a.pool.sketch.dp;
+  const int64_t judged = (p.visible + GROUP - 1) / GROUP * (dp + 32);
+  r->bytes_meta += judged;
+  if (a.cert_flat[item]) return;
+  r->path = EMX_PATH_LADDER;
+  r->bytes_meta += (int64_t)c.codes * 8 * dp;
+  if (r->flags & EMX_REPORT_NONFINITE) return;
+  r->tokens = (int32_t)c.tokens;
+  r->pages = (int32_t)c.pages;
+  r->bytes_k = (int64_t)c.tokens * ((key + 63) / 64 * 64);
+  r->max_unread = from_ordered(c.limit);
+}
+
+template <int LANES>
+void launch_judge(const emxi_cuda_decode &d, cudaStream_t stream) {
+  const unsigned grid = (unsigned)(d.batch.n * d.pool.G * d.blocks * d.splits);
+  if (d.rows == 1)
+    launch(judge<LANES, 1>, grid, CERT_THREADS, 0, stream, d.overlap, d);
+  else
+    launch(judge<LANES, 4>, grid, CERT_THREADS, 0, stream, d.overlap, d);
+}
+
+} // namespace
+
+extern "C" void emxi_cuda_launch_sketches(const emxi_cuda_append *a, void *stream) {
+  const int64_t pages = ((int64_t)a->t + a->pool.P - 2) / a->pool.P + 1;
+  append_sketches<<<dim3((unsigned)pages, (unsigned)a->batch.n), 256, 0, (cudaStream_t)stream>>>(*a);
+}
+extern "C" void emxi_cuda_launch_listed_sketches(const emxi_cuda_listed *l, void *stream) {
+  listed_sketches<<<(unsigned)l->n, 256, 0, (cudaStream_t)stream>>>(*l);
+}
+extern "C" void emxi_cuda_judge(const emxi_cuda_decode *d, void *stream) {
+  const int dp = d->pool.sketch.dp;
+  if (dp == 64)
+    launch_judge<4>(*d, (cudaStream_t)stream);
+  else if (dp == 128)
+    launch_judge<8>(*d, (cudaStream_t)stream);
+  else
+    launch_judge<16>(*d, (cudaStream_t)stream);
+}
+extern "C" void emxi_cuda_account(const emxi_cuda_decode *d, void *stream) {
+  const int64_t rows = (int64_t)d->batch.n * d->H * d->S;
+  launch(account, (unsigned)((rows + 127) / 128), 128, 0, (cudaStream_t)stream, d->overlap, *d);
+}

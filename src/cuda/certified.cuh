@@ -1,0 +1,421 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * CERTIFIED on the device: which keys must be read so that nothing else can have weight.
+ *
+ *   judge  block = (sequence, KV head, up to R query rows, part of the sequence). An upper bound of the scores of every group of 16 keys
+ *          from its centre and radius; the best groups of each part.
+ *   seed   block = row. The keys of the best groups, exactly. Their threshold bounds the threshold from below (T1 of docs/math.md).
+ *          Rows of which most of these keys have weight are flat: the item goes to ALL's scan.
+ *   sieve  block as in judge. Groups above the row's limit, key by key from their 4-bit codes, then the keys that these leave, exactly,
+ *          into the segments that ALL's scan would have filled. Exact scores are counted in a histogram at the lower edges of its bins;
+ *          any state of it bounds the threshold from below, and whoever adds to it raises the limit.
+ *   report what was read.
+ * Between seed and report run ALL's scan, for flat items alone, and its solve and share kernels. docs/numerics.md derives the bounds.
+ * Bytes of a group at dimension D, padded to 64, 128 or 256: 32 + D to judge it, 8 D for its codes, and rows of K. */
+#ifndef EMXI_CUDA_CERTIFIED_CUH
+#define EMXI_CUDA_CERTIFIED_CUH
+
+#include "decode.cuh"
+#include "sketch.cuh"
+
+namespace {
+
+/* ---- keys */
+
+/* Exact scores of `n` keys of an item for all its rows, with the bits of ALL's scan (decode.cuh): U keys a lane group at a time. where(i):
+ * position of the i-th. use(i, position, row in the item, score) is called by all lanes together; i < 0: none of mine. */
+template <typename T, int FIXED, int R, int U>
+struct cert_reader {
+  using row_piece = piece<T, FIXED>;
+  static constexpr int L = row_piece::L, SUBS = 32 / L, V = U * R, OWN = V >= L ? V / L : 1, BATCH = U * SUBS;
+
+  template <typename WHERE, typename USE>
+  __device__ __forceinline__ static void read(const emxi_cuda_decode &a, const cert_item &it, const float (*shared_q)[MAX_D],
+                                              const cert_query *query, int n, WHERE where, USE use) {
+    const int lane = threadIdx.x % 32, l = lane % L, sub = lane / L, D = FIXED ? FIXED : a.pool.D;
+    const T *k_base = (const T *)a.pool.k + it.g * a.pool.k_head;
+    for (int first = 0; first < n; first += BATCH) {
+      row_piece x[U];
+#pragma unroll
+      for (int u = 0; u < U; u++) {
+        const int i = first + u * SUBS + sub;
+        if (i < n) {
+          const int64_t position = where(i), page = table_page(a.batch, a.pool, it.table, it.b, position >> a.pool.shift);
+          x[u].load(k_base + page * a.pool.k_page + (position & (a.pool.P - 1)) * a.pool.k_token, l, D);
+        } else {
+          x[u].clear();
+        }
+      }
+      float v[V];
+#pragma unroll
+      for (int u = 0; u < U; u++) {
+        float f[8];
+        x[u].get(f);
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+          float sum = f[0] * shared_q[r][row_piece::element(l, 0)];
+#pragma unroll
+          for (int e = 1; e < 8; e++) sum = fmaf(f[e], shared_q[r][row_piece::element(l, e)], sum);
+          v[u * R + r] = sum;
+        }
+      }
+      exchange_sum<V, L>(v, l);
+#pragma unroll
+      for (int o = 0; o < OWN; o++) {
+        const int index = first_index<V, L>(l) + o, r = index % R, i = first + index / R * SUBS + sub;
+        const bool mine = (V >= L || l % (V < L ? L / V : 1) == 0) && r < it.rows && i < n;
+        const int64_t position = mine ? where(i) : 0;
+        float score = -emxi_inf();
+        const bool in = mine && position < query[r].visible;
+        if (in) {
+          score = v[o];
+          if (query[r].slope != 0) score = fmaf((float)query[r].slope, (float)((int32_t)position - (query[r].visible - 1)), score);
+          if (score == -emxi_inf()) {
+            const int64_t page = table_page(a.batch, a.pool, it.table, it.b, position >> a.pool.shift);
+            if (key_is_finite(k_base + page * a.pool.k_page + (position & (a.pool.P - 1)) * a.pool.k_token, D)) score = emxi_nan();
+          }
+        }
+        use(in ? i : -1, position, r, score);
+      }
+    }
+  }
+};
+/* scale q of an item's rows as floats, zero beyond. Has a barrier. */
+template <int R>
+__device__ __forceinline__ void load_queries(const emxi_cuda_decode &a, const cert_item &it, float (*shared_q)[MAX_D]) {
+  for (int i = threadIdx.x; i < R * MAX_D; i += CERT_THREADS) {
+    const int r = i / MAX_D, x = i % MAX_D, index = it.first_row + r, s = index / a.group, h = it.g * a.group + index % a.group;
+    shared_q[r][x] = r < it.rows && x < a.pool.D
+                         ? load_any(a.q, a.q_dtype, it.b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + x) * a.scale
+                         : 0.0f;
+  }
+  __syncthreads();
+}
+
+/* ---- seed */
+
+constexpr int SEED_GROUPS = 64, SEED_PARTS = 1024;
+
+template <typename T, int FIXED>
+__global__ void __launch_bounds__(CERT_THREADS) seed(const __grid_constant__ emxi_cuda_decode a) {
+  __shared__ cert_query query[1];
+  __shared__ cert_words words[1];
+  __shared__ float shared_q[1][MAX_D], z[SEED_GROUPS * GROUP], value[SEED_PARTS], part[3][CERT_WARPS];
+  __shared__ int32_t entry[SEED_PARTS], chosen[SEED_GROUPS];
+  __shared__ int n_chosen, above;
+  wait_for_previous();
+  const row_place place = place_of(a, blockIdx.x);
+  const int index = place.s * a.group + place.h % a.group, item = (place.b * a.pool.G + place.g) * a.blocks + index / a.rows;
+  cert_item it = open_item<1>(a, 0);
+  it.b = place.b, it.g = place.g, it.first_row = index, it.rows = 1, it.table = place.table, it.length = place.length;
+  open_queries<1>(a, it, query, words);
+  load_queries<1>(a, it, shared_q);
+  if (threadIdx.x == 0) n_chosen = above = 0;
+
+  /* The best groups; the two of a part may be the same one, and a key may count only once. */
+  const int parts = 2 * a.splits < SEED_PARTS ? 2 * a.splits : SEED_PARTS;
+  float size = 0;
+  for (int i = threadIdx.x; i < parts; i += CERT_THREADS) {
+    const uint64_t best = a.cert_best[blockIdx.x * 2 * (int64_t)a.splits + i];
+    entry[i] = best ? (int32_t)(uint32_t)best : -1;
+    if (i % 2 && best && (uint32_t)a.cert_best[blockIdx.x * 2 * (int64_t)a.splits + i - 1] == (uint32_t)best) entry[i] = -1;
+    value[i] = entry[i] < 0 ? -emxi_inf() : from_ordered((int)((uint32_t)(best >> 32) ^ 0x80000000u));
+  }
+  for (int i = threadIdx.x; i < a.splits; i += CERT_THREADS) size = fmaxf(size, a.cert_size[item * (int64_t)a.splits + i]);
+#pragma unroll
+  for (int step = 16; step; step >>= 1) size = fmaxf(size, __shfl_xor_sync(EMXI_FULL, size, step));
+  if (threadIdx.x % 32 == 0) part[0][threadIdx.x / 32] = size;
+  __syncthreads();
+  for (int w = 0; w < CERT_WARPS; w++) size = fmaxf(size, part[0][w]);
+  for (int i = threadIdx.x; i < parts; i += CERT_THREADS) {
+    if (entry[i] < 0) continue;
+    int better = 0;
+    for (int j = 0; j < parts; j++) better += value[j] > value[i] || (value[j] == value[i] && j < i && entry[j] >= 0);
+    if (better < SEED_GROUPS) chosen[atomicAdd(&n_chosen, 1)] = entry[i];
+  }
+  __syncthreads();
+  const int groups = n_chosen;
+  for (int i = threadIdx.x; i < SEED_GROUPS * GROUP; i += CERT_THREADS) z[i] = -emxi_inf();
+  __syncthreads();
+  using reader = cert_reader<T, FIXED, 1, 8>;
+  for (int c = threadIdx.x / 32; c < groups; c += CERT_WARPS)
+    reader::read(
+        a, it, shared_q, query, GROUP, [&](int i) { return (int64_t)chosen[c] * GROUP + i; },
+        [&](int i, int64_t, int, float score) {
+          if (i >= 0 && score < emxi_inf()) z[c * GROUP + i] = score; /* NaN and +inf are the sieve's to find */
+        });
+  __syncthreads();
+
+  float m = -emxi_inf();
+  for (int i = threadIdx.x; i < groups * GROUP; i += CERT_THREADS) m = fmaxf(m, z[i]);
+#pragma unroll
+  for (int step = 16; step; step >>= 1) m = fmaxf(m, __shfl_xor_sync(EMXI_FULL, m, step));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) part[0][threadIdx.x / 32] = m;
+  __syncthreads();
+  for (int w = 0; w < CERT_WARPS; w++) m = fmaxf(m, part[0][w]);
+  const double alpha = a.alpha;
+  const float fa = (float)(alpha - 1), fb = 1 / fa;
+  float low = -1.0f;
+  for (int step = 0; step < 6; step++) { /* as in raise_limit */
+    float mass = 0, slope = 0;
+    for (int i = threadIdx.x; i < groups * GROUP; i += CERT_THREADS) {
+      const float y = fmaf(fa, z[i] - m, -low);
+      if (!(y > 0)) continue;
+      const float p = alpha == 2.0 ? y : alpha == 1.5 ? y * y : powf(y, fb);
+      mass += p;
+      slope += alpha == 2.0 ? 1.0f : alpha == 1.5 ? y : p / y;
+    }
+#pragma unroll
+    for (int i = 16; i; i >>= 1) {
+      mass += __shfl_xor_sync(EMXI_FULL, mass, i);
+      slope += __shfl_xor_sync(EMXI_FULL, slope, i);
+    }
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) part[1][threadIdx.x / 32] = mass, part[2][threadIdx.x / 32] = slope;
+    __syncthreads();
+    mass = slope = 0;
+    for (int w = 0; w < CERT_WARPS; w++) mass += part[1][w], slope += part[2][w];
+    if (!(mass > 1 && slope > 0)) break;
+    low += (mass - (alpha == 2.0 ? 1.0f : alpha == 1.5 ? sqrtf(mass) : powf(mass, 1.0f - fa))) / slope * (1 - 1e-4f);
+  }
+  float limit = m + low / fa;
+  limit -= 1e-5f * (1 + fabsf(limit) + fabsf(m));
+  /* the same in terms of true scores: listed ones are off by this at most (T2) */
+  const double slack = cert_slack(query[0], (double)size, (double)it.length);
+  limit = __double2float_rd((double)limit - slack);
+  if (!(limit > -emxi_inf())) limit = -emxi_inf(); /* no score, or one that is not a number */
+  int mine = 0;
+  for (int i = threadIdx.x; i < groups * GROUP; i += CERT_THREADS) mine += z[i] > limit;
+  if (mine) atomicAdd(&above, mine);
+  for (int i = threadIdx.x; i < BINS; i += CERT_THREADS) a.cert_bins[blockIdx.x * (int64_t)BINS + i] = 0;
+  __syncthreads();
+  if (threadIdx.x) return;
+  emxi_cuda_cert *cert = &a.cert[blockIdx.x];
+  cert->limit = to_ordered(limit);
+  cert->base = limit;
+  cert->slack = (float)slack * 1.0001f;
+  cert->tokens = cert->pages = cert->codes = 0;
+  if (!(limit > -emxi_inf()) || 2 * above > groups * GROUP) atomicOr(&a.cert_flat[item], 1);
+}
+
+/* ---- sieve */
+
+template <typename T, int FIXED, int R>
+__global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__ emxi_cuda_decode a) {
+  constexpr int CHUNK_GROUPS = CHUNK / GROUP, TOGETHER = 4;
+  __shared__ cert_query query[R];
+  __shared__ cert_words words[R];
+  __shared__ float shared_q[R][MAX_D];
+  __shared__ uint8_t queue[CERT_WARPS][CHUNK];
+  __shared__ int shared_max[R], shared_bad;
+  const emxi_cuda_pool &pool = a.pool;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  wait_for_previous();
+  const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits;
+  if (a.cert_flat[item]) return;
+  const cert_item it = open_item<R>(a, item);
+  open_queries<R>(a, it, query, words);
+  load_queries<R>(a, it, shared_q);
+  if (threadIdx.x < R) shared_max[threadIdx.x] = to_ordered(-emxi_inf());
+  if (threadIdx.x == 0) shared_bad = 0;
+  __syncthreads();
+  const int64_t chunks = (it.length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits, from = split * per,
+                to = from + per < chunks ? from + per : chunks;
+  const int dp = pool.sketch.dp, half = lane / 16;
+  const double alpha = a.alpha;
+  float limit[R];
+  uint32_t tokens = 0, pages = 0, codes = 0, bad = 0;
+  const auto poll = [&]() {
+#pragma unroll
+    for (int r = 0; r < R; r++) limit[r] = r < it.rows ? from_ordered(__ldcg(&a.cert[query[r].row].limit)) : emxi_inf();
+  };
+  /* lane: row lane / 8 and group lane % 8 of the chunk */
+  const int my_r = lane / CHUNK_GROUPS < R ? lane / CHUNK_GROUPS : 0;
+  const bool my_part = lane / CHUNK_GROUPS < it.rows;
+  const auto bound_of = [&](int64_t c) {
+    const int64_t group = c * CHUNK_GROUPS + lane % CHUNK_GROUPS;
+    return my_part && c < to && group < it.groups ? a.cert_upper[query[my_r].row * a.cert_groups + group] : -emxi_inf();
+  };
+  poll();
+  float upper = bound_of(from + warp);
+  for (int64_t c = from + warp, turn = 0; c < to; c += CERT_WARPS, turn++) {
+    const float bound = upper;
+    upper = bound_of(c + CERT_WARPS);
+    if (turn % 4 == 3) poll();
+    float mine = emxi_inf();
+#pragma unroll
+    for (int r = 0; r < R; r++)
+      if (r == my_r) mine = limit[r];
+    uint32_t alive = __ballot_sync(EMXI_FULL, bound > mine || bound != bound);
+    alive = (alive | alive >> 8 | alive >> 16 | alive >> 24) & 0xff;
+    int n = 0;
+    if (alive) {
+      int64_t at = 0;
+      if (alive >> (lane % 8) & 1) at = group_at(a, it, c * CHUNK_GROUPS + lane % 8);
+      int last_page = -1;
+      codes += __popc(alive);
+      while (alive) {
+        int g[TOGETHER];
+        int64_t place[TOGETHER];
+        int acc[TOGETHER][R];
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+          g[j] = alive ? __ffs(alive) - 1 : -1;
+          alive &= alive - 1;
+          place[j] = __shfl_sync(EMXI_FULL, at, g[j] < 0 ? 0 : g[j]);
+#pragma unroll
+          for (int r = 0; r < R; r++) acc[j][r] = 0;
+        }
+        /* codes: half a warp 16 bytes of each key, 32 dimensions */
+        for (int part = half; part < dp / 32; part += 2) {
+          uint4 x[TOGETHER];
+#pragma unroll
+          for (int j = 0; j < TOGETHER; j++)
+            x[j] = g[j] < 0 ? make_uint4(0, 0, 0, 0)
+                            : __ldg((const uint4 *)(pool.sketch.codes + place[j] * (GROUP / 2) * dp) + part * 16 + lane % 16);
+#pragma unroll
+          for (int r = 0; r < R; r++) {
+            const int4 q0 = *(const int4 *)&words[r].a[8 * part], q1 = *(const int4 *)&words[r].a[8 * part + 4];
+#pragma unroll
+            for (int j = 0; j < TOGETHER; j++) {
+              acc[j][r] = __dp4a((int)(x[j].x & 0x0f0f0f0fu), q0.x, acc[j][r]);
+              acc[j][r] = __dp4a((int)(x[j].x >> 4 & 0x0f0f0f0fu), q0.y, acc[j][r]);
+              acc[j][r] = __dp4a((int)(x[j].y & 0x0f0f0f0fu), q0.z, acc[j][r]);
+              acc[j][r] = __dp4a((int)(x[j].y >> 4 & 0x0f0f0f0fu), q0.w, acc[j][r]);
+              acc[j][r] = __dp4a((int)(x[j].z & 0x0f0f0f0fu), q1.x, acc[j][r]);
+              acc[j][r] = __dp4a((int)(x[j].z >> 4 & 0x0f0f0f0fu), q1.y, acc[j][r]);
+              acc[j][r] = __dp4a((int)(x[j].w & 0x0f0f0f0fu), q1.z, acc[j][r]);
+              acc[j][r] = __dp4a((int)(x[j].w >> 4 & 0x0f0f0f0fu), q1.w, acc[j][r]);
+            }
+          }
+        }
+        /* what the bounds of a group's keys have in common: lane (group j, row r) */
+        float base = -emxi_inf(), scale = 0;
+        {
+          const int j = lane / 4 % TOGETHER, r = lane % 4 < R ? lane % 4 : 0;
+          int my_group = g[0];
+          int64_t my_place = place[0];
+#pragma unroll
+          for (int i = 1; i < TOGETHER; i++)
+            if (j == i) my_group = g[i], my_place = place[i];
+          const float u = __shfl_sync(EMXI_FULL, bound, r * CHUNK_GROUPS + (my_group < 0 ? 0 : my_group));
+          if (my_group >= 0 && r < it.rows) {
+            const emxi_cuda_group *k = &pool.sketch.group[my_place];
+            const double radius = (double)k->radius, error = (double)k->error, size_a = (double)query[r].size_a;
+            base = u; /* +inf: nothing is known */
+            if (u < emxi_inf() && k->size > 0) {
+              const double fine = 0.5 * query[r].s1 * (double)k->step, ball = query[r].norm * radius,
+                           loose = query[r].norm * error + query[r].e1 * (radius + error), x = (double)u - ball + loose;
+              scale = (float)fine;
+              base = round_up(x + 0x1p-21 * (fabs(x) + 15 * fine * size_a) + 1e-12 * (fabs((double)u) + ball));
+            } else {
+              base = emxi_inf();
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+          if (g[j] < 0) continue;
+          uint32_t keys = 0;
+#pragma unroll
+          for (int r = 0; r < R; r++) {
+            const int dot = acc[j][r] + __shfl_xor_sync(EMXI_FULL, acc[j][r], 16);
+            const float b = __shfl_sync(EMXI_FULL, base, 4 * j + r), f = __shfl_sync(EMXI_FULL, scale, 4 * j + r);
+            if (r >= it.rows) continue;
+            const float up = fmaf(f, (float)(2 * dot - 15 * query[r].sum_a), b);
+            keys |= __ballot_sync(EMXI_FULL, !(up <= limit[r]));
+          }
+          keys &= 0xffff;
+          const int first = g[j] * GROUP;
+          const int64_t left = it.length - (c * CHUNK + first);
+          if (left < GROUP) keys &= (1u << left) - 1;
+          if (lane < GROUP && keys >> lane & 1) queue[warp][n + __popc(keys & ((1u << lane) - 1))] = (uint8_t)(first + lane);
+          n += __popc(keys);
+          const int page = first >> pool.shift;
+          pages += keys && page != last_page;
+          if (keys) last_page = page;
+        }
+      }
+      __syncwarp();
+    }
+    int count[R];
+    float top[R];
+    bool raised[R];
+#pragma unroll
+    for (int r = 0; r < R; r++) count[r] = 0, top[r] = -emxi_inf(), raised[r] = false;
+    if (n) {
+      tokens += n;
+      cert_reader<T, FIXED, R, R == 1 ? 8 : 4>::read(
+          a, it, shared_q, query, n, [&](int i) { return c * CHUNK + queue[warp][i]; },
+          [&](int i, int64_t position, int row, float score) {
+            if (i >= 0 && !(score < emxi_inf())) bad |= 1u << row;
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+              const bool here = i >= 0 && row == r && score > limit[r];
+              const uint32_t mask = __ballot_sync(EMXI_FULL, here);
+              if (i >= 0 && row == r && score < emxi_inf()) top[r] = fmaxf(top[r], score);
+              if (!mask) continue;
+              if (here) {
+                const int64_t to_place = (query[r].row * a.chunks + c) * CHUNK + count[r] + __popc(mask & ((1u << lane) - 1));
+                a.z[to_place] = score;
+                a.local[to_place] = (uint8_t)(position % CHUNK);
+                const emxi_cuda_cert *cert = &a.cert[query[r].row];
+                const float bin = (score - cert->slack - cert->base) / BIN - 1e-3f;
+                if (bin >= 0 && score < emxi_inf()) atomicAdd(&a.cert_bins[query[r].row * BINS + (int)fminf(bin, BINS - 1)], 1u);
+              }
+              count[r] += __popc(mask);
+              raised[r] = true;
+            }
+          });
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      if (r >= it.rows) continue;
+      if (n) top[r] = from_ordered(__reduce_max_sync(EMXI_FULL, to_ordered(top[r])));
+      if (lane == 0) {
+        a.count[query[r].row * a.chunks + c] = (uint8_t)count[r];
+        a.chunk_max[query[r].row * a.chunks + c] = top[r];
+        if (n) atomicMax(&shared_max[r], to_ordered(top[r]));
+      }
+      if (raised[r]) {
+        __threadfence();
+        raise_limit(a, query[r].row, alpha, limit[r]);
+      }
+    }
+    if (n) poll();
+  }
+  if (bad) atomicOr(&shared_bad, (int)bad);
+  if (lane == 0) {
+    for (int r = 0; r < it.rows; r++) {
+      emxi_cuda_cert *cert = &a.cert[query[r].row];
+      if (tokens) atomicAdd(&cert->tokens, tokens), atomicAdd(&cert->pages, pages);
+      if (codes) atomicAdd(&cert->codes, codes);
+    }
+  }
+  __syncthreads();
+  if ((int)threadIdx.x < it.rows) {
+    a.split_max[query[threadIdx.x].row * a.splits + split] = from_ordered(shared_max[threadIdx.x]);
+    a.bad[query[threadIdx.x].row * a.splits + split] = shared_bad >> threadIdx.x & 1;
+  }
+}
+
+template <typename T, int FIXED, int R>
+void certified_any(const emxi_cuda_decode &d, cudaStream_t stream) {
+  emxi_cuda_judge(&d, stream);
+  launch(seed<T, FIXED>, (unsigned)(d.batch.n * d.H * d.S), CERT_THREADS, 0, stream, d.overlap, d);
+  launch(sieve<T, FIXED, R>, (unsigned)(d.batch.n * d.pool.G * d.blocks * d.splits), CERT_THREADS, 0, stream, d.overlap, d);
+}
+/* What comes before ALL's scan, which then does flat items only. */
+template <typename T>
+void certified(const emxi_cuda_decode &d, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (d.vectors && d.pool.D == 64) return d.rows == 1 ? certified_any<T, 64, 1>(d, stream) : certified_any<T, 64, 4>(d, stream);
+    if (d.vectors && d.pool.D == 128)
+      return d.rows == 1 ? certified_any<T, 128, 1>(d, stream) : certified_any<T, 128, 4>(d, stream);
+  }
+  certified_any<T, 0, 4>(d, stream);
+}
+
+} // namespace
+
+#endif

@@ -1,0 +1,220 @@
+/* CERTIFIED on a GPU: the float64 oracle over all keys, ALL on the same device, and that the ladder leaves keys unread where it can.
+ * `test_gpu_certified [problems [seed [longest]]]` tries that many at random. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include "cuda/backend_cuda.h"
+#include "gpu_case.h"
+
+static const int32_t dims[] = {64, 128, 80, 33, 16, 256, 96, 20}, dtypes[] = {EMX_F16, EMX_BF16, EMX_F32}, sizes[] = {16, 32, 64};
+static const double alphas[] = {1.5, 2, 1.25, 4. / 3, 1.75};
+static int64_t problems = 60, longest = 9000, seed = 1;
+static int64_t rows_done, ladders, halves, near_tau;
+
+/* Results of ALL on the device, to be compared with. */
+typedef struct outputs {
+  float *o;
+  emx_report *reports;
+} outputs;
+static outputs keep(const decode_case *c) {
+  const size_t rows = (size_t)(c->B * c->H * c->S);
+  outputs k = {case_take(sizeof(float) * rows * (size_t)c->D), case_take(sizeof(emx_report) * rows)};
+  memcpy(k.o, c->o_data, sizeof(float) * rows * (size_t)c->D);
+  memcpy(k.reports, c->reports, sizeof(emx_report) * rows);
+  return k;
+}
+
+static void check_row(const decode_case *c, const outputs *all, double *s, double *p, int b, int h, int q) {
+  const int64_t row = case_row(c, b, h, q), n = c->len[b] - c->S + q + 1;
+  const emx_report *r = &c->reports[row], *a = &all->reports[row];
+  double o[256], m = 1;
+  int64_t support = 0, least = 0, most = 0;
+  rows_done++;
+  assert_int_equal(r->select, EMX_SELECT_CERTIFIED);
+  const float *got = (const float *)c->o_data + row * c->D;
+  if (isnan(all->o[row * c->D])) {
+    assert_true(isnan(got[0]) && r->flags == EMX_REPORT_NONFINITE);
+    return;
+  }
+  assert_true(r->flags == EMX_REPORT_CERTIFIED && r->delta_bound == 0 && r->stopped_by == EMX_STOP_DONE);
+  assert_true(r->path == EMX_PATH_LADDER || r->path == EMX_PATH_ALL);
+  ladders += r->path == EMX_PATH_LADDER;
+  halves += 2 * (int64_t)r->tokens < n;
+  const double tau = case_reference(c, b, h, q, NULL, s, p, o, &support);
+  for (int64_t j = 0; j < n; j++) m = fmax(m, fabs(s[j]));
+  const double band = 2e-6 * m * (c->data == DATA_OUTLIER || c->data == DATA_HUGE ? 8 : 1);
+  bool near = false;
+  for (int64_t j = 0; j < n; j++) {
+    const double y = (c->alpha - 1) * s[j] - tau;
+    least += y > band;
+    most += y > -band;
+    near |= fabs(y) < 1e-4;
+  }
+  near_tau += near;
+  if (r->support < least || r->support > most || abs(r->support - a->support) > (int)(most - least))
+    fail_msg("support %d, ALL %d, oracle %d..%d (alpha %g D %d P %d dtype %d n %d data %d seed %d tokens %d)", r->support,
+             a->support, (int)least, (int)most, c->alpha, c->D, c->P, c->dtype, (int)n, c->data, (int)c->seed, r->tokens);
+  assert_true(r->tokens >= r->support && r->tokens <= n);
+  if (!(fabs(r->tau - tau) <= 1e-5 * m)) fail_msg("tau %g, oracle %g", (double)r->tau, tau);
+  if (r->path == EMX_PATH_LADDER && !((c->alpha - 1) * (double)r->max_unread <= (double)r->tau + 1e-5 * m))
+    fail_msg("max_unread %g above tau %g", (double)r->max_unread, (double)r->tau);
+  for (int d = 0; d < c->D; d++) {
+    const double mine = case_out(c, b, h, q, d);
+    if (!(fabs(mine - o[d]) <= case_tolerance(c, m)) || !(fabs(mine - (double)all->o[row * c->D + d]) <= case_tolerance(c, m)))
+      fail_msg("o[%d] %g, ALL %g, oracle %g (alpha %g D %d P %d dtype %d n %d data %d seed %d)", d, mine,
+               (double)all->o[row * c->D + d], o[d], c->alpha, c->D, c->P, c->dtype, (int)n, c->data, (int)c->seed);
+  }
+}
+static void run(decode_case *c) {
+  gpu_case g;
+  gpu_open(&g, c);
+  emx_select_desc d = case_desc(EMX_SELECT_ALL, 0);
+  gpu_decode_by(&g, &d);
+  g.io.k_new = g.io.v_new = NULL;
+  const outputs all = keep(c);
+  d = case_desc(EMX_SELECT_CERTIFIED, 0);
+  double *s = case_take(sizeof(double) * (size_t)(c->max_len + 1)), *p = case_take(sizeof(double) * (size_t)(c->max_len + 1));
+  for (int turn = 0; turn < 2; turn++) { /* what is read depends on timing, the answer does not */
+    gpu_decode_by(&g, &d);
+    for (int b = 0; b < c->B; b++)
+      for (int h = 0; h < c->H; h++)
+        for (int q = 0; q < c->S; q++) check_row(c, &all, s, p, b, h, q);
+  }
+  free(s), free(p), free(all.o), free(all.reports);
+  gpu_close(&g);
+}
+
+static void test_random(void **state) {
+  (void)state;
+  const int64_t usual = emxi_cuda_certified_short;
+  emxi_cuda_certified_short = 64;
+  rows_done = ladders = halves = near_tau = 0;
+  for (int64_t i = 0; i < problems; i++) {
+    uint32_t w[4];
+    emxi_philox((uint64_t)seed, 77, (uint64_t)i, w);
+    const int G = 1 + (int)(w[0] % 3), group = 1 + (int)(w[0] >> 8) % 6;
+    const double spread = (double)w[3] / 4294967296.0;
+    decode_case c = {.B = 1 + (int)(w[0] >> 16) % 2,
+                     .G = G,
+                     .H = G * group,
+                     .D = dims[(w[0] >> 20) % 8],
+                     .P = sizes[w[1] % 3],
+                     .dtype = dtypes[(w[1] >> 8) % 3],
+                     .layout = w[1] >> 12 & 1,
+                     .summaries = EMX_SUMMARY_SKETCH | (w[1] >> 13 & 1 ? EMX_SUMMARY_MOMENTS : 0),
+                     .len = {(int64_t)(200 * pow((double)longest / 200, spread) + 0.5), 2 + w[2] % 700},
+                     .alpha = alphas[(w[1] >> 16) % 5],
+                     .alibi = w[1] >> 20 & 1,
+                     .in_decode = w[1] >> 21 & 1,
+                     .data = (int)(w[2] >> 12) % DATA_KINDS,
+                     .seed = (uint64_t)(seed * 1000003 + i)};
+    run(&c);
+  }
+  emxi_cuda_certified_short = usual;
+  printf("%lld rows, seed %lld, up to %lld keys: 0 wrong; ladder %lld, fewer than half of the keys read in %lld, a score within 1e-4 of tau in "
+         "%lld\n",
+         (long long)rows_done, (long long)seed, (long long)longest, (long long)ladders, (long long)halves, (long long)near_tau);
+  assert_true(ladders * 8 > rows_done && halves * 20 > rows_done); /* a ladder that reads everything passes all of the above */
+}
+
+/* Odd keys and queries, and a cache that is cut, forked and written again. */
+static void test_changes(void **state) {
+  (void)state;
+  const int64_t usual = emxi_cuda_certified_short;
+  emxi_cuda_certified_short = 64;
+  for (int i = 0; i < 6; i++) {
+    decode_case c = {.G = 1 + i % 2,
+                     .H = 4,
+                     .D = dims[i % 3],
+                     .P = sizes[i % 3],
+                     .dtype = dtypes[i % 3],
+                     .summaries = EMX_SUMMARY_SKETCH,
+                     .len = {3000 + 7 * i},
+                     .alpha = alphas[i % 5],
+                     .data = i % 2 ? DATA_IID : DATA_AR,
+                     .seed = 900 + (uint64_t)i};
+    gpu_case g;
+    gpu_open(&g, &c);
+    const int64_t n = c.len[0], back = n - 1234;
+    int32_t child;
+    OK(emx_seq_truncate(g.kv, g.seqs[0], back));
+    OK(emx_seq_fork(g.kv, g.seqs[0], &child));
+    gpu_append(&c, g.kv, child, 0, back, 1); /* copies the shared page */
+    float *k = case_key(&c, 0, 0, n - 700);
+    k[1] = i == 2 ? NAN : i == 3 ? INFINITY : i == 4 ? -INFINITY : k[1];
+    for (int64_t at = back; at < n; at += 300) gpu_append(&c, g.kv, g.seqs[0], 0, at, n - at < 300 ? n - at : 300);
+    emx_select_desc d = case_desc(EMX_SELECT_ALL, 0);
+    gpu_decode_by(&g, &d);
+    const outputs all = keep(&c);
+    d.kind = EMX_SELECT_CERTIFIED;
+    gpu_decode_by(&g, &d);
+    for (int h = 0; h < c.H; h++) {
+      const emx_report *r = &c.reports[h], *a = &all.reports[h];
+      const float *got = (const float *)c.o_data + h * c.D, *want = all.o + h * c.D;
+      assert_int_equal(r->support, a->support);
+      assert_int_equal(r->flags, a->flags);
+      if (i == 2) assert_int_equal(isnan(want[0]) != 0, h < c.H / c.G);
+      for (int x = 0; x < c.D; x++) assert_true(isnan(want[x]) ? isnan(got[x]) : fabsf(got[x] - want[x]) <= 1e-5f);
+    }
+    free(all.o), free(all.reports);
+    gpu_close(&g);
+  }
+  emxi_cuda_certified_short = usual;
+}
+
+static void test_refused(void **state) {
+  (void)state;
+  decode_case c = {.D = 64, .H = 2, .G = 1, .summaries = EMX_SUMMARY_SKETCH, .len = {200}};
+  gpu_case g;
+  gpu_open(&g, &c);
+  size_t bytes;
+  void *work = gpu_take(NULL, 1 << 24);
+#define REFUSED(word)                                                                                                  \
+  do {                                                                                                                 \
+    assert_int_equal(emx_decode_workspace_size(gpu, g.kv, &d, &g.io, 200, &bytes), EMX_ERR_UNSUPPORTED);               \
+    assert_int_equal(emx_decode(gpu, g.kv, &g.batch, &d, &g.io, work, 1 << 24), EMX_ERR_UNSUPPORTED);                  \
+    if (!strstr(emx_last_error(), word)) fail_msg("'%s' lacks '%s'", emx_last_error(), word);                          \
+  } while (0)
+  emx_select_desc d = case_desc(EMX_SELECT_CERTIFIED, 0);
+  d.max_bytes = 100000;
+  REFUSED("max_bytes");
+  d = case_desc(EMX_SELECT_CERTIFIED, 0);
+  d.max_delta = 0.1;
+  REFUSED("max_delta");
+  d = case_desc(EMX_SELECT_CERTIFIED, 0);
+  g.io.alpha = 1;
+  REFUSED("alpha");
+#undef REFUSED
+  emx_kv_opts o;
+  emx_kv_opts_init(&o);
+  o.summaries = EMX_SUMMARY_SKETCH | EMX_SUMMARY_RESIDUAL;
+  o.kv_heads = 1;
+  o.head_dim = 64;
+  o.max_seqs = 1;
+  o.max_pages = 4;
+  emx_kv *kv = NULL;
+  assert_int_equal(emx_kv_create(gpu, &o, &kv), EMX_ERR_UNSUPPORTED);
+  assert_true(!kv && strstr(emx_last_error(), "residual"));
+  gpu_free(work);
+  gpu_close(&g);
+}
+
+int main(int argc, char **argv) {
+  if (argc > 1) problems = atoll(argv[1]);
+  if (argc > 2) seed = atoll(argv[2]);
+  if (argc > 3) longest = atoll(argv[3]);
+  const int missing = gpu_missing();
+  if (missing) return missing;
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_refused),
+      cmocka_unit_test(test_changes),
+      cmocka_unit_test(test_random),
+  };
+  const int failed = cmocka_run_group_tests(tests, NULL, NULL);
+  emx_ctx_destroy(gpu);
+  emx_ctx_destroy(cpu);
+  return failed;
+}
