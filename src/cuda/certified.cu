@@ -161,7 +161,7 @@ __global__ void listed_sketches(const __grid_constant__ emxi_cuda_listed l) {
 
 template <int LANES, int R>
 __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__ emxi_cuda_decode a) {
-  constexpr int SUBS = 32 / LANES, UNROLL = 4;
+  constexpr int SUBS = 32 / LANES, UNROLL = R == 1 ? 4 : 2;
   __shared__ cert_query query[R];
   __shared__ cert_words words[R];
   __shared__ unsigned long long best[R][2];
@@ -183,64 +183,88 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
     qa[r] = r < it.rows ? *(const int4 *)&words[r].a[4 * l] : make_int4(0, 0, 0, 0);
     qb[r] = r < it.rows ? *(const int4 *)&words[r].b[4 * l] : make_int4(0, 0, 0, 0);
   }
+  if (split == 0 && (int)threadIdx.x < it.rows) a.cert_query[query[threadIdx.x].row] = query[threadIdx.x];
+  for (int i = threadIdx.x; split == 0 && i < it.rows * 128; i += CERT_THREADS)
+    ((int32_t *)&a.cert_words[query[i / 128].row])[i % 128] = ((const int32_t *)&words[i / 128])[i % 128];
   /* whole chunks: as the sieve cuts */
   const int64_t chunks = (it.length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits,
                 from = split * per * (CHUNK / GROUP), end = from + per * (CHUNK / GROUP),
                 to = end < it.groups ? end : it.groups;
-  const int r = l < R && l < it.rows ? l : 0; /* the row of this lane */
-  const cert_query q = query[r];
+  /* After the sums over its lanes a subgroup has U groups times R rows of bounds to work out: the i-th is lane i % LANES's. */
+  constexpr int PAIRS = UNROLL * R, TURNS = (PAIRS + LANES - 1) / LANES;
+  const int r = l % R; /* the row of this lane */
+  const bool mine = r < it.rows;
+  const cert_query q = query[mine ? r : 0];
   float best_mid = -emxi_inf(), best_up = -emxi_inf(), size = 0;
   uint32_t at_mid = 0, at_up = 0;
-  for (int64_t base = from + threadIdx.x / 32 * (SUBS * UNROLL); base < to; base += CERT_WARPS * SUBS * UNROLL) {
+  constexpr int STRIDE = CERT_WARPS * SUBS * UNROLL;
+  int64_t place[UNROLL];
+  const auto look_up = [&](int64_t base) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; u++) {
+      const int64_t group = base + u * SUBS + sub;
+      place[u] = group < to ? group_at(a, it, group) : -1;
+    }
+  };
+  look_up(from + threadIdx.x / 32 * (SUBS * UNROLL));
+  for (int64_t base = from + threadIdx.x / 32 * (SUBS * UNROLL); base < to; base += STRIDE) {
     int4 x[UNROLL];
     float4 head[UNROLL];
     float norm[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
-      const int64_t group = base + u * SUBS + sub, place = group < to ? group_at(a, it, group) : 0;
-      norm[u] = 0;
-      if (group >= to) {
-        x[u] = make_int4(0, 0, 0, 0), head[u] = make_float4(0, 0, 0, 0);
-        continue;
-      }
-      x[u] = __ldg((const int4 *)(sketch.centre + place * sketch.dp) + l);
-      head[u] = __ldg((const float4 *)(sketch.group + place));
-      norm[u] = __ldg(&sketch.group[place].size);
+      x[u] = make_int4(0, 0, 0, 0), head[u] = make_float4(0, 0, 0, 0), norm[u] = 0;
+      if (place[u] < 0) continue;
+      x[u] = __ldg((const int4 *)(sketch.centre + place[u] * sketch.dp) + l);
+      head[u] = __ldg((const float4 *)(sketch.group + place[u]));
+      norm[u] = __ldg(&sketch.group[place[u]].size);
     }
+    look_up(base + STRIDE);
+    int dot[PAIRS][2];
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      int dot[2 * R];
+    for (int u = 0; u < UNROLL; u++)
 #pragma unroll
       for (int i = 0; i < R; i++) {
-        dot[2 * i] = __dp4a(x[u].x, qa[i].x, __dp4a(x[u].y, qa[i].y, __dp4a(x[u].z, qa[i].z, __dp4a(x[u].w, qa[i].w, 0))));
-        dot[2 * i + 1] = __dp4a(x[u].x, qb[i].x, __dp4a(x[u].y, qb[i].y, __dp4a(x[u].z, qb[i].z, __dp4a(x[u].w, qb[i].w, 0))));
+        dot[u * R + i][0] = __dp4a(x[u].x, qa[i].x, __dp4a(x[u].y, qa[i].y, __dp4a(x[u].z, qa[i].z, __dp4a(x[u].w, qa[i].w, 0))));
+        dot[u * R + i][1] = __dp4a(x[u].x, qb[i].x, __dp4a(x[u].y, qb[i].y, __dp4a(x[u].z, qb[i].z, __dp4a(x[u].w, qb[i].w, 0))));
       }
 #pragma unroll
-      for (int step = LANES / 2; step; step >>= 1)
+    for (int step = LANES / 2; step; step >>= 1)
 #pragma unroll
-        for (int i = 0; i < 2 * R; i++) dot[i] += __shfl_xor_sync(EMXI_FULL, dot[i], step);
-      const int64_t group = base + u * SUBS + sub;
-      if (l >= it.rows || l >= R || group >= to) continue;
-      int da = dot[0], db = dot[1];
+      for (int i = 0; i < PAIRS; i++) {
+        dot[i][0] += __shfl_xor_sync(EMXI_FULL, dot[i][0], step);
+        dot[i][1] += __shfl_xor_sync(EMXI_FULL, dot[i][1], step);
+      }
 #pragma unroll
-      for (int i = 1; i < R; i++)
-        if (i == l) da = dot[2 * i], db = dot[2 * i + 1];
+    for (int turn = 0; turn < TURNS; turn++) {
+      const int pair = turn * LANES + l, my_u = pair / R;
+      int da = 0, db = 0;
+      float4 h = make_float4(0, 0, 0, 0);
+      float n = 0;
+#pragma unroll
+      for (int i = turn * LANES; i < (turn + 1) * LANES && i < PAIRS; i++)
+        if (i == pair) da = dot[i][0], db = dot[i][1];
+#pragma unroll
+      for (int u = 0; u < UNROLL; u++)
+        if (u == my_u) h = head[u], n = norm[u];
+      const int64_t group = base + my_u * SUBS + sub;
+      if (!mine || my_u >= UNROLL || group >= to) continue;
       const int64_t first = group * GROUP;
       float up;
       if (first >= q.visible) {
         up = -emxi_inf();
-      } else if (!(norm[u] > 0) || !(q.norm * (double)norm[u] < 1e37)) {
+      } else if (!(n > 0) || !(q.norm * (double)n < 1e37)) {
         up = emxi_inf();
       } else {
-        const double step = (double)head[u].x, c = (double)head[u].y, radius = (double)head[u].z,
-                     coarse = q.s1 * (double)da * step, fine = q.s2 * (double)db * step, mid = coarse + fine,
+        const double step = (double)h.x, c = (double)h.y, radius = (double)h.z, coarse = q.s1 * (double)da * step,
+                     fine = q.s2 * (double)db * step, mid = coarse + fine,
                      near = (double)(first + GROUP < q.visible ? first + GROUP - 1 : q.visible - 1) - (double)(q.visible - 1),
                      far = (double)first - (double)(q.visible - 1), bias = fmax(q.slope * near, q.slope * far),
-                     slack = cert_slack(q, (double)norm[u], -far);
+                     slack = cert_slack(q, (double)n, -far);
         up = round_up(mid + bias + q.e2 * c + q.norm * radius + slack +
                       1e-12 * (fabs(coarse) + fabs(fine) + fabs(bias) + q.norm * (radius + c)));
         if (!(up < emxi_inf())) up = emxi_inf();
-        size = fmaxf(size, norm[u]);
+        size = fmaxf(size, n);
         const float value = (float)(mid + bias);
         if (first + GROUP <= q.visible) {
           if (value > best_mid) best_mid = value, at_mid = (uint32_t)group;
@@ -253,7 +277,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
   const auto key = [](float value, uint32_t group) {
     return (unsigned long long)((uint32_t)to_ordered(value) ^ 0x80000000u) << 32 | group;
   };
-  if (l < R && l < it.rows) {
+  if (mine) {
     if (best_mid > -emxi_inf()) atomicMax(&best[r][0], key(best_mid, at_mid));
     if (best_up > -emxi_inf()) atomicMax(&best[r][1], key(best_up, at_up));
     atomicMax(&shared_size, __float_as_int(size)); /* not negative: the order of the integers */

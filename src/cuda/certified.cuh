@@ -82,7 +82,7 @@ struct cert_reader {
 /* scale q of an item's rows as floats, zero beyond. Has a barrier. */
 template <int R>
 __device__ __forceinline__ void load_queries(const emxi_cuda_decode &a, const cert_item &it, float (*shared_q)[MAX_D]) {
-  for (int i = threadIdx.x; i < R * MAX_D; i += CERT_THREADS) {
+  for (int i = threadIdx.x; i < R * MAX_D; i += blockDim.x) {
     const int r = i / MAX_D, x = i % MAX_D, index = it.first_row + r, s = index / a.group, h = it.g * a.group + index % a.group;
     shared_q[r][x] = r < it.rows && x < a.pool.D
                          ? load_any(a.q, a.q_dtype, it.b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + x) * a.scale
@@ -93,40 +93,40 @@ __device__ __forceinline__ void load_queries(const emxi_cuda_decode &a, const ce
 
 /* ---- seed */
 
-constexpr int SEED_GROUPS = 64, SEED_PARTS = 1024;
+constexpr int SEED_GROUPS = 64, SEED_PARTS = 1024, SEED_THREADS = 1024, SEED_WARPS = SEED_THREADS / 32;
 
 template <typename T, int FIXED>
-__global__ void __launch_bounds__(CERT_THREADS) seed(const __grid_constant__ emxi_cuda_decode a) {
+__global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emxi_cuda_decode a) {
   __shared__ cert_query query[1];
   __shared__ cert_words words[1];
-  __shared__ float shared_q[1][MAX_D], z[SEED_GROUPS * GROUP], value[SEED_PARTS], part[3][CERT_WARPS];
+  __shared__ float shared_q[1][MAX_D], z[SEED_GROUPS * GROUP], value[SEED_PARTS], part[SEED_WARPS];
   __shared__ int32_t entry[SEED_PARTS], chosen[SEED_GROUPS];
-  __shared__ int n_chosen, above;
+  __shared__ int n_chosen;
   wait_for_previous();
   const row_place place = place_of(a, blockIdx.x);
   const int index = place.s * a.group + place.h % a.group, item = (place.b * a.pool.G + place.g) * a.blocks + index / a.rows;
   cert_item it = open_item<1>(a, 0);
   it.b = place.b, it.g = place.g, it.first_row = index, it.rows = 1, it.table = place.table, it.length = place.length;
-  open_queries<1>(a, it, query, words);
+  fetch_queries<1>(a, it, query, words);
   load_queries<1>(a, it, shared_q);
-  if (threadIdx.x == 0) n_chosen = above = 0;
+  if (threadIdx.x == 0) n_chosen = 0;
 
   /* The best groups; the two of a part may be the same one, and a key may count only once. */
   const int parts = 2 * a.splits < SEED_PARTS ? 2 * a.splits : SEED_PARTS;
   float size = 0;
-  for (int i = threadIdx.x; i < parts; i += CERT_THREADS) {
+  for (int i = threadIdx.x; i < parts; i += SEED_THREADS) {
     const uint64_t best = a.cert_best[blockIdx.x * 2 * (int64_t)a.splits + i];
     entry[i] = best ? (int32_t)(uint32_t)best : -1;
     if (i % 2 && best && (uint32_t)a.cert_best[blockIdx.x * 2 * (int64_t)a.splits + i - 1] == (uint32_t)best) entry[i] = -1;
     value[i] = entry[i] < 0 ? -emxi_inf() : from_ordered((int)((uint32_t)(best >> 32) ^ 0x80000000u));
   }
-  for (int i = threadIdx.x; i < a.splits; i += CERT_THREADS) size = fmaxf(size, a.cert_size[item * (int64_t)a.splits + i]);
+  for (int i = threadIdx.x; i < a.splits; i += SEED_THREADS) size = fmaxf(size, a.cert_size[item * (int64_t)a.splits + i]);
 #pragma unroll
   for (int step = 16; step; step >>= 1) size = fmaxf(size, __shfl_xor_sync(EMXI_FULL, size, step));
-  if (threadIdx.x % 32 == 0) part[0][threadIdx.x / 32] = size;
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = size;
   __syncthreads();
-  for (int w = 0; w < CERT_WARPS; w++) size = fmaxf(size, part[0][w]);
-  for (int i = threadIdx.x; i < parts; i += CERT_THREADS) {
+  for (int w = 0; w < SEED_WARPS; w++) size = fmaxf(size, part[w]);
+  for (int i = threadIdx.x; i < parts; i += SEED_THREADS) {
     if (entry[i] < 0) continue;
     int better = 0;
     for (int j = 0; j < parts; j++) better += value[j] > value[i] || (value[j] == value[i] && j < i && entry[j] >= 0);
@@ -134,10 +134,10 @@ __global__ void __launch_bounds__(CERT_THREADS) seed(const __grid_constant__ emx
   }
   __syncthreads();
   const int groups = n_chosen;
-  for (int i = threadIdx.x; i < SEED_GROUPS * GROUP; i += CERT_THREADS) z[i] = -emxi_inf();
+  for (int i = threadIdx.x; i < SEED_GROUPS * GROUP; i += SEED_THREADS) z[i] = -emxi_inf();
   __syncthreads();
   using reader = cert_reader<T, FIXED, 1, 8>;
-  for (int c = threadIdx.x / 32; c < groups; c += CERT_WARPS)
+  for (int c = threadIdx.x / 32; c < groups; c += SEED_WARPS)
     reader::read(
         a, it, shared_q, query, GROUP, [&](int i) { return (int64_t)chosen[c] * GROUP + i; },
         [&](int i, int64_t, int, float score) {
@@ -145,64 +145,65 @@ __global__ void __launch_bounds__(CERT_THREADS) seed(const __grid_constant__ emx
         });
   __syncthreads();
 
-  float m = -emxi_inf();
-  for (int i = threadIdx.x; i < groups * GROUP; i += CERT_THREADS) m = fmaxf(m, z[i]);
+  /* One warp, all scores in its registers: as in raise_limit. */
+  if (threadIdx.x < 32) {
+    constexpr int EACH = SEED_GROUPS * GROUP / 32;
+    float s[EACH], m = -emxi_inf();
 #pragma unroll
-  for (int step = 16; step; step >>= 1) m = fmaxf(m, __shfl_xor_sync(EMXI_FULL, m, step));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) part[0][threadIdx.x / 32] = m;
-  __syncthreads();
-  for (int w = 0; w < CERT_WARPS; w++) m = fmaxf(m, part[0][w]);
-  const double alpha = a.alpha;
-  const float fa = (float)(alpha - 1), fb = 1 / fa;
-  float low = -1.0f;
-  for (int step = 0; step < 6; step++) { /* as in raise_limit */
-    float mass = 0, slope = 0;
-    for (int i = threadIdx.x; i < groups * GROUP; i += CERT_THREADS) {
-      const float y = fmaf(fa, z[i] - m, -low);
-      if (!(y > 0)) continue;
-      const float p = alpha == 2.0 ? y : alpha == 1.5 ? y * y : powf(y, fb);
-      mass += p;
-      slope += alpha == 2.0 ? 1.0f : alpha == 1.5 ? y : p / y;
+    for (int i = 0; i < EACH; i++) {
+      s[i] = z[i * 32 + threadIdx.x];
+      m = fmaxf(m, s[i]);
     }
 #pragma unroll
-    for (int i = 16; i; i >>= 1) {
-      mass += __shfl_xor_sync(EMXI_FULL, mass, i);
-      slope += __shfl_xor_sync(EMXI_FULL, slope, i);
+    for (int step = 16; step; step >>= 1) m = fmaxf(m, __shfl_xor_sync(EMXI_FULL, m, step));
+    const double alpha = a.alpha;
+    const float fa = (float)(alpha - 1), fb = 1 / fa;
+    float low = -1.0f;
+    for (int step = 0; step < 6; step++) {
+      float mass = 0, slope = 0;
+#pragma unroll
+      for (int i = 0; i < EACH; i++) {
+        const float y = fmaf(fa, s[i] - m, -low);
+        if (!(y > 0)) continue;
+        const float p = alpha == 2.0 ? y : alpha == 1.5 ? y * y : powf(y, fb);
+        mass += p;
+        slope += alpha == 2.0 ? 1.0f : alpha == 1.5 ? y : p / y;
+      }
+#pragma unroll
+      for (int i = 16; i; i >>= 1) {
+        mass += __shfl_xor_sync(EMXI_FULL, mass, i);
+        slope += __shfl_xor_sync(EMXI_FULL, slope, i);
+      }
+      if (!(mass > 1 && slope > 0)) break;
+      low += (mass - (alpha == 2.0 ? 1.0f : alpha == 1.5 ? sqrtf(mass) : powf(mass, 1.0f - fa))) / slope * (1 - 1e-4f);
     }
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) part[1][threadIdx.x / 32] = mass, part[2][threadIdx.x / 32] = slope;
-    __syncthreads();
-    mass = slope = 0;
-    for (int w = 0; w < CERT_WARPS; w++) mass += part[1][w], slope += part[2][w];
-    if (!(mass > 1 && slope > 0)) break;
-    low += (mass - (alpha == 2.0 ? 1.0f : alpha == 1.5 ? sqrtf(mass) : powf(mass, 1.0f - fa))) / slope * (1 - 1e-4f);
+    float limit = m + low / fa;
+    limit -= 1e-5f * (1 + fabsf(limit) + fabsf(m));
+    /* the same in terms of true scores: listed ones are off by this at most (T2) */
+    const double slack = cert_slack(query[0], (double)size, (double)it.length);
+    limit = __double2float_rd((double)limit - slack);
+    if (!(limit > -emxi_inf())) limit = -emxi_inf(); /* no score, or one that is not a number */
+    int above = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) above += s[i] > limit;
+    above = __reduce_add_sync(EMXI_FULL, above);
+    if (threadIdx.x == 0) {
+      emxi_cuda_cert *cert = &a.cert[blockIdx.x];
+      cert->limit = to_ordered(limit);
+      cert->base = limit;
+      cert->slack = (float)slack * 1.1f; /* and what the subtraction of a float loses */
+      cert->tokens = cert->pages = cert->codes = 0;
+      if (!(limit > -emxi_inf()) || 2 * above > groups * GROUP) atomicOr(&a.cert_flat[item], 1);
+    }
   }
-  float limit = m + low / fa;
-  limit -= 1e-5f * (1 + fabsf(limit) + fabsf(m));
-  /* the same in terms of true scores: listed ones are off by this at most (T2) */
-  const double slack = cert_slack(query[0], (double)size, (double)it.length);
-  limit = __double2float_rd((double)limit - slack);
-  if (!(limit > -emxi_inf())) limit = -emxi_inf(); /* no score, or one that is not a number */
-  int mine = 0;
-  for (int i = threadIdx.x; i < groups * GROUP; i += CERT_THREADS) mine += z[i] > limit;
-  if (mine) atomicAdd(&above, mine);
-  for (int i = threadIdx.x; i < BINS; i += CERT_THREADS) a.cert_bins[blockIdx.x * (int64_t)BINS + i] = 0;
-  __syncthreads();
-  if (threadIdx.x) return;
-  emxi_cuda_cert *cert = &a.cert[blockIdx.x];
-  cert->limit = to_ordered(limit);
-  cert->base = limit;
-  cert->slack = (float)slack * 1.0001f;
-  cert->tokens = cert->pages = cert->codes = 0;
-  if (!(limit > -emxi_inf()) || 2 * above > groups * GROUP) atomicOr(&a.cert_flat[item], 1);
+  for (int i = threadIdx.x; i < BINS; i += SEED_THREADS) a.cert_bins[blockIdx.x * (int64_t)BINS + i] = 0;
 }
 
 /* ---- sieve */
 
 template <typename T, int FIXED, int R>
 __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__ emxi_cuda_decode a) {
-  constexpr int CHUNK_GROUPS = CHUNK / GROUP, TOGETHER = 4;
+  constexpr int CHUNK_GROUPS = CHUNK / GROUP, TOGETHER = R == 1 ? 8 : 4;
   __shared__ cert_query query[R];
   __shared__ cert_words words[R];
   __shared__ float shared_q[R][MAX_D];
@@ -214,7 +215,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
   const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits;
   if (a.cert_flat[item]) return;
   const cert_item it = open_item<R>(a, item);
-  open_queries<R>(a, it, query, words);
+  fetch_queries<R>(a, it, query, words);
   load_queries<R>(a, it, shared_q);
   if (threadIdx.x < R) shared_max[threadIdx.x] = to_ordered(-emxi_inf());
   if (threadIdx.x == 0) shared_bad = 0;
@@ -236,11 +237,19 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
     const int64_t group = c * CHUNK_GROUPS + lane % CHUNK_GROUPS;
     return my_part && c < to && group < it.groups ? a.cert_upper[query[my_r].row * a.cert_groups + group] : -emxi_inf();
   };
+  /* lane: group lane % 8 of the chunk, where its sketch lies */
+  const auto place_of_group = [&](int64_t c) {
+    const int64_t group = c * CHUNK_GROUPS + lane % CHUNK_GROUPS;
+    return c < to && group < it.groups ? (int32_t)group_at(a, it, group) : 0;
+  };
   poll();
   float upper = bound_of(from + warp);
+  int32_t next_at = place_of_group(from + warp);
   for (int64_t c = from + warp, turn = 0; c < to; c += CERT_WARPS, turn++) {
     const float bound = upper;
+    const int32_t at = next_at;
     upper = bound_of(c + CERT_WARPS);
+    next_at = place_of_group(c + CERT_WARPS);
     if (turn % 4 == 3) poll();
     float mine = emxi_inf();
 #pragma unroll
@@ -250,13 +259,11 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
     alive = (alive | alive >> 8 | alive >> 16 | alive >> 24) & 0xff;
     int n = 0;
     if (alive) {
-      int64_t at = 0;
-      if (alive >> (lane % 8) & 1) at = group_at(a, it, c * CHUNK_GROUPS + lane % 8);
       int last_page = -1;
       codes += __popc(alive);
       while (alive) {
         int g[TOGETHER];
-        int64_t place[TOGETHER];
+        int32_t place[TOGETHER];
         int acc[TOGETHER][R];
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
@@ -266,13 +273,26 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
 #pragma unroll
           for (int r = 0; r < R; r++) acc[j][r] = 0;
         }
+        /* lane (group j, row r): what the bounds of the group's keys have in common. Its record comes with the codes. */
+        const int my_j = lane / R % TOGETHER, my_row = lane % R;
+        int my_group = g[0], my_place = place[0];
+#pragma unroll
+        for (int i = 1; i < TOGETHER; i++)
+          if (my_j == i) my_group = g[i], my_place = place[i];
+        const float u = __shfl_sync(EMXI_FULL, bound, my_row * CHUNK_GROUPS + (my_group < 0 ? 0 : my_group));
+        float4 head = make_float4(0, 0, 0, 0);
+        float2 tail = make_float2(0, 0); /* size, step */
+        if (my_group >= 0) {
+          head = __ldg((const float4 *)(pool.sketch.group + my_place));
+          tail = __ldg((const float2 *)&pool.sketch.group[my_place].size);
+        }
         /* codes: half a warp 16 bytes of each key, 32 dimensions */
         for (int part = half; part < dp / 32; part += 2) {
           uint4 x[TOGETHER];
 #pragma unroll
           for (int j = 0; j < TOGETHER; j++)
             x[j] = g[j] < 0 ? make_uint4(0, 0, 0, 0)
-                            : __ldg((const uint4 *)(pool.sketch.codes + place[j] * (GROUP / 2) * dp) + part * 16 + lane % 16);
+                            : __ldg((const uint4 *)(pool.sketch.codes + (int64_t)place[j] * (GROUP / 2) * dp) + part * 16 + lane % 16);
 #pragma unroll
           for (int r = 0; r < R; r++) {
             const int4 q0 = *(const int4 *)&words[r].a[8 * part], q1 = *(const int4 *)&words[r].a[8 * part + 4];
@@ -289,28 +309,18 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
             }
           }
         }
-        /* what the bounds of a group's keys have in common: lane (group j, row r) */
         float base = -emxi_inf(), scale = 0;
-        {
-          const int j = lane / 4 % TOGETHER, r = lane % 4 < R ? lane % 4 : 0;
-          int my_group = g[0];
-          int64_t my_place = place[0];
-#pragma unroll
-          for (int i = 1; i < TOGETHER; i++)
-            if (j == i) my_group = g[i], my_place = place[i];
-          const float u = __shfl_sync(EMXI_FULL, bound, r * CHUNK_GROUPS + (my_group < 0 ? 0 : my_group));
-          if (my_group >= 0 && r < it.rows) {
-            const emxi_cuda_group *k = &pool.sketch.group[my_place];
-            const double radius = (double)k->radius, error = (double)k->error, size_a = (double)query[r].size_a;
-            base = u; /* +inf: nothing is known */
-            if (u < emxi_inf() && k->size > 0) {
-              const double fine = 0.5 * query[r].s1 * (double)k->step, ball = query[r].norm * radius,
-                           loose = query[r].norm * error + query[r].e1 * (radius + error), x = (double)u - ball + loose;
-              scale = (float)fine;
-              base = round_up(x + 0x1p-21 * (fabs(x) + 15 * fine * size_a) + 1e-12 * (fabs((double)u) + ball));
-            } else {
-              base = emxi_inf();
-            }
+        if (my_group >= 0 && my_row < it.rows) {
+          const cert_query &q = query[my_row];
+          const double radius = (double)head.z, error = (double)head.w;
+          base = u;
+          if (u < emxi_inf() && tail.x > 0) {
+            const double fine = 0.5 * q.s1 * (double)tail.y, ball = q.norm * radius,
+                         loose = q.norm * error + q.e1 * (radius + error), x = (double)u - ball + loose;
+            scale = (float)fine;
+            base = round_up(x + 0x1p-21 * (fabs(x) + 15 * fine * (double)q.size_a) + 1e-12 * (fabs((double)u) + ball));
+          } else if (u > -emxi_inf()) {
+            base = emxi_inf(); /* nothing is known */
           }
         }
 #pragma unroll
@@ -320,7 +330,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
 #pragma unroll
           for (int r = 0; r < R; r++) {
             const int dot = acc[j][r] + __shfl_xor_sync(EMXI_FULL, acc[j][r], 16);
-            const float b = __shfl_sync(EMXI_FULL, base, 4 * j + r), f = __shfl_sync(EMXI_FULL, scale, 4 * j + r);
+            const float b = __shfl_sync(EMXI_FULL, base, R * j + r), f = __shfl_sync(EMXI_FULL, scale, R * j + r);
             if (r >= it.rows) continue;
             const float up = fmaf(f, (float)(2 * dot - 15 * query[r].sum_a), b);
             keys |= __ballot_sync(EMXI_FULL, !(up <= limit[r]));
@@ -402,7 +412,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
 template <typename T, int FIXED, int R>
 void certified_any(const emxi_cuda_decode &d, cudaStream_t stream) {
   emxi_cuda_judge(&d, stream);
-  launch(seed<T, FIXED>, (unsigned)(d.batch.n * d.H * d.S), CERT_THREADS, 0, stream, d.overlap, d);
+  launch(seed<T, FIXED>, (unsigned)(d.batch.n * d.H * d.S), SEED_THREADS, 0, stream, d.overlap, d);
   launch(sieve<T, FIXED, R>, (unsigned)(d.batch.n * d.pool.G * d.blocks * d.splits), CERT_THREADS, 0, stream, d.overlap, d);
 }
 /* What comes before ALL's scan, which then does flat items only. */

@@ -133,6 +133,8 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
     const int64_t cut = items * splits;
     k.cert_groups = at_least_one(ceil_div(d->max_len, EMXI_CUDA_GROUP));
     k.cert = emxi_arena_take(arena, rows, sizeof *k.cert);
+    k.cert_query = emxi_arena_take(arena, rows, sizeof *k.cert_query);
+    k.cert_words = emxi_arena_take(arena, rows, sizeof *k.cert_words);
     k.cert_upper = emxi_arena_take(arena, __builtin_mul_overflow(rows, k.cert_groups, &cells) ? -1 : cells, sizeof *k.cert_upper);
     k.cert_best = emxi_arena_take(arena, parts * 2, sizeof *k.cert_best);
     k.cert_bins = emxi_arena_take(arena, rows, EMXI_CUDA_BINS * sizeof *k.cert_bins);

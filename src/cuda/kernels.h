@@ -70,6 +70,19 @@ typedef struct emxi_cuda_sketch {
   uint8_t *codes;         /* [M,G,P/16,8 Dp] */
   int32_t dp;
 } emxi_cuda_sketch;
+/* A query q' = scale q in the terms of the sketches, q' = s1 a + s2 b + rest with 8-bit integers a, b. */
+typedef struct emxi_cuda_query {
+  double s1, s2, e1, e2; /* e1 >= |q' - s1 a|, e2 >= |q' - s1 a - s2 b| */
+  double norm;           /* >= |q'| */
+  double slack_k, slack_0;
+  double slope;
+  int32_t sum_a, size_a;
+  int32_t row, visible;
+} emxi_cuda_query;
+/* a and b, zero from D on, as words of four dimensions. */
+typedef struct emxi_cuda_words {
+  int32_t a[64], b[64];
+} emxi_cuda_words;
 /* State of a row of CERTIFIED. */
 #define EMXI_CUDA_BINS 256
 typedef struct emxi_cuda_cert {
@@ -209,6 +222,8 @@ typedef struct emxi_cuda_decode {
   float *cert_size;      /* [items, splits] largest norm of its keys */
   int32_t *cert_flat;    /* [items] takes ALL's scan */
   uint32_t *cert_bins;   /* [rows, BINS] */
+  emxi_cuda_query *cert_query; /* [rows] */
+  emxi_cuda_words *cert_words; /* [rows] */
   emxi_cuda_cert *cert;  /* [rows]; NULL: not CERTIFIED */
   /* the caller's lists: read with PAGES, written by emx_select */
   int32_t *io_pages, *io_n;

@@ -17,19 +17,8 @@ __device__ __forceinline__ double warp_sum_double(double x) {
 }
 __device__ __forceinline__ float round_up(double x) { return __double2float_ru(x); }
 
-/* A query q' = scale q in the terms of the sketches, q' = s1 a + s2 b + rest with 8-bit integers a, b. */
-struct cert_query {
-  double s1, s2, e1, e2; /* e1 >= |q' - s1 a|, e2 >= |q' - s1 a - s2 b| */
-  double norm;           /* >= |q'| */
-  double slack_k, slack_0;
-  double slope;
-  int32_t sum_a, size_a;
-  int32_t row, visible;
-};
-/* a and b, zero from D on, as words of four dimensions. */
-struct cert_words {
-  int32_t a[64], b[64];
-};
+using cert_query = emxi_cuda_query;
+using cert_words = emxi_cuda_words;
 
 /* By one warp. */
 __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64_t row, int64_t visible, cert_query *out,
@@ -109,10 +98,23 @@ __device__ __forceinline__ cert_item open_item(const emxi_cuda_decode &a, int it
 /* Queries of an item, a warp each; afterwards a barrier. */
 template <int R>
 __device__ __forceinline__ void open_queries(const emxi_cuda_decode &a, const cert_item &it, cert_query *q, cert_words *words) {
-  for (int r = threadIdx.x / 32; r < it.rows; r += CERT_WARPS) {
+  for (int r = threadIdx.x / 32; r < it.rows; r += blockDim.x / 32) {
     const int index = it.first_row + r, s = index / a.group, h = it.g * a.group + index % a.group;
     const int64_t visible = it.length - a.S + s + 1;
     open_query(a, it.b, h, s, ((int64_t)it.b * a.H + h) * a.S + s, visible > 0 ? visible : 0, &q[r], &words[r]);
+  }
+  __syncthreads();
+}
+/* The same as judge has left them. */
+template <int R>
+__device__ __forceinline__ void fetch_queries(const emxi_cuda_decode &a, const cert_item &it, cert_query *q, cert_words *words) {
+  for (int r = 0; r < it.rows; r++) {
+    const int index = it.first_row + r, s = index / a.group, h = it.g * a.group + index % a.group;
+    const int64_t row = ((int64_t)it.b * a.H + h) * a.S + s;
+    for (int i = threadIdx.x; i < (int)(sizeof(cert_words) / 4); i += blockDim.x)
+      ((int32_t *)&words[r])[i] = ((const int32_t *)&a.cert_words[row])[i];
+    for (int i = threadIdx.x; i < (int)(sizeof(cert_query) / 8); i += blockDim.x)
+      ((int64_t *)&q[r])[i] = ((const int64_t *)&a.cert_query[row])[i];
   }
   __syncthreads();
 }
