@@ -131,8 +131,8 @@ EMX_API void emx_ctx_opts_init_sized(emx_ctx_opts *opts, size_t size);
 
 /* opts may be NULL for the defaults. Errors: INVALID, UNSUPPORTED (device not in this build, GPU older than compute capability
  * 8.0, unknown EMX_ISA), DEVICE (no driver or no GPU; the detail is CUDA's), NOMEM. In this version a context on a GPU has caches
- * with MINMAX and MOMENTS, emx_select and emx_decode with ALL, TOPK, GAUSSIAN and PAGES; maps, dense attention, models and
- * training are UNSUPPORTED there. Summaries there are of complete pages, centres and spreads a byte each. */
+ * with MINMAX, MOMENTS and SKETCH, emx_select and emx_decode with ALL, TOPK, GAUSSIAN and PAGES, emx_decode with CERTIFIED; maps,
+ * dense attention, models and training are UNSUPPORTED there. Summaries there are of complete pages, centres and spreads a byte each. */
 EMX_API emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out);
 EMX_API void emx_ctx_destroy(emx_ctx *ctx); /* NULL is allowed */
 
@@ -322,8 +322,9 @@ typedef struct emx_kv emx_kv; /* one layer's keys and values: a pool of pages, a
 enum {
   EMX_SUMMARY_MINMAX = 1,  /* minimum and maximum of each coordinate, in the cache's dtype (2 D elements) */
   EMX_SUMMARY_MOMENTS = 2, /* mean and spread of each coordinate (2 D f32) and the radius of the page about its mean (f32) */
-  EMX_SUMMARY_SKETCH = 4,  /* what CERTIFIED reads: centres and radii of 16 and 64 positions, 2+2-bit codes of every key */
-  EMX_SUMMARY_RESIDUAL = 8 /* with SKETCH: 4 more bits a coordinate, which spare most reads of exact keys */
+  EMX_SUMMARY_SKETCH = 4,  /* what CERTIFIED reads: centres and radii of 16 and 64 positions, 2+2-bit codes of every key (on a
+                            * GPU: of 16 positions, 4-bit codes) */
+  EMX_SUMMARY_RESIDUAL = 8 /* with SKETCH: 4 more bits a coordinate, which spare most reads of exact keys; not on a GPU */
 };
 
 typedef struct emx_kv_opts {
@@ -433,7 +434,8 @@ enum {
   EMX_SELECT_TOPK = 1,     /* the pages with the best box bound, fixed token budget (EntmaxKV's first selector; Quest's score) */
   EMX_SELECT_GAUSSIAN = 2, /* threshold estimated from page means and spreads (EntmaxKV's second selector, eq. 19) */
   /* Exact without reading every key: tokens whose sound score bound lies below the threshold are left out. Needs
-   * EMX_SUMMARY_SKETCH. alpha = 1: with max_delta, for no weight of softmax is zero; heads without it take ALL's path. */
+   * EMX_SUMMARY_SKETCH. alpha = 1: with max_delta, for no weight of softmax is zero; heads without it take ALL's path. On a GPU
+   * in this version for emx_decode only, with one alpha above 1, and without max_bytes and max_delta: else UNSUPPORTED. */
   EMX_SELECT_CERTIFIED = 3,
   EMX_SELECT_PAGES = 4 /* emx_decode only: the caller's page lists */
 };

@@ -26,8 +26,8 @@ static emx_status check_certified(const emxi_decode *d, const char *who) {
   if (d->per_head)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version of CERTIFIED takes one alpha for all heads", who);
   if (d->alpha == 1)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: with alpha = 1 no weight is zero; CERTIFIED would need max_delta, which a GPU does not take yet",
-                     who);
+    return emxi_fail(EMX_ERR_UNSUPPORTED,
+                     "%s: with alpha = 1 no weight is zero; CERTIFIED would need max_delta, which a GPU does not take yet", who);
   return EMX_OK;
 }
 
@@ -73,6 +73,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   const bool ladder = certified && d->max_len * kv->D >= emxi_cuda_certified_short && d->alpha >= 1.05 && d->alpha <= 2;
   const bool fast = k.vectors && kv->dtype != EMX_F32 && (kv->D == 64 || kv->D == 128);
   k.rows = fast && per_head == 1 ? 1 : 4;
+  if (ladder && k.rows > 4) k.rows = 4; /* its kernels take one row or four at a time */
   const int64_t blocks = ceil_div(per_head, k.rows), items = at_least_one(sparse ? rows : slice * kv->G * blocks);
   /* Two blocks fit a multiprocessor. One sequence: all parts run at once. Several may have unequal lengths: twice as many parts, handed
    * out as blocks become free. */

@@ -114,9 +114,11 @@ static void test_random(void **state) {
     run(&c);
   }
   emxi_cuda_certified_short = usual;
-  printf("%lld rows, seed %lld, up to %lld keys: 0 wrong; ladder %lld, fewer than half of the keys read in %lld, a score within 1e-4 of tau in "
-         "%lld\n",
-         (long long)rows_done, (long long)seed, (long long)longest, (long long)ladders, (long long)halves, (long long)near_tau);
+  printf(
+      "%lld rows, seed %lld, up to %lld keys: 0 wrong; ladder %lld, fewer than half of the keys read in %lld, a score within "
+      "1e-4 of tau in "
+      "%lld\n",
+      (long long)rows_done, (long long)seed, (long long)longest, (long long)ladders, (long long)halves, (long long)near_tau);
   assert_true(ladders * 8 > rows_done && halves * 20 > rows_done); /* a ladder that reads everything passes all of the above */
 }
 
@@ -172,11 +174,11 @@ static void test_refused(void **state) {
   gpu_open(&g, &c);
   size_t bytes;
   void *work = gpu_take(NULL, 1 << 24);
-#define REFUSED(word)                                                                                                  \
-  do {                                                                                                                 \
-    assert_int_equal(emx_decode_workspace_size(gpu, g.kv, &d, &g.io, 200, &bytes), EMX_ERR_UNSUPPORTED);               \
-    assert_int_equal(emx_decode(gpu, g.kv, &g.batch, &d, &g.io, work, 1 << 24), EMX_ERR_UNSUPPORTED);                  \
-    if (!strstr(emx_last_error(), word)) fail_msg("'%s' lacks '%s'", emx_last_error(), word);                          \
+#define REFUSED(word)                                                                                    \
+  do {                                                                                                   \
+    assert_int_equal(emx_decode_workspace_size(gpu, g.kv, &d, &g.io, 200, &bytes), EMX_ERR_UNSUPPORTED); \
+    assert_int_equal(emx_decode(gpu, g.kv, &g.batch, &d, &g.io, work, 1 << 24), EMX_ERR_UNSUPPORTED);    \
+    if (!strstr(emx_last_error(), word)) fail_msg("'%s' lacks '%s'", emx_last_error(), word);            \
   } while (0)
   emx_select_desc d = case_desc(EMX_SELECT_CERTIFIED, 0);
   d.max_bytes = 100000;
