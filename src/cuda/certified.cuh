@@ -33,6 +33,7 @@ struct cert_reader {
                                               const cert_query *query, int n, WHERE where, USE use) {
     const int lane = threadIdx.x % 32, l = lane % L, sub = lane / L, D = FIXED ? FIXED : a.pool.D;
     const T *k_base = (const T *)a.pool.k + it.g * a.pool.k_head;
+    const uint64_t once = read_once();
     for (int first = 0; first < n; first += BATCH) {
       row_piece x[U];
 #pragma unroll
@@ -40,7 +41,7 @@ struct cert_reader {
         const int i = first + u * SUBS + sub;
         if (i < n) {
           const int64_t position = where(i), page = table_page(a.batch, a.pool, it.table, it.b, position >> a.pool.shift);
-          x[u].load(k_base + page * a.pool.k_page + (position & (a.pool.P - 1)) * a.pool.k_token, l, D);
+          x[u].load(k_base + page * a.pool.k_page + (position & (a.pool.P - 1)) * a.pool.k_token, l, D, once);
         } else {
           x[u].clear();
         }
