@@ -26,7 +26,7 @@
  * alone. */
 int64_t emxi_certified_short = (int64_t)1 << 21;
 #define MIN_SLOTS 32          /* chunks in flight: several items together when sequences are short */
-#define FLAT 128              /* scores above the limit after the seeds */
+#define FLAT 160              /* scores above the limit after the seeds, or after the probe */
 #define FEW 16                /* one superpage in this many may matter: no probe */
 #define MAX_SHARE 0.75        /* of keys that the planes leave: more, and ALL's path is faster */
 #define MAX_SHARE_SOFTMAX 0.2 /* of which most are read, values and all */
@@ -423,7 +423,12 @@ static void seed_item(void *arg, int64_t i, int32_t worker) {
   }
   if (softmax || open_superpages(it) * FEW > it->supers) /* else a probe would read as much as the rest of the ladder */
     it->all = it->all || emxi_cert_probe(it, &j->scratch[worker]) > max_share || it->own.full;
-  for (int r = 0; r < it->rows; r++) it->all |= it->own.found[r].full || it->own.found[r].bad;
+  for (int r = 0; r < it->rows; r++) {
+    const cert_list *list = &it->own.found[r];
+    it->all |= list->full || list->bad;
+    /* so many of a sample have weight: thousands of the others will, and each of them is read by itself, key and value */
+    it->all |= it->query[r].alpha > 1 && list->n > FLAT;
+  }
   if (it->all || !j->limited) return;
   const emx_select_desc *select = &j->d->select;
   for (int r = 0; r < it->rows; r++)

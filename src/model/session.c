@@ -527,8 +527,9 @@ static emx_status attend_decode(emx_session *s, int32_t l, emx_session_stats *st
   emx_tensor index, weight, count;
   if (wanted->count) {
     const int64_t heads = c->num_heads, from = l * heads, shape[4] = {1, heads, 1, wanted->capacity};
-    index = emx_tensor_view(wanted->index + from * wanted->capacity, EMX_I32, 4, shape);
-    weight = emx_tensor_view(wanted->weight + from * wanted->capacity, EMX_F32, 4, shape);
+    const int64_t at = from * wanted->capacity; /* no room: counts alone, and the arrays may be NULL */
+    index = emx_tensor_view(at ? wanted->index + at : wanted->index, EMX_I32, 4, shape);
+    weight = emx_tensor_view(at ? wanted->weight + at : wanted->weight, EMX_F32, 4, shape);
     count = emx_tensor_view(wanted->count + from, EMX_I32, 3, shape);
     io.support_index = &index;
     io.support_weight = &weight;
