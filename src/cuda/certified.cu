@@ -8,21 +8,6 @@ namespace {
 
 constexpr int LANE_DIMS = MAX_D / 32;
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(EMXI_FULL, x, step);
-  return x;
-}
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(EMXI_FULL, x, step));
-  return x;
-}
-/* A root of a sum of d squares whose terms carry d + 3 roundings, upwards; what squares lose to underflow has a root under 1e-21. */
-__device__ __forceinline__ float root_up(float square, int d) {
-  return __fadd_ru(__fsqrt_ru(__fmul_ru(square, 1.0f + (float)(d + 8) * 0x1p-23f)), 1e-21f);
-}
-
 /* A warp, 16 keys of (page, head): read six times, once from memory. Lane l has dimensions l + 32 e. */
 __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, int index, int lane) {
   constexpr int E = LANE_DIMS, TRIES = 6;
@@ -85,7 +70,7 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
   float worst[TRIES];
 #pragma unroll
   for (int i = 0; i < TRIES; i++) worst[i] = 0;
-  const auto step_of = [&](int i) { return spread * (0.24f + 0.04f * (float)i); };
+  const auto step_of = [&](int i) { return spread * ((float)(6 + i) * 0.04f); }; /* products alone: the same wherever it is worked out */
   const auto code_of = [&](float x, float step) { return step > 0 ? fminf(fmaxf(rintf(x / step + 7.5f), 0.0f), 15.0f) : 0.0f; };
   for (int t = 0; t < GROUP; t++) {
     float error[TRIES];
@@ -308,7 +293,7 @@ __global__ void account(const __grid_constant__ emxi_cuda_decode a) {
   r->tokens = (int32_t)c.tokens;
   r->pages = (int32_t)c.pages;
   r->bytes_k = (int64_t)c.tokens * ((key + 63) / 64 * 64);
-  r->max_unread = from_ordered(c.limit);
+  r->max_unread = __double2float_ru((a.alpha - 1) * (double)from_ordered(c.limit));
 }
 
 template <int LANES>

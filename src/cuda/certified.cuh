@@ -106,8 +106,7 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
   wait_for_previous();
   const row_place place = place_of(a, blockIdx.x);
   const int index = place.s * a.group + place.h % a.group, item = (place.b * a.pool.G + place.g) * a.blocks + index / a.rows;
-  cert_item it = open_item<1>(a, 0);
-  it.b = place.b, it.g = place.g, it.first_row = index, it.rows = 1, it.table = place.table, it.length = place.length;
+  const cert_item it = {place.b, place.g, index, 1, place.length, (place.length + GROUP - 1) / GROUP, place.table};
   fetch_queries<1>(a, it, query, words);
   load_queries<1>(a, it, shared_q);
   if (threadIdx.x == 0) n_chosen = 0;

@@ -115,6 +115,21 @@ void launch(K kernel, dim3 grid, unsigned threads, size_t shared, cudaStream_t s
   (void)cudaLaunchKernelEx(&config, kernel, argument);
 }
 
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(EMXI_FULL, x, step);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(EMXI_FULL, x, step));
+  return x;
+}
+/* A root of a sum of d squares whose terms carry d + 3 roundings, upwards; what squares lose to underflow has a root under 1e-21. */
+__device__ __forceinline__ float root_up(float square, int d) {
+  return __fadd_ru(__fsqrt_ru(__fmul_ru(square, 1.0f + (float)(d + 8) * 0x1p-23f)), 1e-21f);
+}
+
 /* Sum over the block in a fixed order, in every thread. scratch: a double for each warp, at most 32. Has barriers. The warps' sums are
  * added by lanes: a loop over them in every warp would be issued by all of them. */
 __device__ __forceinline__ double block_sum(double x, double *scratch) {

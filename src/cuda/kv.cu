@@ -63,21 +63,6 @@ __global__ void append_tokens(const __grid_constant__ emxi_cuda_append a) {
 
 /* ---- summaries */
 
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(EMXI_FULL, x, step));
-  return x;
-}
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(EMXI_FULL, x, step);
-  return x;
-}
-/* A root of a sum of d squares whose terms carry d + 3 roundings, upwards; what squares lose to underflow has a root under 1e-21. */
-__device__ __forceinline__ float root_up(float square, int d) {
-  return __fadd_ru(__fsqrt_ru(__fmul_ru(square, 1.0f + (float)(d + 8) * 0x1p-23f)), 1e-21f);
-}
-
 /* A warp, the P keys of (page, head): P D elements read three times (once from memory). Lane l has elements l + 32 e. */
 __device__ void summarize_page(const emxi_cuda_pool &p, int64_t page, int head, int lane) {
   constexpr int E = 8;
