@@ -421,14 +421,12 @@ static void seed_item(void *arg, int64_t i, int32_t worker) {
       it->all |= list->n > FLAT && list->n > it->own.count[r].tokens / 2;
     }
   }
-  if (softmax || open_superpages(it) * FEW > it->supers) /* else a probe would read as much as the rest of the ladder */
+  if (softmax || open_superpages(it) * FEW > it->supers) { /* else a probe would read as much as the rest of the ladder */
     it->all = it->all || emxi_cert_probe(it, &j->scratch[worker]) > max_share || it->own.full;
-  for (int r = 0; r < it->rows; r++) {
-    const cert_list *list = &it->own.found[r];
-    it->all |= list->full || list->bad;
-    /* so many of a sample have weight: thousands of the others will, and each of them is read by itself, key and value */
-    it->all |= it->query[r].alpha > 1 && list->n > FLAT;
+    /* where so many of a sample have weight thousands of the others will, and each of them is read by itself, key and value */
+    for (int r = 0; r < it->rows; r++) it->all |= it->query[r].alpha > 1 && it->own.found[r].n > FLAT;
   }
+  for (int r = 0; r < it->rows; r++) it->all |= it->own.found[r].full || it->own.found[r].bad;
   if (it->all || !j->limited) return;
   const emx_select_desc *select = &j->d->select;
   for (int r = 0; r < it->rows; r++)
