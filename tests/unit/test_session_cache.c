@@ -123,8 +123,16 @@ static void test_prefill_from_file(void **state) {
     OK(emx_session_prefill(a, tokens, N, na, la, NULL, NULL));
     emxi_alloc_fail_after(1); /* the next allocation holds nll, the one behind it the first head's keys and values */
     OK(emx_session_prefill(b, tokens, N, nb, lb, NULL, NULL));
-    assert_true(memcmp(la, lb, sizeof la) != 0);                           /* or the failed allocation was not that one */
-    for (int i = 0; i < V; i++) assert_true(fabsf(la[i] - lb[i]) < 2e-4f); /* sums of some 90 terms of size 1 in f32 */
+    for (int i = 0; i < 2; i++) { /* it has failed: none of these does, and of all that prefill takes only that may be missing */
+      void *still = emxi_alloc(1);
+      assert_non_null(still);
+      emxi_free(still);
+    }
+    /* sums of some 90 terms of size 1 in f32; and a key or value of the second layer that rounds the other way into the cache is
+     * off by an ulp of it, a few of them together by four */
+    static const float off[] = {2e-4f + 0x1p-6f, 2e-4f + 0x1p-9f, 2e-4f};
+    for (int i = 0; i < V; i++)
+      if (!(fabsf(la[i] - lb[i]) < off[variant])) fail_msg("variant %d logit %d: %g, %g", variant, i, la[i], lb[i]);
     emx_session_destroy(a);
     emx_session_destroy(b);
   }
