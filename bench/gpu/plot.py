@@ -9,10 +9,13 @@ import math
 import sys
 
 COLOURS = {"softmax": "#444444", "ours softmax": "#999999", "ours all 1.5": "#1f77b4", "ours all 2": "#17a2b8", "ours gaussian 1.5": "#d62728",
-           "ours topk 1% 1.5": "#2ca02c"}
+           "ours topk 1% 1.5": "#2ca02c", "ours certified 1.5": "#000000", "EntmaxKV gaussian corrected": "#e377c2",
+           "EntmaxKV top-k 5%": "#bcbd22"}
 LABELS = {"softmax": "softmax, the faster of cuDNN and FlashAttention", "ours softmax": "softmax, ours", "ours all 1.5": "ALL, alpha 1.5 (exact)",
-          "ours all 2": "ALL, alpha 2 (exact)", "ours gaussian 1.5": "GAUSSIAN, alpha 1.5", "ours topk 1% 1.5": "TOPK 1 %, alpha 1.5"}
-MARKS = {"iid": "circle", "ar:0.9": "square", "ar:0.99": "diamond", "topics": "triangle", "outlier:4,20": "cross", "flat:0.05": "bar"}
+          "ours all 2": "ALL, alpha 2 (exact)", "ours gaussian 1.5": "GAUSSIAN, alpha 1.5", "ours topk 1% 1.5": "TOPK 1 %, alpha 1.5",
+          "ours certified 1.5": "CERTIFIED, alpha 1.5 (exact)", "EntmaxKV gaussian corrected": "EntmaxKV 0.1.0, Gaussian corrected",
+          "EntmaxKV top-k 5%": "EntmaxKV 0.1.0, top-k 5 %"}
+MARKS = {"iid": "circle", "ar:0.9": "square", "ar:0.99": "diamond", "topics": "triangle", "topics:24": "wedge", "outlier:4,50": "cross", "flat:0.05": "bar"}
 WIDTH, HEIGHT, LEFT, TOP = 400, 300, 70, 40
 
 
@@ -22,7 +25,7 @@ def text(x, y, s, anchor="middle", size=12, more=""):
 
 def mark(kind, x, y, colour):
     shape = {"circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", "square": "M-3.5 -3.5h7v7h-7z", "diamond": "M0 -5L5 0L0 5L-5 0z",
-             "triangle": "M0 -5L5 4H-5z", "cross": "M-5 -1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "bar": "M-5 -2h10v4h-10z"}[kind]
+             "triangle": "M0 -5L5 4H-5z", "wedge": "M0 5L5 -4H-5z", "cross": "M-5 -1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "bar": "M-5 -2h10v4h-10z"}[kind]
     return f'<path d="{shape}" transform="translate({x:.1f} {y:.1f})" fill="{colour}"/>'
 
 
@@ -61,7 +64,7 @@ def main():
         key = (r["data"], r["n"], r["d"])
         if r["method"].startswith("softmax ") and r["ms"] < fastest.get(key, {"ms": math.inf})["ms"]:
             fastest[key] = r
-    rows = [r for r in rows if not r["method"].startswith("softmax ")] + [dict(r, method="softmax") for r in fastest.values()]
+    rows = [r for r in rows if r["method"] in COLOURS] + [dict(r, method="softmax") for r in fastest.values()]
     shapes = sorted({(r["d"], f"{r['hq']}/{r['hkv']} heads, D = {r['d']}") for r in rows})
     lengths = sorted({r["n"] for r in rows})
     times = [(20, "20"), (50, "50"), (100, "100"), (200, "200"), (500, "500"), (1000, "1000"), (2000, "2000")]
@@ -74,13 +77,15 @@ def main():
         out += a.out
         for method, colour in COLOURS.items():
             points = sorted((r["n"], r["ms"] * 1e3) for r in rows if r["d"] == d and r["data"] == "topics" and r["method"] == method)
+            if not points:
+                continue
             out.append('<path d="M' + "L".join(f"{a.x(n):.1f} {a.y(t):.1f}" for n, t in points) + f'" fill="none" stroke="{colour}" stroke-width="2"/>')
             out += [mark("triangle", a.x(n), a.y(t), colour) for n, t in points]
         a = Axes(x0, height, f"{lengths[-1] >> 20}M tokens, {name}", (1e-7, 3), (100, 4000), "relative error of the output (float64, same alpha)",
                  "microseconds", errors, times[2:] + [(4000, "4000")])
         out += a.out
         for r in rows:
-            if r["d"] == d and r["n"] == lengths[-1] and r.get("rel_err"):
+            if r["d"] == d and r["n"] == lengths[-1] and r.get("rel_err") and r["data"] in MARKS:
                 out.append(mark(MARKS[r["data"]], a.x(max(r["rel_err"], 1e-7)), a.y(r["ms"] * 1e3), COLOURS[r["method"]]))
         soft = a.y(min(r["ms"] for k, r in fastest.items() if k[1] == lengths[-1] and k[2] == d) * 1e3)
         out.append(f'<path d="M{a.x0} {soft:.1f}h{WIDTH}" stroke="{COLOURS["softmax"]}" stroke-dasharray="6 3" stroke-width="1.5"/>')
@@ -89,10 +94,10 @@ def main():
         x = LEFT + i % 2 * 480
         out += [f'<path d="M{x} {y + 18 * (i // 2)}h22" stroke="{colour}" stroke-width="3"/>', text(x + 30, y + 4 + 18 * (i // 2), LABELS[method], "start")]
     for i, (data, kind) in enumerate(MARKS.items()):
-        out += [mark(kind, LEFT + 8 + 150 * i, y + 64, "#222"), text(LEFT + 20 + 150 * i, y + 68, data, "start")]
+        out += [mark(kind, LEFT + 8 + 130 * i, y + 100, "#222"), text(LEFT + 20 + 130 * i, y + 104, data, "start")]
     width = len(shapes) * (LEFT + WIDTH + 20) + 10
     with open(sys.argv[2], "w") as f:
-        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 84}" viewBox="0 0 {width} {y + 84}" font-family="sans-serif" '
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 120}" viewBox="0 0 {width} {y + 120}" font-family="sans-serif" '
                 'fill="#222">\n<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(out) + "\n</svg>\n")
 
 
