@@ -525,9 +525,9 @@ static void test_refusals(void **state) {
   o.kv_heads = 1;
   o.head_dim = 64;
   o.max_pages = 4;
-  o.summaries = EMX_SUMMARY_SKETCH;
+  o.summaries = EMX_SUMMARY_SKETCH | EMX_SUMMARY_RESIDUAL;
   emx_kv *kv;
-  fails(emx_kv_create(gpu, &o, &kv), EMX_ERR_UNSUPPORTED, "CPU");
+  fails(emx_kv_create(gpu, &o, &kv), EMX_ERR_UNSUPPORTED, "residual");
   o.summaries = 0;
   o.max_pages = (int64_t)1 << 30; /* terabytes */
   fails(emx_kv_create(gpu, &o, &kv), EMX_ERR_NOMEM, "bytes");
