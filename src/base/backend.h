@@ -11,6 +11,7 @@ struct emxi_rows;     /* src/entmax/entmax.h */
 struct emxi_attn;     /* src/attn/attn.h */
 struct emxi_kv_write; /* src/kv/kv.h */
 struct emxi_decode;   /* src/kv/kv.h */
+struct emxi_blocks;   /* src/model/block.h */
 
 typedef struct emxi_backend {
   const char *name;
@@ -33,6 +34,8 @@ typedef struct emxi_backend {
   emx_status (*kv_summarize)(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n);
   /* Select and/or decode: counts or computes, as attn_run. */
   emx_status (*decode_run)(emx_ctx *ctx, const struct emxi_decode *decode, emxi_arena *arena);
+  /* Layers of models, for the model library, which has the CPU's itself; NULL: not in this build. */
+  const struct emxi_blocks *blocks;
 } emxi_backend;
 
 extern const emxi_backend emxi_backend_cpu;

@@ -1,15 +1,44 @@
 /* SPDX-License-Identifier: Apache-2.0
  * A model folder, opened. */
-#include "model.h"
+#include "base/backend.h"
+#include "block.h"
 
 #include <stdio.h>
 #include <string.h>
 
+/* What runs the model on the context's device, before memory is taken for the weights: a GPU's may be missing. */
+static emx_status open_blocks(emx_model *model) {
+  emx_ctx *ctx = model->ctx;
+  model->blocks = ctx->device == EMX_DEVICE_CPU ? &emxi_blocks_cpu : ctx->backend->blocks;
+  if (!model->blocks)
+    return emxi_fail(EMX_ERR_UNSUPPORTED,
+                     "emx_model_open: this build cannot run models on a GPU: it was made without cublasLt.h; use a CPU context");
+  EMXI_LOCKED(ctx, model->blocks->open(ctx, &model->config, &model->blocks_state));
+}
+
+/* The weights where the device reads them. */
+static emx_status place_weights(emx_model *model) {
+  emx_ctx *ctx = model->ctx;
+  float *data = model->w.data;
+  if (ctx->device != EMX_DEVICE_CPU) {
+    const size_t bytes = (size_t)model->w.count * sizeof *data;
+    void *p = NULL;
+    EMX_TRY(ctx->backend->memory_alloc(ctx, bytes, &p));
+    const emx_status status = ctx->backend->memory_copy(ctx, p, model->w.data, bytes);
+    if (status) {
+      ctx->backend->memory_free(ctx, p);
+      return status;
+    }
+    data = p;
+  }
+  const emx_status status = emxi_weights_create(&model->config, data, &model->on_device);
+  if (status && data != model->w.data) ctx->backend->memory_free(ctx, data);
+  return status;
+}
+
 emx_status emx_model_open(emx_ctx *ctx, const char *folder, emx_model **out) {
   if (!ctx || !folder || !out)
     return emxi_fail(EMX_ERR_INVALID, "emx_model_open: %s is NULL", !ctx ? "ctx" : !folder ? "folder" : "out");
-  if (ctx->device != EMX_DEVICE_CPU)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_model_open: models run on the CPU in this version; open it with a CPU context");
   emx_model_config config;
   EMX_TRY(emxi_config_read(folder, &config));
   char *path = emxi_path_join(folder, "model.safetensors");
@@ -24,9 +53,11 @@ emx_status emx_model_open(emx_ctx *ctx, const char *folder, emx_model **out) {
   if (!status) {
     model->ctx = ctx;
     model->config = config;
-    status = emxi_weights_create(&config, NULL, &model->w);
+    status = open_blocks(model);
   }
+  if (!status) status = emxi_weights_create(&config, NULL, &model->w);
   if (!status) status = emxi_weights_load(ck, &config, model->w.data);
+  if (!status) status = place_weights(model);
   emx_checkpoint_close(ck);
   emxi_free(path);
   if (status)
@@ -38,7 +69,10 @@ emx_status emx_model_open(emx_ctx *ctx, const char *folder, emx_model **out) {
 
 void emx_model_close(emx_model *model) {
   if (!model) return;
+  if (model->on_device.data != model->w.data) model->ctx->backend->memory_free(model->ctx, model->on_device.data);
+  emxi_weights_destroy(&model->on_device);
   emxi_weights_destroy(&model->w);
+  if (model->blocks_state) model->blocks->close(model->ctx, model->blocks_state);
   emxi_free(model);
 }
 

@@ -139,10 +139,14 @@ emx_status emxi_checkpoint_head(const char *path, const emx_named_tensor *tensor
 /* Place of a tensor in file order, -1 if it is not there. */
 int64_t emxi_checkpoint_index(const emx_checkpoint *ck, const char *name);
 
+struct emxi_blocks; /* src/model/block.h */
 struct emx_model {
   emx_ctx *ctx;
   emx_model_config config;
   emxi_weights w;
+  const struct emxi_blocks *blocks; /* of the context's device, */
+  void *blocks_state;               /* what they need there, */
+  emxi_weights on_device;           /* and the weights as they see them; on the CPU those of w */
   char identity[2 * EMXI_HASH_SIZE + 1]; /* of the configuration and the weights, in hexadecimal; "" until it is asked for */
 };
 /* The context's lock is held. NULL when out of memory. */

@@ -4,6 +4,7 @@
  * threads. */
 #include "model/scale.h"
 #include "model/nn.h"
+#include "model/theta.h"
 
 #include <math.h>
 
@@ -61,38 +62,8 @@ emx_status emxi_rope(emx_ctx *ctx, float *x, int64_t row, int64_t heads, int64_t
 
 /* ----------------------------------------------------------------------------------------------------------------- theta */
 
-/* l: what depends on the position alone, which the heads of a row share. */
-typedef struct place {
-  double l, log_l; /* ln(i + 2) and its logarithm */
-} place;
-static place place_of(int32_t type, int64_t i) {
-  place p = {0};
-  if (type != EMX_ATTN_SCALE_FOCAL) p.l = log((double)i + 2);
-  if (type == EMX_ATTN_SCALE_ASENTMAX) p.log_l = log(p.l);
-  return p;
-}
-
-/* derivative: NULL where it is not needed. */
-static double theta_at(int32_t type, double b, double c, place p, double *derivative) {
-  double theta;
-  if (type == EMX_ATTN_SCALE_ASENTMAX) {
-    const double small = exp(-fabs(b)), beta = (b > 0 ? b : 0) + log1p(small), t = tanh(c), power = exp(2 * t * p.log_l);
-    theta = 1 + beta * power;
-    if (derivative) {
-      derivative[0] = (b > 0 ? 1 : small) / (1 + small) * power;
-      derivative[1] = beta * power * p.log_l * 2 * (1 - t * t);
-    }
-  } else if (type == EMX_ATTN_SCALE_SSMAX) {
-    theta = b * p.l;
-    if (derivative) derivative[0] = p.l, derivative[1] = 0;
-  } else {
-    theta = exp(-b);
-    if (derivative) derivative[0] = -theta, derivative[1] = 0;
-  }
-  return theta;
-}
 double emxi_theta(int32_t scale_type, double b, double c, int64_t i, double derivative[2]) {
-  return theta_at(scale_type, b, c, place_of(scale_type, i), derivative);
+  return emxi_theta_at(scale_type, b, c, emxi_place_of(scale_type, i), derivative);
 }
 
 struct scale {
@@ -124,12 +95,12 @@ static void scale_task(void *arg, int64_t index, int32_t worker) {
   const int32_t type = p->c->attn_scale_type, heads = emxi_scaled_heads(p->c), d = p->c->head_dim;
   const int64_t first = (int64_t)(p->c->num_heads - heads) * d;
   for (int64_t t = index * ROWS; t < (index + 1) * ROWS && t < p->places.m; t++) {
-    const place at = place_of(type, p->places.from + t % p->places.length);
+    const emxi_place at = emxi_place_of(type, p->places.from + t % p->places.length);
     float *q = p->q + t * p->q_row + first;
     for (int32_t e = 0; e < heads; e++, q += d) {
       double b, c;
       parameters(p, t, e, heads, &b, &c);
-      const float theta = (float)theta_at(type, b, c, at, NULL);
+      const float theta = (float)emxi_theta_at(type, b, c, at, NULL);
       for (int32_t k = 0; k < d; k++) q[k] *= theta;
     }
   }
@@ -152,13 +123,13 @@ static void backward_task(void *arg, int64_t index, int32_t worker) {
   double *sums = p->sums + index * 2 * heads;
   for (int32_t e = 0; e < 2 * heads; e++) sums[e] = 0;
   for (int64_t t = index * ROWS; t < (index + 1) * ROWS && t < p->places.m; t++) {
-    const place at = place_of(type, p->places.from + t % p->places.length);
+    const emxi_place at = emxi_place_of(type, p->places.from + t % p->places.length);
     const float *q = p->q + t * p->q_row + first;
     float *dq = p->dq + t * p->q_row + first;
     for (int32_t e = 0; e < heads; e++, q += d, dq += d) {
       double b, c, slope[2], dot = 0;
       parameters(p, t, e, heads, &b, &c);
-      const float theta = (float)theta_at(type, b, c, at, slope);
+      const float theta = (float)emxi_theta_at(type, b, c, at, slope);
       for (int32_t k = 0; k < d; k++) dot += (double)q[k] * dq[k];
       for (int32_t k = 0; k < d; k++) dq[k] *= theta;
       const double d_theta = theta == 0 ? 0 : dot / theta, db = slope[0] * d_theta, dc = slope[1] * d_theta;

@@ -3,14 +3,15 @@
  *
  * Sessions that come from one another by fork share a pool: the caches, and the activations of one call, which is why a call
  * holds the context's lock from its beginning to its end. A call that fails truncates every layer to where it was.
- * Queries stay f32 over a cache of any dtype, in prefill and in decode alike, so both compute the same scores. */
+ * Queries stay f32 over a cache of any dtype, in prefill and in decode alike, so both compute the same scores.
+ *
+ * Caches and activations are in the memory of the context's device. Where that is a GPU, the host enqueues a whole token, and
+ * waits once, when it fetches the reports and the logits. */
 #define _POSIX_C_SOURCE 200809L
 #include "base/num.h"
+#include "block.h"
 #include "cache.h"
 #include "kv/kv.h"
-#include "model.h"
-#include "nn.h"
-#include "scale.h"
 
 #include <time.h>
 
@@ -21,20 +22,20 @@ typedef struct session_pool {
   int32_t refs; /* sessions */
   int32_t kv_dtype, page_size, summaries;
   int64_t chunk, max_tokens;
-  emx_kv **kv; /* [num_layers] */
-  float *memory;
-  float *x, *h;                          /* [chunk,W] residual stream; normed */
-  float *q, *k, *v, *a;                  /* [chunk,H*D], [chunk,G*D] twice, [chunk,H*D] output of attention */
-  float *gate, *up;                      /* [chunk,F] */
-  float *logits;                         /* [NLL_ROWS,V] */
-  float *slopes;                         /* [H] */
-  float *theta;                          /* [chunk,2E], ASEntmax: what theta_w and theta_v make of the states */
-  float *rope;                           /* [chunk,D], RoPE */
-  emx_report *reports;                   /* [H] */
-  bool alibi;                            /* some slope is not 0 */
-  bool in_file;                          /* K and V are in a file */
-  double *alphas;                        /* [num_layers,H], learned alpha; else NULL */
-  void *attn_work, *decode_work, *stage; /* stage: of prefill, keys and values from a file */
+  emx_kv **kv;         /* [num_layers] */
+  void *memory;        /* on the device: */
+  emxi_block block;    /* activations of a chunk; w, m and from are those of a call */
+  float *slopes;       /* [H] */
+  double *alphas;      /* [num_layers,H], learned alpha; else NULL */
+  emx_report *reports; /* [num_layers,H], */
+  float *logits;       /* and behind them [NLL_ROWS,V] */
+  bool alibi;          /* some slope is not 0 */
+  bool in_file;        /* K and V are in a file */
+  bool on_gpu;
+  void *fetched;                 /* on_gpu: a copy of reports and logits for the host */
+  size_t fetched_reports;        /* bytes of reports */
+  void *attn_work, *decode_work; /* on the device */
+  void *stage;                   /* of prefill, keys and values from a file */
   size_t attn_size, decode_size, stage_size;
   float *nll; /* [nll_room] of the prefill that runs */
   int64_t nll_room;
@@ -44,7 +45,8 @@ struct emx_session {
   session_pool *pool;
   int32_t *seqs; /* [num_layers] */
   int64_t length;
-  float *last; /* [W] normed state of the last token */
+  float *states; /* on the device: [2,W], the normed state of the last token and room for that of the next */
+  int32_t last;  /* which of the two */
   bool last_known;
   emx_select_desc select;
   emx_session_stats stats;
@@ -66,28 +68,39 @@ void emx_session_opts_init_sized(emx_session_opts *opts, size_t size) {
 /* ---- tensors of one call: queries and outputs [1,H,m,D] and keys [1,G,m,D] are views of what the linear layers write,
  * [m,heads*D] */
 
-static emx_tensor heads_view(float *data, int64_t heads, int64_t m, int64_t d) {
-  emx_tensor t = emx_tensor_view(data, EMX_F32, 4, (int64_t[]){1, heads, m, d});
-  t.stride[0] = m * heads * d;
+static emx_tensor device_view(const session_pool *p, void *data, int32_t dtype, int32_t ndim, const int64_t *shape) {
+  emx_tensor t = emx_tensor_view(data, dtype, ndim, shape);
+  t.device = p->model->ctx->device;
+  t.device_index = p->model->ctx->device_index;
+  return t;
+}
+/* m tokens `row` floats apart. */
+static emx_tensor heads_view(const session_pool *p, float *data, int64_t heads, int64_t m, int64_t row) {
+  const int64_t d = p->model->config.head_dim;
+  emx_tensor t = device_view(p, data, EMX_F32, 4, (int64_t[]){1, heads, m, d});
+  t.stride[0] = m * row;
   t.stride[1] = d;
-  t.stride[2] = heads * d;
+  t.stride[2] = row;
   return t;
 }
 
 typedef struct tensors {
   emx_tensor q, k, v, o, slopes, alphas;
 } tensors;
-static tensors tensors_of(const session_pool *p, int32_t l, int64_t m) {
+/* Of tokens first .. first + m - 1 of the chunk. */
+static tensors tensors_of(const session_pool *p, int32_t l, int64_t first, int64_t m) {
   const emx_model_config *c = &p->model->config;
+  const emxi_block *b = &p->block;
+  const int64_t wide = (int64_t)c->num_heads * c->head_dim;
   double *alphas = p->alphas ? p->alphas + (int64_t)l * c->num_heads : NULL;
-  return (tensors){heads_view(p->q, c->num_heads, m, c->head_dim),
-                   heads_view(p->k, c->num_kv_heads, m, c->head_dim),
-                   heads_view(p->v, c->num_kv_heads, m, c->head_dim),
-                   heads_view(p->a, c->num_heads, m, c->head_dim),
-                   emx_tensor_view(p->slopes, EMX_F32, 1, (int64_t[]){c->num_heads}),
-                   emx_tensor_view(alphas, EMX_F64, 1, (int64_t[]){c->num_heads})};
+  return (tensors){heads_view(p, b->q + first * b->q_row, c->num_heads, m, b->q_row),
+                   heads_view(p, b->k + first * b->kv_row, c->num_kv_heads, m, b->kv_row),
+                   heads_view(p, b->v + first * b->kv_row, c->num_kv_heads, m, b->kv_row),
+                   heads_view(p, b->a + first * wide, c->num_heads, m, wide),
+                   device_view(p, p->slopes, EMX_F32, 1, (int64_t[]){c->num_heads}),
+                   device_view(p, alphas, EMX_F64, 1, (int64_t[]){c->num_heads})};
 }
-static emx_decode_io decode_io(const session_pool *p, const tensors *t) {
+static emx_decode_io decode_io(const session_pool *p, const tensors *t, int32_t l) {
   emx_decode_io io;
   emx_decode_io_init(&io);
   io.layout = EMX_LAYOUT_BHND;
@@ -98,11 +111,21 @@ static emx_decode_io decode_io(const session_pool *p, const tensors *t) {
   io.o = &t->o;
   io.alibi_slopes = p->alibi ? &t->slopes : NULL;
   io.alphas = p->alphas ? &t->alphas : NULL;
-  io.reports = p->reports;
+  io.reports = p->reports + (int64_t)l * p->model->config.num_heads;
   return io;
 }
 
-/* At least `size` bytes at *work; the contents are lost. */
+/* At least `size` bytes of the device's memory at *work; the contents are lost. */
+static emx_status grow_device(emx_ctx *ctx, void **work, size_t *have, size_t size) {
+  if (size <= *have) return EMX_OK;
+  void *p = NULL;
+  EMX_TRY(ctx->backend->memory_alloc(ctx, size, &p));
+  ctx->backend->memory_free(ctx, *work);
+  *work = p;
+  *have = size;
+  return EMX_OK;
+}
+/* The same of the host's. */
 static emx_status grow(void **work, size_t *have, size_t size, const char *what) {
   if (size <= *have) return EMX_OK;
   void *p = emxi_alloc(size);
@@ -115,46 +138,77 @@ static emx_status grow(void **work, size_t *have, size_t size, const char *what)
 
 /* ---- create, fork, destroy */
 
-/* Places the activations from base on (NULL: only counts) and returns how many floats they take. */
-static size_t carve(session_pool *p, float *base) {
+/* Places what the pool has on the device, or counts it where the arena has no base. */
+static void carve(session_pool *p, emxi_arena *arena) {
   const emx_model_config *c = &p->model->config;
-  const size_t rows = (size_t)p->chunk, qd = (size_t)c->num_heads * (size_t)c->head_dim,
-               kvd = (size_t)c->num_kv_heads * (size_t)c->head_dim;
-  struct {
-    float **place;
-    size_t n;
-  } parts[] = {{&p->x, rows * (size_t)c->hidden_size},
-               {&p->h, rows * (size_t)c->hidden_size},
-               {&p->q, rows * qd},
-               {&p->k, rows * kvd},
-               {&p->v, rows * kvd},
-               {&p->a, rows * qd},
-               {&p->gate, rows * (size_t)c->intermediate_size},
-               {&p->up, rows * (size_t)c->intermediate_size},
-               {&p->logits, (size_t)NLL_ROWS * (size_t)c->vocab_size},
-               {&p->slopes, (size_t)c->num_heads},
-               {&p->theta, c->attn_scale_type == EMX_ATTN_SCALE_ASENTMAX ? rows * 2 * (size_t)emxi_scaled_heads(c) : 0},
-               {&p->rope, c->position_type == EMX_POSITION_ROPE ? rows * (size_t)c->head_dim : 0}};
-  size_t used = 0;
-  for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-    if (base) *parts[i].place = base + used;
-    used += (parts[i].n + 15) / 16 * 16;
+  emxi_block *b = &p->block;
+  const bool merged = p->model->blocks->merged, rope = c->position_type == EMX_POSITION_ROPE && !p->on_gpu;
+  const int64_t rows = p->chunk, f = c->intermediate_size, qd = (int64_t)c->num_heads * c->head_dim,
+                kvd = (int64_t)c->num_kv_heads * c->head_dim,
+                z = c->attn_scale_type == EMX_ATTN_SCALE_ASENTMAX ? 2 * b->scaled : 0;
+  b->x = emxi_arena_take(arena, rows * c->hidden_size, sizeof *b->x);
+  b->h = emxi_arena_take(arena, rows * c->hidden_size, sizeof *b->h);
+  b->a = emxi_arena_take(arena, rows * qd, sizeof *b->a);
+  b->q_row = merged ? qd + 2 * kvd + z : qd;
+  b->kv_row = merged ? b->q_row : kvd;
+  b->z_row = merged ? b->q_row : z;
+  b->gate_row = merged ? 2 * f : f;
+  b->q = emxi_arena_take(arena, rows * b->q_row, sizeof *b->q);
+  if (!merged) {
+    b->k = emxi_arena_take(arena, rows * kvd, sizeof *b->k);
+    b->v = emxi_arena_take(arena, rows * kvd, sizeof *b->v);
+    b->z = emxi_arena_take(arena, rows * z, sizeof *b->z);
+  } else if (b->q) {
+    b->k = b->q + qd;
+    b->v = b->k + kvd;
+    b->z = b->v + kvd;
   }
-  return used;
+  b->gate = emxi_arena_take(arena, rows * b->gate_row, sizeof *b->gate);
+  if (!merged)
+    b->up = emxi_arena_take(arena, rows * f, sizeof *b->up);
+  else if (b->gate)
+    b->up = b->gate + f;
+  b->rope = emxi_arena_take(arena, rope ? rows * c->head_dim : 0, sizeof *b->rope);
+  b->tokens = emxi_arena_take(arena, p->on_gpu ? rows : 0, sizeof *b->tokens);
+  p->slopes = emxi_arena_take(arena, c->num_heads, sizeof *p->slopes);
+  p->alphas = emxi_arena_take(arena, c->alpha_learned ? (int64_t)c->num_layers * c->num_heads : 0, sizeof *p->alphas);
+  if (!c->alpha_learned) p->alphas = NULL;
+  p->reports = emxi_arena_take(arena, (int64_t)c->num_layers * c->num_heads, sizeof *p->reports);
+  p->logits = emxi_arena_take(arena, (int64_t)NLL_ROWS * c->vocab_size, sizeof *p->logits); /* 64-byte reports: right behind */
 }
 
 static void destroy_pool(session_pool *p) {
+  emx_ctx *ctx = p->model->ctx;
   if (p->kv)
     for (int32_t l = 0; l < p->model->config.num_layers; l++) emx_kv_destroy(p->kv[l]);
   emxi_free(p->kv);
-  emxi_free(p->memory);
-  emxi_free(p->reports);
-  emxi_free(p->alphas);
-  emxi_free(p->attn_work);
-  emxi_free(p->decode_work);
+  ctx->backend->memory_free(ctx, p->memory);
+  ctx->backend->memory_free(ctx, p->attn_work);
+  ctx->backend->memory_free(ctx, p->decode_work);
+  emxi_free(p->fetched);
   emxi_free(p->stage);
   emxi_free(p->nll);
   emxi_free(p);
+}
+
+/* What attention takes from the model besides queries and keys, onto the device. */
+static emx_status place_constants(session_pool *p) {
+  const emx_model *model = p->model;
+  const emx_model_config *c = &model->config;
+  emx_ctx *ctx = model->ctx;
+  const size_t heads = (size_t)c->num_heads;
+  double *values = emxi_alloc(heads * sizeof *values);
+  if (!values) return emxi_fail(EMX_ERR_NOMEM, "session: no memory for %zu bytes", heads * sizeof *values);
+  float *slopes = (float *)values;
+  emxi_alibi_slopes(c, slopes);
+  for (int32_t h = 0; h < c->num_heads; h++) p->alibi |= slopes[h] != 0;
+  emx_status status = ctx->backend->memory_copy(ctx, p->slopes, slopes, heads * sizeof *slopes);
+  for (int32_t l = 0; p->alphas && l < c->num_layers && !status; l++) {
+    emxi_learned_alphas(c, &model->w.layers[l], values, NULL);
+    status = ctx->backend->memory_copy(ctx, p->alphas + (size_t)l * heads, values, heads * sizeof *values);
+  }
+  emxi_free(values);
+  return status;
 }
 
 static emx_status create_pool(emx_model *model, const emx_session_opts *o, session_pool **out) {
@@ -167,7 +221,10 @@ static emx_status create_pool(emx_model *model, const emx_session_opts *o, sessi
   p->summaries = o->summaries;
   p->max_tokens = o->max_tokens;
   p->in_file = o->kv_file != NULL;
+  p->on_gpu = model->ctx->device != EMX_DEVICE_CPU;
   p->chunk = o->chunk < o->max_tokens ? o->chunk : o->max_tokens;
+  p->block.config = c;
+  p->block.scaled = emxi_scaled_heads(c);
   emx_kv_opts kv;
   emx_kv_opts_init(&kv);
   kv.dtype = o->kv_dtype;
@@ -180,30 +237,37 @@ static emx_status create_pool(emx_model *model, const emx_session_opts *o, sessi
   kv.max_seqs = o->max_sessions;
   /* Every session may leave one page partly filled. */
   kv.max_pages = o->page_size > 0 ? (o->max_tokens + o->page_size - 1) / o->page_size + o->max_sessions - 1 : 0;
-  size_t layer = 0, tables = 0, total = 0, floats = carve(p, NULL) * sizeof(float);
-  emx_status status = emx_kv_memory_size(model->ctx, &kv, &layer, &tables);
-  if (!status && (!emxi_add(layer, tables, &layer) || !emxi_mul(layer, (size_t)c->num_layers, &total) ||
-                  !emxi_add(total, floats, &total) || total > emxi_physical_memory()))
+  emxi_arena arena;
+  emxi_arena_init(&arena, NULL, 0);
+  carve(p, &arena);
+  size_t layer = 0, tables = 0, total = 0;
+  const size_t activations = emxi_arena_total(&arena);
+  emx_status status = arena.overflow
+                          ? emxi_fail(EMX_ERR_NOMEM, "session: chunks of %lld tokens are too large", (long long)p->chunk)
+                          : emx_kv_memory_size(model->ctx, &kv, &layer, &tables);
+  /* A GPU's memory is asked for, and counted, as it is taken. */
+  if (!status && ((!p->on_gpu && !emxi_add(layer, tables, &tables)) || !emxi_mul(tables, (size_t)c->num_layers, &total) ||
+                  !emxi_add(total, activations, &total) || total > emxi_physical_memory()))
     status = emxi_fail(EMX_ERR_NOMEM, "session: %lld tokens need %.0f bytes, the machine has %zu", (long long)o->max_tokens,
-                       (double)layer * c->num_layers + (double)floats, emxi_physical_memory());
+                       (double)tables * c->num_layers + (double)activations, emxi_physical_memory());
   if (!status) {
     p->kv = emxi_calloc((size_t)c->num_layers * sizeof(emx_kv *));
-    p->memory = emxi_calloc(floats);
-    p->reports = emxi_calloc((size_t)c->num_heads * sizeof *p->reports);
-    if (c->alpha_learned) p->alphas = emxi_calloc((size_t)c->num_layers * (size_t)c->num_heads * sizeof *p->alphas);
-    if (!p->kv || !p->memory || !p->reports || (c->alpha_learned && !p->alphas))
-      status = emxi_fail(EMX_ERR_NOMEM, "session: no memory for %zu bytes", floats);
+    p->fetched_reports = (size_t)c->num_layers * (size_t)c->num_heads * sizeof *p->reports;
+    const size_t fetched = p->fetched_reports + (size_t)NLL_ROWS * (size_t)c->vocab_size * sizeof *p->logits;
+    if (p->on_gpu) p->fetched = emxi_alloc(fetched);
+    if (!p->kv || (p->on_gpu && !p->fetched)) status = emxi_fail(EMX_ERR_NOMEM, "session: no memory for %zu bytes", fetched);
+  }
+  if (!status) status = model->ctx->backend->memory_alloc(model->ctx, activations, &p->memory);
+  if (!status) {
+    emxi_arena_init(&arena, p->memory, activations);
+    carve(p, &arena);
+    status = place_constants(p);
   }
   for (int32_t l = 0; l < c->num_layers && !status; l++) status = emx_kv_create(model->ctx, &kv, &p->kv[l]);
   if (status) {
     destroy_pool(p);
     return status;
   }
-  carve(p, p->memory);
-  emxi_alibi_slopes(c, p->slopes);
-  for (int32_t l = 0; p->alphas && l < c->num_layers; l++)
-    emxi_learned_alphas(c, &model->w.layers[l], p->alphas + (int64_t)l * c->num_heads, NULL);
-  for (int32_t h = 0; h < c->num_heads; h++) p->alibi |= p->slopes[h] != 0;
   *out = p;
   return EMX_OK;
 }
@@ -211,19 +275,21 @@ static emx_status create_pool(emx_model *model, const emx_session_opts *o, sessi
 /* Without sequences of the caches yet. */
 static emx_status create_shell(session_pool *p, emx_session **out) {
   const emx_model_config *c = &p->model->config;
+  emx_ctx *ctx = p->model->ctx;
   emx_session *s = emxi_calloc(sizeof *s);
-  if (s) {
-    s->seqs = emxi_alloc((size_t)c->num_layers * sizeof *s->seqs);
-    s->last = emxi_calloc((size_t)c->hidden_size * sizeof *s->last);
-  }
-  if (!s || !s->seqs || !s->last) {
-    if (s) {
-      emxi_free(s->seqs);
-      emxi_free(s->last);
-    }
+  if (s) s->seqs = emxi_alloc((size_t)c->num_layers * sizeof *s->seqs);
+  if (!s || !s->seqs) {
     emxi_free(s);
     return emxi_fail(EMX_ERR_NOMEM, "session: no memory for %zu bytes", sizeof *s);
   }
+  void *states = NULL;
+  const emx_status status = ctx->backend->memory_alloc(ctx, 2 * (size_t)c->hidden_size * sizeof *s->states, &states);
+  if (status) {
+    emxi_free(s->seqs);
+    emxi_free(s);
+    return status;
+  }
+  s->states = states;
   for (int32_t l = 0; l < c->num_layers; l++) s->seqs[l] = -1;
   s->pool = p;
   s->stats.struct_size = sizeof s->stats;
@@ -236,8 +302,8 @@ static void destroy(emx_session *s) {
   session_pool *p = s->pool;
   for (int32_t l = 0; l < p->model->config.num_layers; l++)
     if (s->seqs[l] >= 0) emx_seq_destroy(p->kv[l], s->seqs[l]);
+  p->model->ctx->backend->memory_free(p->model->ctx, s->states);
   emxi_free(s->seqs);
-  emxi_free(s->last);
   emxi_free(s);
   if (!--p->refs) destroy_pool(p);
 }
@@ -247,11 +313,12 @@ static emx_status set_select(emx_session *s, const emx_select_desc *select) {
   if (select->kind == EMX_SELECT_PAGES)
     return emxi_fail(EMX_ERR_UNSUPPORTED,
                      "emx_session_set_select: every layer and step has its own pages; use emx_decode for page lists");
-  tensors t = tensors_of(p, 0, 1);
-  emx_decode_io io = decode_io(p, &t);
+  emx_ctx *ctx = p->model->ctx;
+  tensors t = tensors_of(p, 0, 0, 1);
+  emx_decode_io io = decode_io(p, &t, 0);
   size_t size;
-  EMX_TRY(emx_decode_workspace_size(p->model->ctx, p->kv[0], select, &io, p->max_tokens, &size));
-  EMX_TRY(grow(&p->decode_work, &p->decode_size, size, "working memory"));
+  EMX_TRY(emx_decode_workspace_size(ctx, p->kv[0], select, &io, p->max_tokens, &size));
+  EMX_TRY(grow_device(ctx, &p->decode_work, &p->decode_size, size));
   s->select = *select;
   return EMX_OK;
 }
@@ -294,6 +361,16 @@ emx_status emx_session_create(emx_model *model, const emx_session_opts *opts, em
   EMXI_LOCKED(model->ctx, create(model, opts, out));
 }
 
+static float *state_of(const emx_session *s, int32_t i) { return s->states + (int64_t)i * s->pool->model->config.hidden_size; }
+static const float *last_state(const emx_session *s) { return state_of(s, s->last); }
+static emx_status set_last(emx_session *s, const float *state) {
+  emx_ctx *ctx = s->pool->model->ctx;
+  EMX_TRY(ctx->backend->memory_copy(ctx, state_of(s, !s->last), state,
+                                    (size_t)s->pool->model->config.hidden_size * sizeof *s->states));
+  s->last = !s->last;
+  return EMX_OK;
+}
+
 static emx_status fork_session(emx_session *parent, emx_session **out) {
   session_pool *p = parent->pool;
   emx_session *s = NULL;
@@ -310,9 +387,12 @@ static emx_status fork_session(emx_session *parent, emx_session **out) {
   s->length = parent->length;
   s->last_known = parent->last_known;
   s->select = parent->select;
-  memcpy(s->last, parent->last, (size_t)p->model->config.hidden_size * sizeof *s->last);
-  *out = s;
-  return EMX_OK;
+  if (s->last_known) status = set_last(s, last_state(parent));
+  if (status)
+    destroy(s);
+  else
+    *out = s;
+  return status;
 }
 emx_status emx_session_fork(emx_session *parent, emx_session **out) {
   if (!parent || !out) return emxi_fail(EMX_ERR_INVALID, "emx_session_fork: %s is NULL", parent ? "out" : "parent");
@@ -350,6 +430,8 @@ static emx_status set_support(emx_session *s, const emx_session_support *support
   const emx_model_config *c = &s->pool->model->config;
   static const char who[] = "emx_session_set_support";
   size_t cells;
+  if (s->pool->on_gpu)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: what heads attended to is listed by the CPU alone; open the model there", who);
   if (support->capacity < 0 || !emxi_mul((size_t)support->capacity, (size_t)c->num_layers * (size_t)c->num_heads, &cells) ||
       cells > SIZE_MAX / 16)
     return emxi_fail(EMX_ERR_INVALID, "%s: capacity is %lld", who, (long long)support->capacity);
@@ -430,32 +512,45 @@ static void describe(const session_pool *p, const tensors *t, emx_attn_desc *des
 static emx_status attend(session_pool *p, const emx_attn_desc *desc, const emx_attn_io *io) {
   size_t size;
   EMX_TRY(emx_attn_workspace_size(p->model->ctx, desc, io, EMX_PASS_FORWARD, &size));
-  EMX_TRY(grow(&p->attn_work, &p->attn_size, size, "working memory"));
+  EMX_TRY(grow_device(p->model->ctx, &p->attn_work, &p->attn_size, size));
   return emx_attn_forward(p->model->ctx, desc, io, p->attn_work, p->attn_size);
 }
 
-/* attend_prefill where not even one head of a layer fits into memory: the decoder streams keys and values. */
-static emx_status attend_streaming(emx_session *s, int32_t l, const emx_kv_batch *batch, const tensors *t, int64_t total) {
+/* attend_prefill by the decoder: on a GPU, and where not even one head of a layer in a file fits into memory. Its working memory
+ * grows with queries times keys, so that long contexts take a few queries at a time. */
+static emx_status attend_by_decoder(emx_session *s, int32_t l, const emx_kv_batch *batch, int64_t m, int64_t length) {
+  enum { ENOUGH = 256 << 20 };
   session_pool *p = s->pool;
+  emx_ctx *ctx = p->model->ctx;
   emx_select_desc all;
   emx_select_desc_init(&all);
-  emx_decode_io io = decode_io(p, t);
-  io.reports = NULL;
-  size_t size;
-  EMX_TRY(emx_decode_workspace_size(p->model->ctx, p->kv[l], &all, &io, total, &size));
-  EMX_TRY(grow(&p->attn_work, &p->attn_size, size, "working memory"));
-  return emx_decode(p->model->ctx, p->kv[l], batch, &all, &io, p->attn_work, p->attn_size);
+  int64_t n = m;
+  for (size_t size;; n = (n + 1) / 2) {
+    tensors t = tensors_of(p, l, 0, n);
+    emx_decode_io io = decode_io(p, &t, l);
+    EMX_TRY(emx_decode_workspace_size(ctx, p->kv[l], &all, &io, length + m, &size));
+    if (size > ENOUGH && n > 1) continue;
+    EMX_TRY(grow_device(ctx, &p->attn_work, &p->attn_size, size));
+    break;
+  }
+  for (int64_t first = 0; first < m; first += n) {
+    tensors t = tensors_of(p, l, first, m - first < n ? m - first : n);
+    emx_decode_io io = decode_io(p, &t, l);
+    io.reports = NULL;
+    EMX_TRY(emx_decode(ctx, p->kv[l], batch, &all, &io, p->attn_work, p->attn_size));
+  }
+  return EMX_OK;
 }
 
 /* attend_prefill where K and V are in a file: one KV head after the other in memory. */
-static emx_status attend_file(emx_session *s, int32_t l, const emx_kv_batch *batch, const tensors *t, int64_t total) {
+static emx_status attend_file(emx_session *s, int32_t l, const emx_kv_batch *batch, const tensors *t, int64_t m, int64_t length) {
   session_pool *p = s->pool;
   const emx_model_config *c = &p->model->config;
   emx_kv *kv = p->kv[l];
-  const int64_t D = c->head_dim, n_pages = (total + kv->P - 1) / kv->P;
+  const int64_t D = c->head_dim, total = length + m, n_pages = (total + kv->P - 1) / kv->P;
   const int32_t group = c->num_heads / c->num_kv_heads;
   const size_t half = (size_t)(n_pages * kv->k_page) * emx_dtype_size(kv->dtype);
-  if (grow(&p->stage, &p->stage_size, 2 * half, "keys and values")) return attend_streaming(s, l, batch, t, total);
+  if (grow(&p->stage, &p->stage_size, 2 * half, "keys and values")) return attend_by_decoder(s, l, batch, m, length);
   EMX_TRY(emx_kv_append(p->model->ctx, kv, batch, &t->k, &t->v, NULL));
 
   const int32_t *pages;
@@ -487,12 +582,13 @@ static emx_status attend_file(emx_session *s, int32_t l, const emx_kv_batch *bat
 /* Appends k, v [m] to layer l and attends densely from q [m] into a. */
 static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t length) {
   session_pool *p = s->pool;
-  tensors t = tensors_of(p, l, m);
+  tensors t = tensors_of(p, l, 0, m);
   emx_kv_batch batch;
   emx_kv_batch_init(&batch);
   batch.batch = 1;
   batch.seqs = &s->seqs[l];
-  if (p->in_file) return attend_file(s, l, &batch, &t, length + m);
+  if (p->on_gpu) return attend_by_decoder(s, l, &batch, m, length);
+  if (p->in_file) return attend_file(s, l, &batch, &t, m, length);
   EMX_TRY(emx_kv_append(p->model->ctx, p->kv[l], &batch, &t.k, &t.v, NULL));
 
   const int32_t *pages;
@@ -513,16 +609,17 @@ static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t l
   return attend(p, &desc, &io);
 }
 
-/* The same for one token through the selector; adds to stats. */
-static emx_status attend_decode(emx_session *s, int32_t l, emx_session_stats *stats) {
+/* The same for one token through the selector, which leaves reports. */
+static emx_status attend_decode(emx_session *s, int32_t l) {
   session_pool *p = s->pool;
-  const emx_model_config *c = &p->model->config;
-  tensors t = tensors_of(p, l, 1);
+  emx_model *model = p->model;
+  const emx_model_config *c = &model->config;
+  tensors t = tensors_of(p, l, 0, 1);
   emx_kv_batch batch;
   emx_kv_batch_init(&batch);
   batch.batch = 1;
   batch.seqs = &s->seqs[l];
-  emx_decode_io io = decode_io(p, &t);
+  emx_decode_io io = decode_io(p, &t, l);
   const emx_session_support *wanted = &s->support;
   emx_tensor index, weight, count;
   if (wanted->count) {
@@ -535,14 +632,77 @@ static emx_status attend_decode(emx_session *s, int32_t l, emx_session_stats *st
     io.support_weight = &weight;
     io.support_count = &count;
   }
-  double start = now();
-  EMX_TRY(emx_decode(p->model->ctx, p->kv[l], &batch, &s->select, &io, p->decode_work, p->decode_size));
-  stats->attn_seconds += now() - start;
-  if (wanted->count && wanted->reports)
-    memcpy(wanted->reports + (int64_t)l * c->num_heads, p->reports, (size_t)c->num_heads * sizeof *p->reports);
-  const int64_t visible = s->length + 1, row_bytes = 2 * (int64_t)c->head_dim * (int64_t)emx_dtype_size(p->kv_dtype);
-  for (int32_t h = 0; h < c->num_heads; h++) {
-    const emx_report *r = &p->reports[h];
+  EMX_TRY(model->blocks->mark(model->ctx, model->blocks_state, 2 * l));
+  EMX_TRY(emx_decode(model->ctx, p->kv[l], &batch, &s->select, &io, p->decode_work, p->decode_size));
+  return model->blocks->mark(model->ctx, model->blocks_state, 2 * l + 1);
+}
+
+/* m tokens after the first `length`: their keys and values go into the caches, their normed states to `states` [m,W]. */
+static emx_status forward(emx_session *s, const int32_t *tokens, int64_t m, int64_t length, bool decoding, float *states) {
+  session_pool *p = s->pool;
+  emx_model *model = p->model;
+  emx_ctx *ctx = model->ctx;
+  const emxi_blocks *blocks = model->blocks;
+  const emxi_weights *w = &model->on_device;
+  if (s->tap && p->on_gpu)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "session: what layers attend with is shown by the CPU alone; open the model there");
+  emxi_block b = p->block;
+  b.m = m;
+  b.from = length;
+  EMX_TRY(blocks->begin(ctx, model->blocks_state, &b, w->embed, tokens));
+  for (int32_t l = 0; l < model->config.num_layers; l++) {
+    b.w = &w->layers[l];
+    EMX_TRY(blocks->before(ctx, model->blocks_state, &b));
+    EMX_TRY(decoding ? attend_decode(s, l) : attend_prefill(s, l, m, length));
+    if (s->tap) {
+      const emxi_layer_view view = {ctx,
+                                    p->kv[l],
+                                    s->seqs[l],
+                                    l,
+                                    length,
+                                    m,
+                                    b.q,
+                                    b.k,
+                                    b.v,
+                                    p->alibi ? p->slopes : NULL,
+                                    p->alphas ? p->alphas + (int64_t)l * model->config.num_heads : NULL};
+      EMX_TRY(s->tap(s->tap_user, &view));
+    }
+    EMX_TRY(blocks->after(ctx, model->blocks_state, &b));
+  }
+  b.h = states;
+  return blocks->norm(ctx, model->blocks_state, &b, w->norm);
+}
+
+/* p->logits [m,V] of m <= NLL_ROWS states. */
+static emx_status head(session_pool *p, const float *states, int64_t m) {
+  emx_model *model = p->model;
+  return model->blocks->head(model->ctx, model->blocks_state, &model->config, model->on_device.head, states, p->logits, m);
+}
+/* m rows of logits, and of a decode its reports, for the host. On a GPU everything that was enqueued has been done then. */
+static emx_status fetch(session_pool *p, int64_t m, const float **logits, const emx_report **reports) {
+  emx_ctx *ctx = p->model->ctx;
+  const emx_report *records = p->reports;
+  *logits = p->logits;
+  if (p->on_gpu) {
+    const size_t skip = reports ? 0 : p->fetched_reports; /* the logits follow the reports */
+    EMX_TRY(ctx->backend->memory_copy(
+        ctx, (char *)p->fetched + skip, (const char *)p->reports + skip,
+        p->fetched_reports - skip + (size_t)m * (size_t)p->model->config.vocab_size * sizeof *p->logits));
+    EMX_TRY(ctx->backend->sync(ctx)); /* faults */
+    records = p->fetched;
+    *logits = (const float *)((const char *)p->fetched + p->fetched_reports);
+  }
+  if (reports) *reports = records;
+  return EMX_OK;
+}
+
+/* What the reports [num_layers,H] of a token at position `at` say. */
+static void count_reports(const session_pool *p, const emx_report *reports, int64_t at, emx_session_stats *stats) {
+  const emx_model_config *c = &p->model->config;
+  const int64_t row_bytes = 2 * (int64_t)c->head_dim * (int64_t)emx_dtype_size(p->kv_dtype);
+  for (int64_t i = 0; i < (int64_t)c->num_layers * c->num_heads; i++) {
+    const emx_report *r = &reports[i];
     if (!stats->rows || r->mass < stats->mass_min) stats->mass_min = r->mass;
     if (!stats->rows || r->mass > stats->mass_max) stats->mass_max = r->mass;
     if (r->delta_bound > stats->delta_bound_max) stats->delta_bound_max = r->delta_bound;
@@ -555,67 +715,10 @@ static emx_status attend_decode(emx_session *s, int32_t l, emx_session_stats *st
     stats->bytes_k += r->bytes_k;
     stats->bytes_v += r->bytes_v;
     stats->bytes_meta += r->bytes_meta;
-    stats->bytes_full += visible * row_bytes;
+    stats->bytes_full += (at + 1) * row_bytes;
   }
-  return EMX_OK;
-}
-
-/* m tokens after the first `length`: their keys and values go into the caches, their normed states into p->h. stats: decode (m =
- * 1). */
-static emx_status forward(emx_session *s, const int32_t *tokens, int64_t m, int64_t length, emx_session_stats *stats) {
-  session_pool *p = s->pool;
-  emx_ctx *ctx = p->model->ctx;
-  const emx_model_config *c = &p->model->config;
-  const emxi_weights *w = &p->model->w;
-  const int64_t width = c->hidden_size, f = c->intermediate_size, qd = (int64_t)c->num_heads * c->head_dim,
-                kvd = (int64_t)c->num_kv_heads * c->head_dim;
-  const emxi_places places = {.m = m, .length = m, .from = length};
-  const bool rope = c->position_type == EMX_POSITION_ROPE;
-  const int64_t scaled = emxi_scaled_heads(c);
-  if (rope) emxi_rope_table(c, length, m, p->rope);
-  emxi_embed(w->embed, tokens, p->x, m, width);
-  for (int32_t l = 0; l < c->num_layers; l++) {
-    const emxi_layer *y = &w->layers[l];
-    EMX_TRY(emxi_rmsnorm(ctx, p->x, y->input_norm, c->rms_norm_eps, p->h, NULL, m, width));
-    EMX_TRY(emxi_linear(ctx, p->h, y->wq, p->q, m, width, qd, false));
-    EMX_TRY(emxi_linear(ctx, p->h, y->wk, p->k, m, width, kvd, false));
-    EMX_TRY(emxi_linear(ctx, p->h, y->wv, p->v, m, width, kvd, false));
-    if (rope) {
-      EMX_TRY(emxi_rope(ctx, p->q, qd, c->num_heads, c->head_dim, p->rope, places, false));
-      EMX_TRY(emxi_rope(ctx, p->k, kvd, c->num_kv_heads, c->head_dim, p->rope, places, false));
-    }
-    if (c->attn_scale_type == EMX_ATTN_SCALE_ASENTMAX) /* theta_w and theta_v are neighbours */
-      EMX_TRY(emxi_linear(ctx, p->h, y->theta_w, p->theta, m, width, 2 * scaled, false));
-    if (scaled) EMX_TRY(emxi_scale_queries(ctx, c, y, p->q, qd, p->theta, 2 * scaled, places));
-    EMX_TRY(stats ? attend_decode(s, l, stats) : attend_prefill(s, l, m, length));
-    if (s->tap) {
-      const emxi_layer_view view = {ctx,
-                                    p->kv[l],
-                                    s->seqs[l],
-                                    l,
-                                    length,
-                                    m,
-                                    p->q,
-                                    p->k,
-                                    p->v,
-                                    p->alibi ? p->slopes : NULL,
-                                    p->alphas ? p->alphas + (int64_t)l * c->num_heads : NULL};
-      EMX_TRY(s->tap(s->tap_user, &view));
-    }
-    EMX_TRY(emxi_linear(ctx, p->a, y->wo, p->x, m, qd, width, true));
-    EMX_TRY(emxi_rmsnorm(ctx, p->x, y->post_norm, c->rms_norm_eps, p->h, NULL, m, width));
-    EMX_TRY(emxi_linear(ctx, p->h, y->gate, p->gate, m, width, f, false));
-    EMX_TRY(emxi_linear(ctx, p->h, y->up, p->up, m, width, f, false));
-    EMX_TRY(emxi_swiglu(ctx, p->gate, p->up, p->gate, m * f));
-    EMX_TRY(emxi_linear(ctx, p->gate, y->down, p->x, m, f, width, true));
-  }
-  return emxi_rmsnorm(ctx, p->x, w->norm, c->rms_norm_eps, p->h, NULL, m, width);
-}
-
-/* p->logits [m,V] of m <= NLL_ROWS states. */
-static emx_status head(session_pool *p, const float *states, int64_t m) {
-  const emx_model_config *c = &p->model->config;
-  return emxi_linear(p->model->ctx, states, p->model->w.head, p->logits, m, c->hidden_size, c->vocab_size, false);
+  for (int32_t l = 0; l < c->num_layers; l++)
+    stats->attn_seconds += p->model->blocks->between(p->model->ctx, p->model->blocks_state, 2 * l);
 }
 
 typedef struct nll_job {
@@ -640,8 +743,10 @@ static emx_status nll_of(session_pool *p, const float *states, const int32_t *to
   const int64_t width = p->model->config.hidden_size;
   for (int64_t i = 0; i < n; i += NLL_ROWS) {
     int64_t m = n - i < NLL_ROWS ? n - i : NLL_ROWS;
+    const float *logits;
     EMX_TRY(head(p, states + i * width, m));
-    nll_job job = {p->logits, tokens + i, nll + i, p->model->config.vocab_size};
+    EMX_TRY(fetch(p, m, &logits, NULL));
+    nll_job job = {logits, tokens + i, nll + i, p->model->config.vocab_size};
     EMX_TRY(emxi_parallel(p->model->ctx, m, nll_row, &job));
   }
   return EMX_OK;
@@ -670,24 +775,26 @@ static emx_status run_prefill(emx_session *s, const int32_t *tokens, int64_t n, 
     work = p->nll = room;
     p->nll_room = (int64_t)(have / sizeof *p->nll);
     work[0] = NAN;
-    if (s->last_known) EMX_TRY(nll_of(p, s->last, tokens, work, 1));
+    if (s->last_known) EMX_TRY(nll_of(p, last_state(s), tokens, work, 1));
   }
   for (int64_t done = 0; done < n;) {
     const int64_t m = n - done < p->chunk ? n - done : p->chunk;
-    EMX_TRY(forward(s, tokens + done, m, s->length + done, NULL));
+    EMX_TRY(forward(s, tokens + done, m, s->length + done, false, p->block.h));
     if (nll) {
       int64_t known = done + m < n ? m : m - 1; /* the last state has no token after it */
-      EMX_TRY(nll_of(p, p->h, tokens + done + 1, work + done + 1, known));
+      EMX_TRY(nll_of(p, p->block.h, tokens + done + 1, work + done + 1, known));
     }
+    EMX_TRY(p->model->ctx->backend->sync(p->model->ctx)); /* progress is what has been done */
     done += m;
     if (done == n) {
-      const float *last = p->h + (m - 1) * c->hidden_size;
+      const float *last = p->block.h + (m - 1) * c->hidden_size, *row = NULL;
       if (logits) {
         EMX_TRY(head(p, last, 1));
-        memcpy(logits, p->logits, (size_t)c->vocab_size * sizeof *logits);
+        EMX_TRY(fetch(p, 1, &row, NULL));
       }
+      EMX_TRY(set_last(s, last));
+      if (logits) memcpy(logits, row, (size_t)c->vocab_size * sizeof *logits);
       if (nll) memcpy(nll, work, (size_t)n * sizeof *nll);
-      memcpy(s->last, last, (size_t)c->hidden_size * sizeof *s->last);
       s->last_known = true;
       s->length += n;
     }
@@ -714,19 +821,24 @@ static emx_status decode(emx_session *s, int32_t token, float *logits) {
   session_pool *p = s->pool;
   const emx_model_config *c = &p->model->config;
   EMX_TRY(check_tokens(s, &token, 1, "emx_session_decode"));
-  emx_session_stats stats = s->stats;
   const int32_t mapped = p->kv[0]->sketch.mapped;
-  double start = now();
-  emx_status status = forward(s, &token, 1, s->length, &stats);
-  if (!status) status = head(p, p->h, 1);
+  const double start = now();
+  const float *row = NULL;
+  const emx_report *reports = NULL;
+  float *state = state_of(s, !s->last);
+  emx_status status = forward(s, &token, 1, s->length, true, state);
+  if (!status) status = head(p, state, 1);
+  if (!status) status = fetch(p, 1, &row, &reports);
   if (status) return roll_back(s, mapped, status);
-  memcpy(logits, p->logits, (size_t)c->vocab_size * sizeof *logits);
-  memcpy(s->last, p->h, (size_t)c->hidden_size * sizeof *s->last);
+  memcpy(logits, row, (size_t)c->vocab_size * sizeof *logits);
+  if (s->support.count && s->support.reports)
+    memcpy(s->support.reports, reports, (size_t)c->num_layers * (size_t)c->num_heads * sizeof *reports);
+  count_reports(p, reports, s->length, &s->stats);
+  s->last = !s->last;
   s->last_known = true;
   s->length++;
-  stats.tokens++;
-  stats.seconds += now() - start;
-  s->stats = stats;
+  s->stats.tokens++;
+  s->stats.seconds += now() - start;
   return EMX_OK;
 }
 emx_status emx_session_decode(emx_session *s, int32_t token, float *logits) {
@@ -755,8 +867,10 @@ static emx_status last_logits(emx_session *s, float *logits) {
   session_pool *p = s->pool;
   if (!s->last_known)
     return emxi_fail(EMX_ERR_STATE, "emx_session_logits: the session is %s", s->length ? "cut: its last state is gone" : "empty");
-  EMX_TRY(head(p, s->last, 1));
-  memcpy(logits, p->logits, (size_t)p->model->config.vocab_size * sizeof *logits);
+  const float *row;
+  EMX_TRY(head(p, last_state(s), 1));
+  EMX_TRY(fetch(p, 1, &row, NULL));
+  memcpy(logits, row, (size_t)p->model->config.vocab_size * sizeof *logits);
   return EMX_OK;
 }
 emx_status emx_session_logits(emx_session *s, float *logits) {
@@ -766,6 +880,8 @@ emx_status emx_session_logits(emx_session *s, float *logits) {
 
 static emx_status cache_of(emx_session *s, const char *who, emx_progress_fn progress, void *user, emxi_cache *c) {
   session_pool *p = s->pool;
+  if (p->on_gpu)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: caches of a GPU are not in files in this version; keep this one on the CPU", who);
   *c = (emxi_cache){.kind = EMX_CACHE_SESSION,
                     .ctx = p->model->ctx,
                     .kv = p->kv,
@@ -775,7 +891,7 @@ static emx_status cache_of(emx_session *s, const char *who, emx_progress_fn prog
                     .model = emxi_model_identity(p->model),
                     .width = p->model->config.hidden_size,
                     .max_tokens = p->max_tokens,
-                    .last = s->last,
+                    .last = state_of(s, s->last),
                     .last_known = s->last_known,
                     .progress = progress,
                     .user = user};

@@ -147,5 +147,7 @@ emx_status emxi_task_evaluate(emx_ctx *ctx, const emx_model_config *c, const emx
 emx_status emx_task_evaluate(emx_model *model, const emx_task_desc *task, int64_t first, int64_t n, emx_progress_fn progress,
                              void *user, emx_task_score *score) {
   if (!model) return emxi_fail(EMX_ERR_INVALID, "emx_task_evaluate: model is NULL");
+  if (model->ctx->device != EMX_DEVICE_CPU)
+    return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_task_evaluate: tasks are scored on the CPU; open the model with a CPU context");
   EMXI_LOCKED(model->ctx, emxi_task_evaluate(model->ctx, &model->config, &model->w, task, first, n, progress, user, score));
 }

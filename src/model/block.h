@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * A transformer block around attention, by device. A session's forward pass is begin, then for each layer before, attention over
+ * the cache (emx_decode, emx_attn_forward) and after, then norm and head. What a device fuses within one of these is its own
+ * business.
+ *
+ * Arrays are f32 in memory of the context's device. Calls enqueue; on the CPU they are done on return. */
+#ifndef EMXI_BLOCK_H
+#define EMXI_BLOCK_H
+
+#include "model/model.h"
+
+typedef struct emxi_block {
+  const emx_model_config *config;
+  const emxi_layer *w; /* of the layer, on the device */
+  int64_t m, from;     /* tokens, and the position of the first */
+  int32_t scaled;      /* E */
+  /* Activations. The rows of the first line are their width apart. */
+  float *x, *h, *a;             /* [m,W] residual stream; [m,W] normed; [m,H*D] what attention gives */
+  float *q, *k, *v, *z;         /* [m,H*D], [m,G*D] twice, [m,2E] what theta_w and theta_v make of the states */
+  int64_t q_row, kv_row, z_row; /* floats from one token to the next */
+  float *gate, *up;             /* [m,F] */
+  int64_t gate_row;
+  float *rope;     /* [m,D], CPU: cosines and sines */
+  int32_t *tokens; /* [m], elsewhere: in memory of the device */
+} emxi_block;
+
+typedef struct emxi_blocks {
+  /* q, k, v, z of a token lie next to each other in this order, and so do gate and up: one matrix product makes them. */
+  bool merged;
+  /* What the calls below need on this context. */
+  emx_status (*open)(emx_ctx *ctx, const emx_model_config *config, void **state);
+  void (*close)(emx_ctx *ctx, void *state);
+  /* x of the tokens (host memory; valid ones), and what depends on their positions alone. */
+  emx_status (*begin)(emx_ctx *ctx, void *state, const emxi_block *b, const float *embed, const int32_t *tokens);
+  /* q (turned, and times theta), k (turned) and v of x. */
+  emx_status (*before)(emx_ctx *ctx, void *state, const emxi_block *b);
+  /* x += W_o a, then x += W_down(silu(W_gate rms(x)) * W_up rms(x)). */
+  emx_status (*after)(emx_ctx *ctx, void *state, const emxi_block *b);
+  /* h = rms(x) w */
+  emx_status (*norm)(emx_ctx *ctx, void *state, const emxi_block *b, const float *w);
+  /* logits [m,V] of states [m,W]; w [V,W]. */
+  emx_status (*head)(emx_ctx *ctx, void *state, const emx_model_config *config, const float *w, const float *states,
+                     float *logits, int64_t m);
+  /* Notes the time at which the device gets here; i < 2 num_layers. */
+  emx_status (*mark)(emx_ctx *ctx, void *state, int32_t i);
+  /* Seconds from mark i to mark i + 1, once the device has passed both. */
+  double (*between)(emx_ctx *ctx, void *state, int32_t i);
+} emxi_blocks;
+
+extern const emxi_blocks emxi_blocks_cpu;
+
+#endif
