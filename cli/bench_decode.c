@@ -93,10 +93,9 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_BATCH: o->batch = (int)cli_int(state, "--batch", arg, 1, MAX_BATCH); return 0;
     case 'a': o->alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
     case KEY_DEVICE: {
-      char end;
-      o->cuda = strcmp(arg, "cpu") != 0;
-      if (o->cuda && strcmp(arg, "cuda") && (sscanf(arg, "cuda:%d%c", &o->device_index, &end) != 1 || o->device_index < 0))
-        argp_error(state, "--device is '%s', expected cpu, cuda or cuda:N", arg);
+      const cli_device device = cli_device_arg(state, arg);
+      o->cuda = device.kind == EMX_DEVICE_CUDA;
+      o->device_index = device.index;
       return 0;
     }
     case KEY_ALIBI: o->alibi = true; return 0;

@@ -67,8 +67,14 @@ typedef struct cli_common {
   bool json;
 } cli_common;
 extern const struct argp cli_common_argp;
+/* --device: cpu, cuda or cuda:N. */
+typedef struct cli_device {
+  int32_t kind, index; /* EMX_DEVICE_* */
+} cli_device;
+cli_device cli_device_arg(const struct argp_state *state, const char *text);
 /* A context with these threads; Ctrl-C cancels it from now on. */
 int cli_context(const cli_common *common, emx_ctx **ctx);
+int cli_context_on(const cli_common *common, cli_device device, emx_ctx **ctx);
 
 /* --select and its parameters, a child parser. Key range 1100. */
 enum { CLI_MAX_SELECT = 16 };

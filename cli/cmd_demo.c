@@ -262,7 +262,7 @@ int cmd_demo(int argc, char **argv) {
     code = cli_fail("%s has %zu bytes, %lld are needed", o.file, size, (long long)(o.session.ctx + o.positions));
     goto done;
   }
-  if ((code = cli_context(&o.common, &ctx))) goto done;
+  if ((code = cli_context_on(&o.common, o.session.device, &ctx))) goto done;
   if ((code = read_text(&o, ctx, o.model, text, &readers[0]))) goto done;
   if ((code = generate_all(&o, &readers[0]))) goto done;
   const char *next = text + o.session.ctx;

@@ -58,6 +58,8 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case 'n': o->n = cli_int(state, "-n", arg, 1, 1 << 20); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
+      if (o->task.task.kind) cli_session_needs_cpu(state, &o->session, "--task");
+      if (o->dump) cli_session_needs_cpu(state, &o->session, "--dump");
       if (o->ruler.show && !o->ruler.n_tasks && !o->task.task.kind) argp_error(state, "--show needs --ruler or --task");
       if (!o->n_models && !o->ruler.show) argp_error(state, "-m DIR is required");
       if (o->ruler.n_tasks && !o->task.task.kind) {
@@ -373,7 +375,7 @@ int cmd_eval(int argc, char **argv) {
     code = cli_fail("--select decodes the last %lld bytes of the context, which has %lld: at least one must come before",
                     (long long)o.n, (long long)context_of(&o, size));
   else
-    code = cli_context(&o.common, &ctx);
+    code = cli_context_on(&o.common, o.session.device, &ctx);
   if (o.ruler.n_tasks || o.task.task.kind) {
     const eval_common e = {ctx, o.models, o.n_models, &o.session, &o.select, &o.cells, o.svg, o.ruler.show, o.common.json};
     if (!code) code = o.task.task.kind ? eval_task(&e, &o.task) : eval_ruler(&e, &o.ruler, text, size);

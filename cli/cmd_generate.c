@@ -71,6 +71,9 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
       if (o->dump && o->n < 2) argp_error(state, "--dump-qkv needs -n 2 or more: the first token comes with the prompt");
       if (o->dump && o->session.kv_file) argp_error(state, "--dump-qkv takes keys and values from memory: no --kv-file");
       if (o->layer >= 0 && !o->dump) argp_error(state, "--layer needs --dump-qkv");
+      if (o->load) cli_session_needs_cpu(state, &o->session, "--cache-load");
+      if (o->save) cli_session_needs_cpu(state, &o->session, "--cache-save");
+      if (o->dump) cli_session_needs_cpu(state, &o->session, "--dump-qkv");
       if (o->prompt && o->file) argp_error(state, "only one of -p TEXT and -f FILE may be given");
       return 0;
     case ARGP_KEY_SUCCESS:
@@ -162,7 +165,7 @@ int cmd_generate(int argc, char **argv) {
     code = cli_fail("the prompt is empty");
     goto done;
   }
-  if ((code = cli_context(&o.common, &ctx))) goto done;
+  if ((code = cli_context_on(&o.common, o.session.device, &ctx))) goto done;
   CLI_TRY(emx_model_open(ctx, o.model, &model));
   emx_model_config config = {.struct_size = sizeof config};
   emx_cache_info info = {.struct_size = sizeof info};

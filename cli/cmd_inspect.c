@@ -46,6 +46,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case KEY_KEEP: o->keep = cli_int(state, "--keep", arg, 1, 1 << 20); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
+      cli_session_needs_cpu(state, &o->session, "this command");
       if (!o->model) argp_error(state, "-m DIR is required");
       if (!o->prompt == !o->file) argp_error(state, "one of -p TEXT and -f FILE is required");
       if (!o->out && !o->common.json) argp_error(state, "-o FILE is required, or --json for the lists themselves");

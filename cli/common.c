@@ -152,9 +152,22 @@ static error_t parse_common(int key, char *arg, struct argp_state *state) {
 }
 const struct argp cli_common_argp = {.options = common_options, .parser = parse_common};
 
-int cli_context(const cli_common *common, emx_ctx **ctx) {
+cli_device cli_device_arg(const struct argp_state *state, const char *text) {
+  cli_device device = {EMX_DEVICE_CPU, 0};
+  char end;
+  if (!strcmp(text, "cpu")) return device;
+  device.kind = EMX_DEVICE_CUDA;
+  if (strcmp(text, "cuda") && (sscanf(text, "cuda:%d%c", &device.index, &end) != 1 || device.index < 0))
+    argp_error(state, "--device is '%s', expected cpu, cuda or cuda:N", text);
+  return device;
+}
+
+int cli_context(const cli_common *common, emx_ctx **ctx) { return cli_context_on(common, (cli_device){EMX_DEVICE_CPU, 0}, ctx); }
+int cli_context_on(const cli_common *common, cli_device device, emx_ctx **ctx) {
   emx_ctx_opts opts;
   emx_ctx_opts_init(&opts);
+  opts.device = device.kind;
+  opts.device_index = device.index;
   opts.threads = common->threads;
   emx_status status = emx_ctx_create(&opts, ctx);
   if (status) return cli_status(status);

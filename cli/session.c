@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { KEY_PAGE = 1201, KEY_KV_DTYPE, KEY_KV_FILE };
+enum { KEY_PAGE = 1201, KEY_KV_DTYPE, KEY_KV_FILE, KEY_DEVICE };
 static const struct argp_option session_options[] = {
     {NULL, 0, NULL, 0, "Cache:", 70},
     {"ctx-size", 'c', "N", 0, "Tokens the cache may hold (default: what is needed)", 70},
@@ -13,6 +13,7 @@ static const struct argp_option session_options[] = {
     {"kv-file", KEY_KV_FILE, "FILE", 0,
      "Keep keys and values in FILE, only what selectors read to choose in memory. FILE must not exist, and is gone at the end",
      70},
+    {"device", KEY_DEVICE, "WHERE", 0, "Where the model and its cache are: cpu (default), cuda or cuda:N", 70},
     {0}};
 static error_t parse_session(int key, char *arg, struct argp_state *state) {
   cli_session *s = state->input;
@@ -20,19 +21,27 @@ static error_t parse_session(int key, char *arg, struct argp_state *state) {
     case 'c': s->ctx = cli_int(state, "-c", arg, 1, INT64_MAX / 4); return 0;
     case KEY_PAGE: s->page = cli_page(state, arg); return 0;
     case KEY_KV_FILE: s->kv_file = arg; return 0;
+    case KEY_DEVICE: s->device = cli_device_arg(state, arg); return 0;
+    case ARGP_KEY_END:
+      if (s->kv_file) cli_session_needs_cpu(state, s, "--kv-file");
+      return 0;
     case KEY_KV_DTYPE: s->kv_dtype = cli_dtype(state, "--kv-dtype", arg, "bf16, f16, f32"); return 0;
   }
   return ARGP_ERR_UNKNOWN;
 }
 const struct argp cli_session_argp = {.options = session_options, .parser = parse_session};
-void cli_session_init(cli_session *s) { *s = (cli_session){.page = 16, .kv_dtype = EMX_BF16}; }
+void cli_session_init(cli_session *s) { *s = (cli_session){.page = 16, .kv_dtype = EMX_BF16, .device = {EMX_DEVICE_CPU, 0}}; }
+void cli_session_needs_cpu(const struct argp_state *state, const cli_session *s, const char *option) {
+  if (s->device.kind != EMX_DEVICE_CPU) argp_error(state, "%s is for the CPU: no --device cuda", option);
+}
 
 int session_open(emx_model *model, const cli_session *opts, const cli_select *select, int64_t tokens, emx_session **out) {
   emx_session_opts o;
   emx_session_opts_init(&o);
   o.kv_dtype = opts->kv_dtype;
   o.page_size = opts->page;
-  if (select) o.summaries |= cli_sketches(select);
+  /* A GPU's sketches have no residual rows. */
+  if (select) o.summaries |= cli_sketches(select) & (opts->device.kind == EMX_DEVICE_CPU ? ~0 : ~EMX_SUMMARY_RESIDUAL);
   o.kv_file = opts->kv_file;
   o.max_tokens = opts->ctx ? opts->ctx : tokens;
   if (opts->ctx && tokens > opts->ctx)

@@ -5,15 +5,18 @@
 
 #include "cli.h"
 
-/* -c, --page, --kv-dtype, --kv-file, a child parser. Key range 1200. */
+/* -c, --page, --kv-dtype, --kv-file, --device, a child parser. Key range 1200. */
 typedef struct cli_session {
   int64_t ctx; /* 0: as much as the command needs */
   int page;
   int32_t kv_dtype;
   const char *kv_file; /* or NULL */
+  cli_device device;   /* of the context that the command opens its models with */
 } cli_session;
 extern const struct argp cli_session_argp;
 void cli_session_init(cli_session *s);
+/* For options that need a cache in the CPU's memory: a usage error where --device is a GPU. */
+void cli_session_needs_cpu(const struct argp_state *state, const cli_session *s, const char *option);
 
 /* A session for `tokens` tokens, with the summaries that the selectors (or NULL) need; CLI_ERROR if they exceed -c, or the
  * machine (with the bytes). */

@@ -131,9 +131,9 @@ EMX_API void emx_ctx_opts_init_sized(emx_ctx_opts *opts, size_t size);
 
 /* opts may be NULL for the defaults. Errors: INVALID, UNSUPPORTED (device not in this build, GPU older than compute capability
  * 8.0, unknown EMX_ISA), DEVICE (no driver or no GPU; the detail is CUDA's), NOMEM. In this version a context on a GPU has caches
- * with MINMAX, MOMENTS and SKETCH, emx_select and emx_decode with ALL, TOPK, GAUSSIAN and PAGES, emx_decode with CERTIFIED; maps,
- * dense attention, models and training are UNSUPPORTED there. Summaries there are of complete pages, centres and spreads a byte
- * each. */
+ * with MINMAX, MOMENTS and SKETCH, emx_select and emx_decode with ALL, TOPK, GAUSSIAN and PAGES, emx_decode with CERTIFIED, and
+ * the sessions of emx_model.h; maps, dense attention and training are UNSUPPORTED there. Summaries there are of complete pages,
+ * centres and spreads a byte each. */
 EMX_API emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out);
 EMX_API void emx_ctx_destroy(emx_ctx *ctx); /* NULL is allowed */
 

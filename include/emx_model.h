@@ -94,14 +94,20 @@ EMX_API int64_t emx_model_config_parameters(const emx_model_config *config);
 
 typedef struct emx_model emx_model;
 /* Opens a model folder. Weights are f32, f16 or bf16 in the file and f32 in memory. Every tensor that config.json implies must be
- * there with its shape, and no other. A config without entmax_alpha is an error, never softmax. Errors: IO, FORMAT, NOMEM. */
+ * there with its shape, and no other. A config without entmax_alpha is an error, never softmax. Errors: IO, FORMAT, NOMEM.
+ *
+ * The context says where sessions run. On a GPU the weights are there as well, and products of several tokens are cuBLASLt's, in
+ * f32: libcublasLt.so.13 or .12, which the first call loads (UNSUPPORTED where there is none, or the build did not find its
+ * header). Files of caches, kv_file, emx_session_set_support and emx_task_evaluate are UNSUPPORTED there; everything else is as
+ * below, logits differ from the CPU's by rounding, and pointers stay the host's. */
 EMX_API emx_status emx_model_open(emx_ctx *ctx, const char *folder, emx_model **out);
 EMX_API void emx_model_close(emx_model *model);
 EMX_API emx_status emx_model_get_config(const emx_model *model, emx_model_config *config); /* set struct_size first */
 
 /* ------------------------------------------------------------------------------------------------------------- session */
 
-/* One sequence over a paged cache of every layer. Sessions that come from one another by fork share the pool and its pages. */
+/* One sequence over a paged cache of every layer, on the device of the model's context. Sessions that come from one another by
+ * fork share the pool and its pages. */
 typedef struct emx_session emx_session;
 typedef struct emx_session_opts {
   uint32_t struct_size;
@@ -167,7 +173,7 @@ typedef struct emx_session_stats {
   double mass_min, mass_max;
   int64_t bytes_k, bytes_v, bytes_meta;
   int64_t bytes_full;  /* K and V of every visible token, once per row: what a dense softmax decode would read */
-  double attn_seconds; /* inside emx_decode */
+  double attn_seconds; /* inside emx_decode; on a GPU of the device */
   double seconds;      /* inside emx_session_decode */
   int64_t paths[3];    /* rows that took each EMX_PATH_* */
 } emx_session_stats;

@@ -4,6 +4,7 @@
  *
  * No call here waits for the device but sync, copy and the allocations of creation. */
 #include "cuda/backend_cuda.h"
+#include "model/block.h"
 
 #include <stdio.h>
 #include <string.h>
@@ -204,4 +205,5 @@ const emxi_backend emxi_backend_cuda = {
     .kv_write = emxi_cuda_kv_write,
     .kv_summarize = emxi_cuda_kv_summarize,
     .decode_run = emxi_cuda_decode_run,
+    .blocks = &emxi_blocks_cuda,
 };

@@ -48,5 +48,7 @@ typedef struct emxi_blocks {
 } emxi_blocks;
 
 extern const emxi_blocks emxi_blocks_cpu;
+/* With the CUDA back end, where its build has found cublasLt.h; elsewhere its address is NULL. */
+extern const emxi_blocks emxi_blocks_cuda __attribute__((weak));
 
 #endif

@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * What the host side of a model's layers on a GPU (C) and its kernels (CUDA C++) share. A launch returns nothing: the caller asks
+ * cudaGetLastError. Arrays are f32; "row" is the floats from one token to the next. */
+#ifndef EMXI_CUDA_LAYERS_H
+#define EMXI_CUDA_LAYERS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* x [m,d] = rows of the table; tokens NULL: of the one `token`. */
+typedef struct emxi_cuda_embed {
+  const float *table;
+  const int32_t *tokens;
+  float *x;
+  int64_t m, d;
+  int32_t token;
+} emxi_cuda_embed;
+/* y [m,d] = x rstd w, rstd = 1/sqrt(mean(x^2) + eps) */
+typedef struct emxi_cuda_norm {
+  const float *x, *w;
+  float *y;
+  double eps;
+  int64_t m, d;
+} emxi_cuda_norm;
+/* RoPE of queries and keys at positions from .. from + m - 1, then theta of the last `scaled` query heads: z [m, 2 scaled] and
+ * b, c [scaled] as emxi_scale_queries has them; focal: the logarithm of the temperature where b is NULL. */
+typedef struct emxi_cuda_turn {
+  float *q, *k;
+  const float *z, *b, *c;
+  int64_t q_row, k_row, z_row, m, from;
+  int32_t heads, kv_heads, d, scaled, type;
+  bool rope;
+  double rope_theta, focal;
+} emxi_cuda_turn;
+/* gate [m,f] = silu(gate) * up */
+typedef struct emxi_cuda_glu {
+  float *gate;
+  const float *up;
+  int64_t row, m, f;
+} emxi_cuda_glu;
+/* One token: y [out] = (accumulate ? y : 0) + w h, w [out,in], h = x or, with norm, x rstd norm. up: y = silu(w h) * (up h). */
+typedef struct emxi_cuda_product {
+  const float *x, *norm, *w, *up;
+  float *y;
+  double eps;
+  int64_t in, out;
+  bool accumulate;
+} emxi_cuda_product;
+
+/* overlap: a kernel may be made ready while the one before it ends. */
+void emxi_cuda_launch_embed(const emxi_cuda_embed *a, bool overlap, void *stream);
+void emxi_cuda_launch_norm(const emxi_cuda_norm *a, bool overlap, void *stream);
+void emxi_cuda_launch_turn(const emxi_cuda_turn *a, bool overlap, void *stream);
+void emxi_cuda_launch_glu(const emxi_cuda_glu *a, bool overlap, void *stream);
+void emxi_cuda_launch_product(const emxi_cuda_product *a, bool overlap, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
