@@ -1109,7 +1109,11 @@ void launch_scan(const emxi_cuda_decode &d, cudaStream_t stream) {
 template <typename T, bool SOFTMAX>
 void scan_any(const emxi_cuda_decode &d, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (d.vectors && d.pool.D == 64) {
+    if (d.vectors && d.pool.D == 32) {
+      if (d.sparse) return launch_scan<T, 32, 1, 4, SOFTMAX, true>(d, stream);
+      if (d.rows == 1) return launch_scan<T, 32, 1, 4, SOFTMAX, false>(d, stream);
+      if (d.rows == 4) return launch_scan<T, 32, 4, 4, SOFTMAX, false>(d, stream);
+    } else if (d.vectors && d.pool.D == 64) {
       if (d.sparse) return launch_scan<T, 64, 1, 8, SOFTMAX, true>(d, stream);
       if (d.rows == 1) return launch_scan<T, 64, 1, 8, SOFTMAX, false>(d, stream);
       if (d.rows == 4) return launch_scan<T, 64, 4, 4, SOFTMAX, false>(d, stream);

@@ -71,7 +71,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   if (certified) EMX_TRY(check_certified(d, who));
   /* Below, ALL reads the keys as fast; and bounds of the ladder need a convex power of moderate exponent. */
   const bool ladder = certified && d->max_len * kv->D >= emxi_cuda_certified_short && d->alpha >= 1.05 && d->alpha <= 2;
-  const bool fast = k.vectors && kv->dtype != EMX_F32 && (kv->D == 64 || kv->D == 128);
+  const bool fast = k.vectors && kv->dtype != EMX_F32 && (kv->D == 32 || kv->D == 64 || kv->D == 128);
   k.rows = fast && per_head == 1 ? 1 : 4;
   if (ladder && k.rows > 4) k.rows = 4; /* its kernels take one row or four at a time */
   const int64_t blocks = ceil_div(per_head, k.rows), items = at_least_one(sparse ? rows : slice * kv->G * blocks);

@@ -9,7 +9,7 @@
 #include "cuda/backend_cuda.h"
 #include "gpu_case.h"
 
-static const int32_t dims[] = {64, 128, 80, 33, 16, 256, 96, 20}, dtypes[] = {EMX_F16, EMX_BF16, EMX_F32}, sizes[] = {16, 32, 64};
+static const int32_t dims[] = {64, 128, 80, 33, 16, 256, 96, 32}, dtypes[] = {EMX_F16, EMX_BF16, EMX_F32}, sizes[] = {16, 32, 64};
 static const double alphas[] = {1.5, 2, 1.25, 4. / 3, 1.75};
 static int64_t problems = 60, longest = 9000, seed = 1;
 static int64_t rows_done, ladders, halves, near_tau;

@@ -8,7 +8,7 @@
 
 #include "gpu_case.h"
 
-static const int32_t dims[] = {64, 128, 80, 33, 16, 256, 96, 20}, dtypes[] = {EMX_F16, EMX_BF16, EMX_F32}, sizes[] = {16, 32, 64};
+static const int32_t dims[] = {64, 128, 80, 33, 16, 256, 96, 32}, dtypes[] = {EMX_F16, EMX_BF16, EMX_F32}, sizes[] = {16, 32, 64};
 enum { BOTH = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS };
 
 typedef struct row_view {
