@@ -130,10 +130,10 @@ EMX_API void emx_ctx_opts_init_sized(emx_ctx_opts *opts, size_t size);
 #define emx_ctx_opts_init(opts) emx_ctx_opts_init_sized((opts), sizeof *(opts))
 
 /* opts may be NULL for the defaults. Errors: INVALID, UNSUPPORTED (device not in this build, GPU older than compute capability
- * 8.0, unknown EMX_ISA), DEVICE (no driver or no GPU; the detail is CUDA's), NOMEM. In this version a context on a GPU has caches
- * with MINMAX, MOMENTS and SKETCH, emx_select and emx_decode with ALL, TOPK, GAUSSIAN and PAGES, emx_decode with CERTIFIED, and
- * the sessions of emx_model.h; maps, dense attention and training are UNSUPPORTED there. Summaries there are of complete pages,
- * centres and spreads a byte each. */
+ * 8.0, unknown EMX_ISA), DEVICE (no driver or no GPU; the detail is CUDA's), NOMEM. In this version a context on a GPU has maps,
+ * losses, caches with MINMAX, MOMENTS and SKETCH, emx_select and emx_decode with ALL, TOPK, GAUSSIAN and PAGES, emx_decode with
+ * CERTIFIED, and the sessions of emx_model.h; dense attention and training are UNSUPPORTED there. Summaries there are of complete
+ * pages, centres and spreads a byte each. */
 EMX_API emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out);
 EMX_API void emx_ctx_destroy(emx_ctx *ctx); /* NULL is allowed */
 
@@ -200,7 +200,9 @@ EMX_API void emx_entmax_io_init_sized(emx_entmax_io *io, size_t size);
  * rounded. A row is read once (softmax: twice); what follows touches only scores that lie within 1/(alpha-1) of the largest
  * (NORMMAX: 1; BUDGET: of the budget-th largest). Errors: INVALID (an alpha or a budget out of range, by row), SHAPE, DTYPE,
  * UNSUPPORTED, CANCELLED. Working memory: one row a worker, kept by the context, which grows on the first call with a longer row
- * (the one allocation; NOMEM). */
+ * (the one allocation; NOMEM). On a GPU there is none, rows that fit the shared memory of 8 processors (450,000 in f32) are read
+ * once, longer ones for each pass. An alpha, a budget or a target in device memory that is out of range makes its row NaN, and
+ * the first one surfaces at emx_ctx_sync. */
 EMX_API emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io);
 
 /* dx = J^T dp from the weights alone; u_i = p_i^(2-alpha) on the support (docs/math.md, 6).

@@ -4,6 +4,7 @@
  *
  * No call here waits for the device but sync, copy and the allocations of creation. */
 #include "cuda/backend_cuda.h"
+#include "cuda/map.h"
 #include "model/block.h"
 
 #include <stdio.h>
@@ -32,7 +33,7 @@ emx_status emxi_cuda_leave(int before, emx_status status, bool launched, const c
 
 static emx_status cuda_open(emx_ctx *ctx) {
   static const char who[] = "emx_ctx_create";
-  int n = 0, before, major = 0, minor = 0, processors = 0;
+  int n = 0, before, major = 0, minor = 0, processors = 0, shared = 0;
   cudaError_t error = cudaGetDeviceCount(&n);
   if (error) return cuda_fail(error, who, "no CUDA device can be used; the CPU can");
   if (ctx->device_index < 0 || ctx->device_index >= n)
@@ -41,6 +42,7 @@ static emx_status cuda_open(emx_ctx *ctx) {
   error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ctx->device_index);
   if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, ctx->device_index);
   if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ctx->device_index);
+  if (!error) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ctx->device_index);
   emx_status status = error ? cuda_fail(error, who, "the device cannot be asked") : EMX_OK;
   if (!status && major < 8)
     status = emxi_fail(EMX_ERR_UNSUPPORTED, "%s: CUDA device %d has compute capability %d.%d, 8.0 or later is needed", who,
@@ -71,6 +73,8 @@ static emx_status cuda_open(emx_ctx *ctx) {
   memset(cuda->fault, 0, sizeof *cuda->fault);
   cuda->processors = processors;
   cuda->overlap = major >= 9;
+  cuda->shared = shared;
+  cuda->clusters = emxi_cuda_rows_clusters();
   ctx->backend_state = cuda;
   return emxi_cuda_leave(before, EMX_OK, false, who);
 }
@@ -113,6 +117,12 @@ static emx_status take_fault(emx_ctx *ctx, const char *who) {
   if (f.code == EMXI_CUDA_FAULT_SUMMARIZE)
     return emxi_fail(EMX_ERR_INVALID, "%s: an earlier emx_kv_summarize met %s[%d] = %d, which is out of range", who,
                      f.column ? "tokens" : "pages", f.row, f.value);
+  if (f.code == EMXI_CUDA_FAULT_ROW_ALPHA || f.code == EMXI_CUDA_FAULT_ROW_BUDGET)
+    return emxi_fail(EMX_ERR_INVALID, "%s: an earlier map met %s of row %d that is out of range", who,
+                     f.code == EMXI_CUDA_FAULT_ROW_ALPHA ? "an alpha" : "a budget", f.row);
+  if (f.code == EMXI_CUDA_FAULT_TARGET)
+    return emxi_fail(EMX_ERR_INVALID, "%s: an earlier loss met target of row %d, %d, which is no class and not ignore_index", who,
+                     f.row, f.value);
   return emxi_fail(EMX_ERR_INVALID, "%s: an earlier call met %s[%d] = %d, which is negative or above what max_len allows", who,
                    f.column ? "n_new" : "seq_lens", f.row, f.value);
 }
@@ -170,12 +180,11 @@ static emx_status cuda_memory_copy(emx_ctx *ctx, void *to, const void *from, siz
   return emxi_cuda_leave(before, error ? cuda_fail(error, who, "memory could not be copied") : EMX_OK, false, who);
 }
 
+static emx_status rows_forward(emx_ctx *ctx, const struct emxi_rows *rows) { return emxi_cuda_entmax_rows(ctx, rows, false); }
+static emx_status rows_backward(emx_ctx *ctx, const struct emxi_rows *rows) { return emxi_cuda_entmax_rows(ctx, rows, true); }
+
 /* ---- what this back end does not do yet */
 
-static emx_status no_rows(emx_ctx *ctx, const struct emxi_rows *rows) {
-  (void)ctx, (void)rows;
-  return emxi_fail(EMX_ERR_UNSUPPORTED, "the mapping and its losses run on the CPU; a CUDA context has caches and emx_decode");
-}
 static emx_status no_attn(void) {
   return emxi_fail(EMX_ERR_UNSUPPORTED,
                    "dense attention runs on the CPU; a CUDA context has emx_decode, with any number of queries");
@@ -197,9 +206,9 @@ const emxi_backend emxi_backend_cuda = {
     .memory_alloc = cuda_memory_alloc,
     .memory_free = cuda_memory_free,
     .memory_copy = cuda_memory_copy,
-    .entmax_forward = no_rows,
-    .entmax_backward = no_rows,
-    .entmax_loss = no_rows,
+    .entmax_forward = rows_forward,
+    .entmax_backward = rows_backward,
+    .entmax_loss = rows_forward,
     .attn_supports = no_attn_supports,
     .attn_run = no_attn_run,
     .kv_write = emxi_cuda_kv_write,

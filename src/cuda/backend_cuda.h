@@ -13,7 +13,9 @@ typedef struct emxi_cuda {
   emxi_cuda_fault *fault; /* pinned, seen by the device */
   int32_t *claimed;       /* device memory: not 0 once a kernel has written the fault */
   int32_t processors;
-  bool overlap; /* compute capability 9: kernels of a chain overlap their starts */
+  bool overlap;   /* compute capability 9: kernels of a chain overlap their starts */
+  int32_t shared; /* bytes of shared memory that a block may have */
+  bool clusters;
 } emxi_cuda;
 
 static inline emxi_cuda *emxi_cuda_of(const emx_ctx *ctx) { return ctx->backend_state; }
@@ -31,6 +33,7 @@ emxi_cuda_batch emxi_cuda_batch_of(const emx_kv *kv, const emx_kv_batch *batch, 
 /* The device's copy of the block tables of library sequences. */
 emx_status emxi_cuda_update_tables(emx_ctx *ctx, const emx_kv *kv, const emx_kv_batch *batch, const char *who);
 
+emx_status emxi_cuda_entmax_rows(emx_ctx *ctx, const struct emxi_rows *rows, bool backward);
 emx_status emxi_cuda_kv_write(emx_ctx *ctx, const emxi_kv_write *w);
 emx_status emxi_cuda_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n);
 emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena);

@@ -27,6 +27,9 @@ enum {
   EMXI_CUDA_FAULT_LIST = 3,      /* page list of row: entry `column`, or with column -1 their number */
   EMXI_CUDA_FAULT_ALPHA = 4,     /* alphas[row] */
   EMXI_CUDA_FAULT_SUMMARIZE = 5, /* emx_kv_summarize: pages[row], with a column tokens[row] */
+  EMXI_CUDA_FAULT_ROW_ALPHA = 6, /* maps: alpha of row */
+  EMXI_CUDA_FAULT_TARGET = 7,    /* losses: target[row] */
+  EMXI_CUDA_FAULT_ROW_BUDGET = 8, /* maps: budget of row */
 };
 typedef struct emxi_cuda_fault {
   int32_t code, row, column, value;

@@ -61,8 +61,6 @@ static bool alpha_fits(int32_t kind, double alpha) {
 
 emx_status emxi_map_check(emx_ctx *ctx, const emx_entmax_desc *desc, const char *who) {
   if (!ctx) return emxi_fail(EMX_ERR_INVALID, "%s: ctx is NULL", who);
-  if (ctx->device != EMX_DEVICE_CPU)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: maps and losses run on the CPU in this version; use a CPU context", who);
   static const char *const names[] = {"", "normmax", "budget"};
   if (desc->kind < EMX_MAP_ENTMAX || desc->kind > EMX_MAP_BUDGET)
     return emxi_fail(EMX_ERR_INVALID, "%s: map kind %d; there are EMX_MAP_ENTMAX, _NORMMAX and _BUDGET", who, desc->kind);
@@ -75,12 +73,12 @@ emx_status emxi_map_check(emx_ctx *ctx, const emx_entmax_desc *desc, const char 
   return EMX_OK;
 }
 
-/* One alpha a row: every one of them is looked at before any output is written. */
+/* One alpha a row: every one of them is looked at before any output is written. (In device memory the back end looks.) */
 static emx_status check_alphas(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_tensor *t, emxi_rows *r, const char *who) {
   void *alphas = NULL;
   EMX_TRY(emxi_rows_values(ctx, t, r->rows, who, "alpha", &alphas, &r->alphas_dtype));
   r->alphas = alphas;
-  for (int64_t i = 0; r->alphas && i < r->rows; i++) {
+  for (int64_t i = 0; r->alphas && ctx->device == EMX_DEVICE_CPU && i < r->rows; i++) {
     const double alpha = emxi_load(r->alphas, r->alphas_dtype, i);
     if (!alpha_fits(desc->kind, alpha))
       return emxi_fail(EMX_ERR_INVALID, "%s: alpha of row %lld is %.9g, expected %s", who, (long long)i, alpha,
@@ -95,7 +93,7 @@ static emx_status check_budgets(emx_ctx *ctx, const emx_entmax_desc *desc, const
   void *budgets = NULL;
   EMX_TRY(emxi_rows_values(ctx, t, r->rows, who, "budget", &budgets, &r->budgets_dtype));
   r->budgets = budgets;
-  for (int64_t i = 0; r->budgets && i < r->rows; i++) {
+  for (int64_t i = 0; r->budgets && ctx->device == EMX_DEVICE_CPU && i < r->rows; i++) {
     const double budget = emxi_load(r->budgets, r->budgets_dtype, i);
     if (!(budget > 0 && budget < INFINITY) || (r->n && budget > (double)r->n))
       return emxi_fail(EMX_ERR_INVALID, "%s: budget of row %lld is %.9g, expected above 0 and at most %lld", who, (long long)i,

@@ -29,11 +29,12 @@ typedef struct emxi_rows {
   /* losses; support counts here too */
   void *loss; /* [rows]; NULL: no loss is asked for */
   int32_t loss_dtype;
-  const int32_t *target; /* [rows], each in 0..n-1 or ignore_index */
+  const int32_t *target; /* [rows], each in 0..n-1 or ignore_index; on a GPU nobody has looked, nor at alphas and budgets */
   int32_t ignore_index;
   const void *d_loss; /* one value (inc 0) or [rows] (inc 1), optional */
   int32_t d_loss_dtype;
   int64_t inc_d_loss;
+  bool mean;    /* of the rows that count: a GPU counts them itself, on the CPU `scale` is one over their number */
   double scale; /* of all gradients, and of the sum in total */
   void *total;  /* one value, optional */
   int32_t total_dtype;

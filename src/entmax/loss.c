@@ -9,13 +9,13 @@ void emx_loss_io_init_sized(emx_loss_io *io, size_t size) {
   emxi_struct_init(io, size, &defaults, sizeof defaults);
 }
 
-/* Every target is looked at before anything is written; how many rows count. */
+/* Every target is looked at before anything is written; how many rows count. (On a GPU the back end does both.) */
 static emx_status check_targets(emx_ctx *ctx, const emx_loss_io *io, emxi_rows *r, const char *who, int64_t *counted) {
   EMX_TRY(emxi_tensor_expect(ctx, io->target, 1, &r->rows, who, "target"));
   if (io->target->dtype != EMX_I32)
     return emxi_fail(EMX_ERR_DTYPE, "%s: target is %s, expected i32", who, emx_dtype_name(io->target->dtype));
   r->target = io->target->data;
-  for (int64_t i = 0; i < r->rows; i++) {
+  for (int64_t i = 0; ctx->device == EMX_DEVICE_CPU && i < r->rows; i++) {
     const int32_t y = r->target[i];
     if (y == r->ignore_index) continue;
     if (y < 0 || y >= r->n)
@@ -56,7 +56,8 @@ static emx_status loss(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_loss
   EMX_TRY(emxi_rows_support(ctx, io->support, &r, who));
   int64_t counted = 0;
   EMX_TRY(check_targets(ctx, io, &r, who, &counted));
-  if (io->reduction == EMX_REDUCE_MEAN) r.scale = 1.0 / (double)counted;
+  r.mean = io->reduction == EMX_REDUCE_MEAN;
+  if (r.mean) r.scale = 1.0 / (double)counted;
   return ctx->backend->entmax_loss(ctx, &r);
 }
 

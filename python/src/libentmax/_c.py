@@ -185,6 +185,7 @@ CORE = {
     "emx_version": (c_char_p, ()), "emx_abi_version": (c_int32, ()), "emx_status_name": (c_char_p, (_S,)),
     "emx_last_error": (c_char_p, ()),
     "emx_ctx_opts_init_sized": _init(CtxOpts), "emx_ctx_create": (_S, (POINTER(CtxOpts), _PP)), "emx_ctx_destroy": (None, (_P,)),
+    "emx_ctx_set_stream": (_S, (_P, _P)), "emx_ctx_sync": (_S, (_P,)),
     "emx_ctx_get_info": (_S, (_P, POINTER(CtxInfo))), "emx_ctx_cancel": (None, (_P,)), "emx_ctx_resume": (None, (_P,)),
     "emx_entmax_desc_init_sized": _init(EntmaxDesc), "emx_entmax_io_init_sized": _init(EntmaxIo),
     "emx_entmax_forward": (_S, (_P, POINTER(EntmaxDesc), POINTER(EntmaxIo))),
@@ -483,11 +484,12 @@ class Context:
     Errors: InvalidError, UnsupportedError, OutOfMemoryError.
     """
 
-    def __init__(self, threads=0):
+    def __init__(self, threads=0, *, device=CONSTANTS["EMX_DEVICE_CPU"], device_index=0):
         self.handle = None
         self.lock = threading.RLock()
+        self.on_cpu = device == CONSTANTS["EMX_DEVICE_CPU"]
         handle = c_void_p()
-        check(lib.emx_ctx_create(byref(make(CtxOpts, threads=threads)), byref(handle)))
+        check(lib.emx_ctx_create(byref(make(CtxOpts, threads=threads, device=device, device_index=device_index)), byref(handle)))
         self.handle = handle
         _contexts.add(self)
 
@@ -499,7 +501,7 @@ class Context:
     def call(self, function, *args):
         """Runs a function of the library, alone on this context, with Ctrl-C as its cancel flag. Raises its error."""
         with self.lock:
-            watched = _interrupts.wanted()
+            watched = self.on_cpu and _interrupts.wanted()  # a GPU's call returns at once
             try:
                 if watched:
                     _interrupts.enter(self)
@@ -508,6 +510,12 @@ class Context:
                 if watched and _interrupts.leave():
                     lib.emx_ctx_resume(self.handle)
             check(status)
+
+    def call_on(self, stream, function, *args):
+        """The same of a context on a GPU, with its work enqueued on a stream (an address)."""
+        with self.lock:
+            check(lib.emx_ctx_set_stream(self.handle, stream))
+            self.call(function, *args)
 
     def cancel(self):
         """Ends the running call, and every later one until resume(), with Cancelled. For other threads."""

@@ -7,10 +7,15 @@ Importing this module needs no torch; using a name of it does. With torch 2.4 or
 (torch.ops.libentmax), which torch.compile(fullgraph=True) and torch.export take as one node; with older ones, from 1.13 on, it is
 an autograd.Function. The arithmetic is the C library's either way, with as many threads as torch.get_num_threads() says.
 
-Tensors are on the CPU: float32, float64, float16 or bfloat16, computed in float32 or better and rounded once. What lies in rows
-with a contiguous last dimension is read in place, anything else (an expanded or transposed tensor) is copied first. The
+Tensors are float32, float64, float16 or bfloat16, computed in float32 or better and rounded once. What lies in rows with a
+contiguous last dimension is read in place, anything else (an expanded or transposed tensor) is copied first. The
 maps but normmax can be differentiated twice by their scores; other second derivatives are an error. Errors are the exceptions of
 libentmax, with the library's sentence.
+
+Tensors are on the CPU or, where the library was built with CUDA, on a GPU (attention: the CPU alone). There work
+goes to torch's current stream and nothing waits for it; there is one context a device. It is made by the first call, which
+must not be inside a captured graph; later calls may. A bad target or alpha in device memory gives NaN in its row, and
+synchronize() raises it.
 
 What differs from the entmax package: thresholds are exact, so n_iter, k and ensure_sum_one change nothing; alpha is 1 to 4
 (normmax: to 1000; there also below 1, where nothing is sparse, and above) and a budget above 0; a target of -100 does not
@@ -25,12 +30,14 @@ _HOME = {
     "_losses": ("entmax15_loss", "sparsemax_loss", "entmax_bisect_loss", "sparsemax_bisect_loss", "normmax_bisect_loss",
                 "Entmax15Loss", "SparsemaxLoss", "EntmaxBisectLoss", "SparsemaxBisectLoss", "NormmaxBisectLoss"),
     "_attention": ("attention",),
+    "_core": ("synchronize",),
 }
 _FILES = {name: file for file, names in _HOME.items() for name in names}
 __all__ = sorted(_FILES)
 
 if _TYPE_CHECKING:
     from ._attention import *
+    from ._core import synchronize as synchronize
     from ._losses import *
     from ._maps import *
 

@@ -22,7 +22,9 @@ def _run(x, target, kind, alpha, ignore_index, **out):
         raise _c.DtypeError(f"target has dtype {target.dtype}; classes are int64 or int32")
     if target.dtype == torch.int64:
         limits = torch.iinfo(torch.int32)
-        if target.numel() and (target.min() < limits.min or target.max() > limits.max):
+        if target.device.type == "cuda":  # nobody waits to look: the library finds what is no class
+            target = target.clamp(limits.min, limits.max)
+        elif target.numel() and (target.min() < limits.min or target.max() > limits.max):
             raise _c.InvalidError("a target does not fit in int32")
         target = target.to(torch.int32)
     target = _core.readable(target, "target")
@@ -84,7 +86,8 @@ def entmax_bisect_loss(X: Tensor, target: Tensor, alpha: float | Tensor = 1.5, n
     that do not count (loss and gradient 0). alpha: a number, 1 or 1 + 1e-6 to 4. n_iter changes nothing: the threshold is exact.
     Returns losses [...], float64 for float64 scores, else float32, never negative. The gradient by X is p - e_target, with the
     map done again, so that nothing but X is kept for it.
-    Errors: DtypeError, ShapeError, InvalidError (a target that is no class, alpha), UnsupportedError (device), Cancelled.
+    Errors: DtypeError, ShapeError, InvalidError (a target that is no class, alpha; see synchronize), UnsupportedError (device),
+    Cancelled.
     Sources: Blondel, Martins, Niculae 2020, "Learning with Fenchel-Young Losses"; Peters, Niculae, Martins 2019.
     """
     return _loss(_c.MAP_ENTMAX, X, target, alpha)

@@ -85,11 +85,13 @@ def _rows(x, alphas, budgets, kind, alpha, budget):
 # ------------------------------------------------------------------------------------------------------------- functions
 
 
-def _per_row(value, name, shape, dim):
-    """(value, None) of a number; of a tensor that expands to `shape` with `dim` of length 1 (unused, one float64 a row [R])."""
+def _per_row(value, name, x, dim):
+    """(value, None) of a number; of a tensor that expands to x's shape with `dim` of length 1 (unused, one float64 a row [R])."""
     if not isinstance(value, Tensor):
         return float(value), None
-    rows = list(shape)
+    if value.dim() == 0:
+        value = value.to(x.device)  # as torch's own operators take a number
+    rows = list(x.shape)
     rows[dim] = 1
     if value.dim() > len(rows) or any(a not in (1, b) for a, b in zip(reversed(value.shape), reversed(rows))):
         raise _c.ShapeError(f"{name} has shape {tuple(value.shape)}, which does not expand to {tuple(rows)}")
@@ -99,8 +101,8 @@ def _per_row(value, name, shape, dim):
 def _map(kind, x, dim, alpha, budget=1.0):
     if x.dim() == 0:
         raise _c.ShapeError("X is a scalar; rows need a dimension")
-    alpha, alphas = _per_row(alpha, "alpha", x.shape, dim)
-    budget, budgets = _per_row(budget, "budget", x.shape, dim)
+    alpha, alphas = _per_row(alpha, "alpha", x, dim)
+    budget, budgets = _per_row(budget, "budget", x, dim)
     moved = x.movedim(dim, -1)
     p = _rows(moved.reshape(prod(moved.shape[:-1]), moved.shape[-1]), alphas, budgets, kind, alpha, budget)
     return p.reshape(moved.shape).movedim(-1, dim)

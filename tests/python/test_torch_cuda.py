@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps and losses of libentmax.torch on a GPU: against the CPU, in float64 by finite differences, on torch's streams, compiled and
+in captured graphs. Skipped where torch or the library finds no GPU."""
+import unittest
+
+import torch
+from torch.autograd import gradcheck
+
+import libentmax as L
+import libentmax.torch as T
+from libentmax.torch import _core
+
+F64 = torch.float64
+
+
+def why_not():
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    try:
+        _core.context(torch.empty(0, device="cuda"))
+    except L.Error as error:
+        return str(error)
+    return None
+
+
+REASON = why_not()
+
+
+def randn(*shape, scale=1.0, grad=False, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return (torch.randn(*shape, dtype=F64) * scale).to(dtype).cuda().requires_grad_(grad)
+
+
+@unittest.skipIf(REASON, REASON)
+class Maps(unittest.TestCase):
+    def close(self, a, b):
+        """Within 1e-6, and one rounding of 16-bit results."""
+        unit = {torch.float16: 2 ** -10, torch.bfloat16: 2 ** -7}.get(a.dtype, 0)
+        self.assertTrue(a.is_cuda)
+        torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=unit, atol=1e-6, equal_nan=True)
+
+    def test_like_the_cpu(self):
+        for dtype in (torch.float32, F64, torch.float16, torch.bfloat16):
+            for shape in ((3, 17, 4), (4, 5000)):
+                x = randn(*shape, scale=2, dtype=dtype, grad=True)
+                y = x.detach().cpu().requires_grad_()
+                d = torch.randn(shape, dtype=F64).to(dtype)
+                for dim in range(-1, len(shape) - 1):
+                    alpha = torch.linspace(1, 2.2, shape[0], dtype=F64).reshape(-1, *[1] * (len(shape) - 1))
+                    for f in (T.entmax15, T.sparsemax, lambda x, dim: T.entmax(x, 1.0, dim), lambda x, dim: T.entmax(x, 1.3, dim),
+                              lambda x, dim: T.normmax_bisect(x, 1.7, dim), lambda x, dim: T.budget_bisect(x, 1.5, dim),
+                              lambda x, dim: T.entmax(x, alpha.to(x.device), dim) if dim else T.entmax15(x, dim)):
+                        p, q = f(x, dim=dim), f(y, dim=dim)
+                        self.close(p, q)
+                        a, = torch.autograd.grad(p, x, d.cuda())
+                        b, = torch.autograd.grad(q, y, d)
+                        # A gradient from weights that were rounded otherwise: by a unit of p^(1/2).
+                        slack = 2e-5 if dtype in (torch.float32, F64) else 0.1
+                        torch.testing.assert_close(a.cpu(), b, rtol=slack, atol=slack)
+
+    def test_gradients(self):
+        x = randn(4, 6, dtype=F64, grad=True)
+        alpha = torch.tensor([[1.2], [1.5], [1.9], [2.6]], dtype=F64, device="cuda", requires_grad=True)
+        for function in (T.entmax15, T.sparsemax, lambda x: T.entmax(x, 1.0), lambda x: T.entmax(x, 1.75, 0), T.normmax_bisect):
+            self.assertTrue(gradcheck(function, (x,)))
+        self.assertTrue(gradcheck(T.entmax_bisect, (x, alpha)))
+        self.assertTrue(torch.autograd.gradgradcheck(T.entmax15, (x,)))
+        wide = randn(2, 1300, dtype=F64, grad=True, scale=2)
+        self.assertTrue(gradcheck(lambda x: T.entmax15(x).square().sum(-1), (wide,)))
+
+    def test_alpha(self):
+        """A number on the CPU is taken as one; a parameter gets its gradient."""
+        x = randn(3, 40)
+        self.assertTrue(torch.equal(T.entmax(x, torch.tensor(1.3)), T.entmax(x, torch.tensor(1.3).cuda())))
+        alpha = torch.nn.Parameter(torch.tensor(1.4, device="cuda"))
+        T.EntmaxBisect(alpha)(x).square().sum().backward()
+        other = torch.tensor(1.4, requires_grad=True)
+        T.entmax(x.cpu(), other).square().sum().backward()
+        torch.testing.assert_close(alpha.grad.cpu(), other.grad)
+
+    def test_layouts(self):
+        x = randn(8, 12)
+        for y in (x[::2], x[:, ::2], x.t(), x[:1].expand(5, 12), x[:, 1:6], x[0]):
+            self.close(T.entmax15(y), T.entmax15(y.cpu()))
+        for shape in ((0, 4), (2, 0, 3), (1, 1)):
+            y = torch.ones(shape, requires_grad=True, device="cuda")
+            T.entmax15(y).sum().backward()
+            self.assertEqual(y.grad.shape, y.shape)
+
+    def test_refusals(self):
+        x = randn(2, 6)
+        for call, error, sentence in ((lambda: T.budget_bisect(x, 7), L.InvalidError, "budget"),
+                                      (lambda: T.entmax(x, torch.tensor([[1.5], [2.0]])), L.InvalidError, "alpha is on device"),
+                                      (lambda: T.entmax(x, 0.5), L.InvalidError, "alpha")):
+            with self.assertRaisesRegex(error, sentence):
+                call()
+        p = T.entmax(x, torch.tensor([[1.5], [9.0]], device="cuda"))
+        with self.assertRaisesRegex(L.InvalidError, "alpha of row 1"):
+            T.synchronize()
+        self.assertTrue(p[1].isnan().all() and p[0].isfinite().all())
+        T.synchronize("cpu")
+
+
+@unittest.skipIf(REASON, REASON)
+class Losses(unittest.TestCase):
+    def test_like_the_cpu(self):
+        for v in (9, 700, 33000):
+            x = randn(12, v, scale=2, grad=True)
+            y = x.detach().cpu().requires_grad_()
+            target = torch.arange(12) * 31 % v
+            target[3] = -100
+            for module in (T.Entmax15Loss(), T.SparsemaxLoss(reduction="sum"), T.EntmaxBisectLoss(1.0), T.EntmaxBisectLoss(1.8),
+                           T.NormmaxBisectLoss()):
+                for kind in (torch.int64, torch.int32):
+                    a, b = module(x, target.to(kind).cuda()), module(y, target)
+                    torch.testing.assert_close(a.cpu(), b, rtol=2e-6, atol=1e-6)
+                    a, = torch.autograd.grad(a, x)
+                    b, = torch.autograd.grad(b, y)
+                    torch.testing.assert_close(a.cpu(), b, rtol=0, atol=2e-6)
+            want = torch.nn.functional.cross_entropy(x.detach(), target.cuda())
+            torch.testing.assert_close(T.EntmaxBisectLoss(1.0)(x, target.cuda()).detach(), want, rtol=2e-6, atol=1e-6)
+
+    def test_targets(self):
+        x = randn(3, 5)
+        for bad in (5, -1, 2 ** 40):
+            loss = T.entmax15_loss(x, torch.tensor([0, bad, 4], device="cuda"))
+            with self.assertRaisesRegex(L.InvalidError, "target of row 1"):
+                T.synchronize()
+            self.assertEqual(loss.isnan().tolist(), [False, True, False])
+        self.assertTrue(gradcheck(lambda x: T.entmax15_loss(x, torch.tensor([0, 2, 4], device="cuda")), (x.double().requires_grad_(),)))
+
+
+@unittest.skipIf(REASON, REASON)
+class Streams(unittest.TestCase):
+    def test_current_stream(self):
+        """Work is ordered with what torch enqueues on the same stream, and nothing waits for another one."""
+        side = torch.cuda.Stream()
+        for _ in range(20):
+            with torch.cuda.stream(side):
+                x = torch.zeros(64, 50000, device="cuda")
+                for i in range(5):
+                    x = x + i  # the map would see less if it ran before these
+                x[:, 7] += 100
+                p = T.entmax15(x)
+                total = p.sum()
+            side.synchronize()
+            self.assertEqual((total.item(), p[:, 7].min().item()), (64, 1))
+
+    def test_no_wait(self):
+        x = randn(64, 4096, grad=True)
+        target = torch.zeros(64, dtype=torch.int64, device="cuda")
+        T.Entmax15Loss()(x, target)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            T.Entmax15Loss()(x, target).backward()
+            T.entmax15(x).square().sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_captured_graph(self):
+        x, target = randn(16, 3000, grad=True), torch.arange(16, device="cuda")
+
+        def step():
+            x.grad = None
+            loss = T.Entmax15Loss()(x, target) + T.entmax15(x).square().mean()
+            loss.backward()
+            return loss
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        x.grad = None
+        with torch.cuda.graph(graph):
+            loss = step()
+        grad = x.grad
+        for seed in range(1, 4):
+            with torch.no_grad():
+                x.copy_(randn(16, 3000, seed=seed, scale=seed))
+            graph.replay()
+            got = loss.item(), grad.clone()
+            want = step()
+            self.assertEqual(got[0], want.item())
+            self.assertTrue(torch.equal(got[1], x.grad))
+
+    def test_compiled(self):
+        x, target = randn(6, 2000, grad=True), torch.arange(6, device="cuda")
+
+        def f(x):
+            return T.entmax15(x * 2).square().sum() + T.Entmax15Loss()(x + 1, target)
+        want = f(x)
+        a, = torch.autograd.grad(want, x)
+        for mode in ("default", "reduce-overhead"):
+            compiled = torch.compile(f, fullgraph=True, mode=mode)
+            for _ in range(3):
+                got = compiled(x)
+                b, = torch.autograd.grad(got, x)
+            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(b, a)
+
+
+if __name__ == "__main__":
+    unittest.main()
