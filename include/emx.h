@@ -387,6 +387,14 @@ EMX_API emx_status emx_seq_length(const emx_kv *kv, int32_t seq, int64_t *length
 /* The sequence's physical pages in logical order; valid until the sequence is changed. */
 EMX_API emx_status emx_seq_block_table(const emx_kv *kv, int32_t seq, const int32_t **pages, int64_t *n);
 
+/* A sequence's tokens into a new sequence of another cache (or of the same one), wherever the two live: on the CPU, in a file, on
+ * a GPU. kv_heads and head_dim are the same; page size, layout and summaries are each cache's own, and the target makes its
+ * summaries as an append does. K and V are the same bits; those of an f32 cache are rounded to nearest where the target is
+ * narrower. Waits for both devices and takes up to 24 MiB of staging memory while it lasts. Errors: INVALID, SHAPE, DTYPE, STATE
+ * (no such sequence, not enough free pages or sequences, the source was changed meanwhile), NOMEM, IO, DEVICE; the target is then
+ * as it was. */
+EMX_API emx_status emx_seq_copy(const emx_kv *from, int32_t seq, emx_kv *to, int32_t *copy);
+
 /* Which sequences a call works on: either `seqs` (ids of the library's sequences), or the caller's own tables as FlashInfer has
  * them. The two must not be mixed on one cache: the library would hand out pages that the caller uses. Lengths are those before
  * an append in the same call (without one, the full lengths; vLLM's seq_lens count the new tokens); the caller advances its own

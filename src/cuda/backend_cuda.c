@@ -213,6 +213,7 @@ const emxi_backend emxi_backend_cuda = {
     .attn_run = no_attn_run,
     .kv_write = emxi_cuda_kv_write,
     .kv_summarize = emxi_cuda_kv_summarize,
+    .kv_read = emxi_cuda_kv_read,
     .decode_run = emxi_cuda_decode_run,
     .blocks = &emxi_blocks_cuda,
 };

@@ -139,6 +139,14 @@ typedef struct emxi_cuda_append {
   int32_t t, dtype;                 /* dtype: of k and v, the cache's or f32 */
 } emxi_cuda_append;
 
+/* Rows [from, from + n) of entry 0, packed as [G,n,D] in the cache's dtype. */
+typedef struct emxi_cuda_packed {
+  emxi_cuda_pool pool;
+  emxi_cuda_batch batch;
+  int64_t from, n;
+  char *k, *v;
+} emxi_cuda_packed;
+
 /* emx_kv_summarize: lists in device memory. */
 typedef struct emxi_cuda_listed {
   emxi_cuda_pool pool;
@@ -236,6 +244,7 @@ typedef struct emxi_cuda_decode {
 
 void emxi_cuda_launch_updates(const emxi_cuda_updates *u, void *stream);
 void emxi_cuda_launch_copies(const emxi_cuda_copies *c, void *stream);
+void emxi_cuda_launch_read(const emxi_cuda_packed *r, void *stream);
 void emxi_cuda_launch_append(const emxi_cuda_append *a, void *stream);
 void emxi_cuda_launch_summaries(const emxi_cuda_append *a, void *stream); /* of the pages that the append has touched */
 void emxi_cuda_launch_listed(const emxi_cuda_listed *l, void *stream);

@@ -61,6 +61,21 @@ __global__ void append_tokens(const __grid_constant__ emxi_cuda_append a) {
             p.v + (page * p.v_page + head * p.v_head + slot * p.v_token) * es, p.dtype, p.D, lane);
 }
 
+/* Rows of [G, n] in blocks of eight. */
+__global__ void read_tokens(const __grid_constant__ emxi_cuda_packed r) {
+  const emxi_cuda_pool &p = r.pool;
+  const int lane = threadIdx.x % 32;
+  const int64_t row = blockIdx.x * (int64_t)(blockDim.x / 32) + threadIdx.x / 32;
+  const int64_t head = row / r.n, position = r.from + row % r.n, slot = position & (p.P - 1);
+  if (head >= p.G) return;
+  int64_t length;
+  const int32_t *table = batch_entry(r.batch, 0, &length);
+  const int64_t page = table_page(r.batch, p, table, 0, position >> p.shift);
+  const int es = p.dtype == EMX_F32 ? 4 : 2;
+  copy_row(p.k + (page * p.k_page + head * p.k_head + slot * p.k_token) * es, r.k + row * p.D * es, p.D * es, lane);
+  copy_row(p.v + (page * p.v_page + head * p.v_head + slot * p.v_token) * es, r.v + row * p.D * es, p.D * es, lane);
+}
+
 /* ---- summaries */
 
 /* A warp, the P keys of (page, head): P D elements read three times (once from memory). Lane l has elements l + 32 e. */
@@ -205,6 +220,9 @@ extern "C" void emxi_cuda_launch_updates(const emxi_cuda_updates *u, void *strea
 }
 extern "C" void emxi_cuda_launch_copies(const emxi_cuda_copies *c, void *stream) {
   copy_pages<<<dim3((unsigned)c->pool.G, (unsigned)c->n), 256, 0, (cudaStream_t)stream>>>(*c);
+}
+extern "C" void emxi_cuda_launch_read(const emxi_cuda_packed *r, void *stream) {
+  read_tokens<<<(unsigned)((r->n * r->pool.G + 7) / 8), 256, 0, (cudaStream_t)stream>>>(*r);
 }
 extern "C" void emxi_cuda_launch_append(const emxi_cuda_append *a, void *stream) {
   const int64_t rows = (int64_t)a->t * a->pool.G;

@@ -4,25 +4,25 @@
 #include "cuda/backend_cuda.h"
 
 emxi_cuda_pool emxi_cuda_pool_of(const emx_kv *kv) {
-  return (emxi_cuda_pool){.k = kv->k,
-                          .v = kv->v,
-                          .k_page = kv->k_page,
-                          .k_head = kv->k_head,
-                          .k_token = kv->k_token,
-                          .v_page = kv->v_page,
-                          .v_head = kv->v_head,
-                          .v_token = kv->v_token,
-                          .G = kv->G,
-                          .D = kv->D,
-                          .P = kv->P,
-                          .shift = kv->P == 16   ? 4
-                                   : kv->P == 32 ? 5
-                                                 : 6,
-                          .dtype = kv->dtype,
-                          .max_pages = (int32_t)kv->max_pages,
-                          .sum = {kv->minmax, kv->codes, (emxi_cuda_tail *)kv->tails},
-                          .sketch = {(emxi_cuda_group *)kv->sketch_group, kv->sketch_centre, kv->sketch_codes,
-                                     EMXI_CUDA_SKETCH_PADDED(kv->D)}};
+  return (emxi_cuda_pool){
+      .k = kv->k,
+      .v = kv->v,
+      .k_page = kv->k_page,
+      .k_head = kv->k_head,
+      .k_token = kv->k_token,
+      .v_page = kv->v_page,
+      .v_head = kv->v_head,
+      .v_token = kv->v_token,
+      .G = kv->G,
+      .D = kv->D,
+      .P = kv->P,
+      .shift = kv->P == 16   ? 4
+               : kv->P == 32 ? 5
+                             : 6,
+      .dtype = kv->dtype,
+      .max_pages = (int32_t)kv->max_pages,
+      .sum = {kv->minmax, kv->codes, (emxi_cuda_tail *)kv->tails},
+      .sketch = {(emxi_cuda_group *)kv->sketch_group, kv->sketch_centre, kv->sketch_codes, EMXI_CUDA_SKETCH_PADDED(kv->D)}};
 }
 
 emxi_cuda_batch emxi_cuda_batch_of(const emx_kv *kv, const emx_kv_batch *batch, int32_t first, int32_t n) {
@@ -105,6 +105,23 @@ emx_status emxi_cuda_kv_write(emx_ctx *ctx, const emxi_kv_write *w) {
   int before;
   EMX_TRY(emxi_cuda_enter(ctx, &before));
   return emxi_cuda_leave(before, write_tokens(ctx, w), true, "emx_kv_append");
+}
+
+emx_status emxi_cuda_kv_read(emx_ctx *ctx, const emxi_kv_read *r) {
+  const emx_kv_batch batch = {.batch = 1, .seqs = &r->seq};
+  int before;
+  EMX_TRY(emxi_cuda_enter(ctx, &before));
+  emx_status status = emxi_cuda_update_tables(ctx, r->kv, &batch, r->who);
+  if (!status) {
+    const emxi_cuda_packed packed = {.pool = emxi_cuda_pool_of(r->kv),
+                                     .batch = emxi_cuda_batch_of(r->kv, &batch, 0, 1),
+                                     .from = r->from,
+                                     .n = r->n,
+                                     .k = r->k,
+                                     .v = r->v};
+    emxi_cuda_launch_read(&packed, ctx->stream);
+  }
+  return emxi_cuda_leave(before, status, true, r->who);
 }
 
 emx_status emxi_cuda_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n) {

@@ -104,6 +104,15 @@ typedef struct emxi_kv_write {
   int32_t n_copies;
 } emxi_kv_write;
 
+/* On a GPU: rows [from, from + n) of one of the library's sequences, packed as [G,n,D] in the cache's dtype, device memory. */
+typedef struct emxi_kv_read {
+  const emx_kv *kv;
+  int32_t seq;
+  int64_t from, n;
+  char *k, *v;
+  const char *who;
+} emxi_kv_read;
+
 /* On a GPU the caller's block tables, lengths and counts lie where the host cannot look: kernels check them. */
 static inline bool emxi_kv_on_device(const emx_kv *kv) { return kv->ctx->device != EMX_DEVICE_CPU; }
 /* Block table and length of batch entry b; not for the caller's tables on a GPU. */
