@@ -143,7 +143,8 @@ EMX_API emx_status emx_session_prefill(emx_session *s, const int32_t *tokens, in
 /* Selector for emx_session_decode; the default is ALL, a fork starts with its parent's. Allocates the selector's working memory.
  * Errors: UNSUPPORTED, STATE (summaries missing), NOMEM. */
 EMX_API emx_status emx_session_set_select(emx_session *s, const emx_select_desc *select);
-/* Appends one token; logits [vocab]. On failure the session is as it was. */
+/* Appends one token; logits [vocab]. On failure the session is as it was. On a GPU the work is recorded as a CUDA graph for up to
+ * twice as many tokens as there are, at least 1024, which allocates when it is outgrown. */
 EMX_API emx_status emx_session_decode(emx_session *s, int32_t token, float *logits);
 
 /* Where emx_session_decode writes what every head attended to: the caller's arrays, layer by layer, L layers of H query heads.

@@ -658,6 +658,21 @@ emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, c
   return status;
 }
 
+emx_status emxi_kv_prepare(emx_ctx *ctx, emx_kv *kv, int32_t seq, int32_t n) {
+  static const char who[] = "emx_kv_append";
+  int32_t n_copies = 0;
+  const emx_kv_batch batch = {.struct_size = sizeof batch, .batch = 1, .seqs = &seq};
+  EMX_TRY(emxi_kv_check_batch(kv, &batch, NULL, n, who));
+  EMX_TRY(reserve(kv, &batch, NULL, n, &n_copies, who));
+  const emxi_kv_write w = {.kv = kv, .batch = &batch, .dtype = kv->dtype, .copies = kv->copies, .n_copies = n_copies};
+  const emx_status status = ctx->backend->kv_write(ctx, &w); /* of no tokens */
+  if (status)
+    unreserve(kv, &batch, n_copies);
+  else
+    commit(kv, n_copies);
+  return status;
+}
+
 static emx_status check_owner(const emx_ctx *ctx, const emx_kv *kv, const char *who) {
   if (!ctx || !kv) return emxi_fail(EMX_ERR_INVALID, "%s: %s is NULL", who, ctx ? "kv" : "ctx");
   if (kv->ctx != ctx) return emxi_fail(EMX_ERR_INVALID, "%s: the cache was made from another context", who);

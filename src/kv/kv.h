@@ -202,6 +202,11 @@ emx_status emxi_kv_check_batch(const emx_kv *kv, const emx_kv_batch *batch, cons
 /* emx_kv_append with the layout of k_new and v_new named. The context's lock is held. */
 emx_status emxi_kv_append(emx_ctx *ctx, emx_kv *kv, const emx_kv_batch *batch, const emx_tensor *k_new, const emx_tensor *v_new,
                           const int32_t *n, int32_t layout, const char *who);
+/* On a GPU, for an append of n tokens over the sequence's row of device_tables, which a graph may hold: the pages that it takes,
+ * in this table, and what is shared copied. emxi_kv_advance says that the tokens are there; emxi_kv_truncate to the present
+ * length takes the pages back. */
+EMXI_SHARED emx_status emxi_kv_prepare(emx_ctx *ctx, emx_kv *kv, int32_t seq, int32_t n);
+static inline void emxi_kv_advance(emx_kv *kv, int32_t seq, int32_t n) { kv->seqs[seq].length += n; }
 /* Shape and dtype of new tokens; *t their number. */
 emx_status emxi_kv_check_new(const emx_ctx *ctx, const emx_kv *kv, int32_t batch, const emx_tensor *k_new,
                              const emx_tensor *v_new, int32_t layout, const char *who, int32_t *t);

@@ -21,7 +21,8 @@ typedef struct emxi_block {
   float *gate, *up;             /* [m,F] */
   int64_t gate_row;
   float *rope;     /* [m,D], CPU: cosines and sines */
-  int32_t *tokens; /* [m], elsewhere: in memory of the device */
+  int32_t *tokens; /* [m], at least 2, elsewhere: in memory of the device */
+  bool stepped;    /* m = 1: the token and its position are tokens[0] and tokens[1] at the time when the work runs */
 } emxi_block;
 
 typedef struct emxi_blocks {
@@ -30,7 +31,7 @@ typedef struct emxi_blocks {
   /* What the calls below need on this context. */
   emx_status (*open)(emx_ctx *ctx, const emx_model_config *config, void **state);
   void (*close)(emx_ctx *ctx, void *state);
-  /* x of the tokens (host memory; valid ones), and what depends on their positions alone. */
+  /* x of the tokens (host memory; valid ones; stepped: not looked at), and what depends on their positions alone. */
   emx_status (*begin)(emx_ctx *ctx, void *state, const emxi_block *b, const float *embed, const int32_t *tokens);
   /* q (turned, and times theta), k (turned) and v of x. */
   emx_status (*before)(emx_ctx *ctx, void *state, const emxi_block *b);
@@ -45,6 +46,13 @@ typedef struct emxi_blocks {
   emx_status (*mark)(emx_ctx *ctx, void *state, int32_t i);
   /* Seconds from mark i to mark i + 1, once the device has passed both. */
   double (*between)(emx_ctx *ctx, void *state, int32_t i);
+  /* A token's work as one piece that is enqueued again and again, where a device has that; else NULL. Calls after `record` are
+   * noted, not run, up to `recorded`, which gives the piece or, with NULL, drops it. */
+  emx_status (*record)(emx_ctx *ctx, void *state);
+  emx_status (*recorded)(emx_ctx *ctx, void *state, void **piece);
+  /* Runs a piece with this token at this position. */
+  emx_status (*replay)(emx_ctx *ctx, void *state, void *piece, const emxi_block *b, int32_t token, int64_t position);
+  void (*forget)(emx_ctx *ctx, void *state, void *piece); /* NULL is allowed */
 } emxi_blocks;
 
 extern const emxi_blocks emxi_blocks_cpu;

@@ -41,6 +41,13 @@ typedef struct session_pool {
   int64_t nll_room;
 } session_pool;
 
+/* A token's work as the device has recorded it, for at most `reach` tokens in the cache. */
+typedef struct session_piece {
+  void *piece; /* or NULL */
+  int64_t reach;
+  const void *work; /* decode_work that it uses */
+} session_piece;
+
 struct emx_session {
   session_pool *pool;
   int32_t *seqs; /* [num_layers] */
@@ -48,6 +55,7 @@ struct emx_session {
   float *states; /* on the device: [2,W], the normed state of the last token and room for that of the next */
   int32_t last;  /* which of the two */
   bool last_known;
+  session_piece pieces[2]; /* a token's work, by where the state goes */
   emx_select_desc select;
   emx_session_stats stats;
   emx_session_support support; /* count NULL: none is wanted */
@@ -169,7 +177,7 @@ static void carve(session_pool *p, emxi_arena *arena) {
   else if (b->gate)
     b->up = b->gate + f;
   b->rope = emxi_arena_take(arena, rope ? rows * c->head_dim : 0, sizeof *b->rope);
-  b->tokens = emxi_arena_take(arena, p->on_gpu ? rows : 0, sizeof *b->tokens);
+  b->tokens = emxi_arena_take(arena, p->on_gpu ? rows + 1 : 0, sizeof *b->tokens);
   p->slopes = emxi_arena_take(arena, c->num_heads, sizeof *p->slopes);
   p->alphas = emxi_arena_take(arena, c->alpha_learned ? (int64_t)c->num_layers * c->num_heads : 0, sizeof *p->alphas);
   if (!c->alpha_learned) p->alphas = NULL;
@@ -298,8 +306,17 @@ static emx_status create_shell(session_pool *p, emx_session **out) {
   return EMX_OK;
 }
 
+static void forget_pieces(emx_session *s) {
+  emx_model *model = s->pool->model;
+  for (int i = 0; i < 2; i++) {
+    if (s->pieces[i].piece) model->blocks->forget(model->ctx, model->blocks_state, s->pieces[i].piece);
+    s->pieces[i] = (session_piece){0};
+  }
+}
+
 static void destroy(emx_session *s) {
   session_pool *p = s->pool;
+  forget_pieces(s);
   for (int32_t l = 0; l < p->model->config.num_layers; l++)
     if (s->seqs[l] >= 0) emx_seq_destroy(p->kv[l], s->seqs[l]);
   p->model->ctx->backend->memory_free(p->model->ctx, s->states);
@@ -319,6 +336,7 @@ static emx_status set_select(emx_session *s, const emx_select_desc *select) {
   size_t size;
   EMX_TRY(emx_decode_workspace_size(ctx, p->kv[0], select, &io, p->max_tokens, &size));
   EMX_TRY(grow_device(ctx, &p->decode_work, &p->decode_size, size));
+  forget_pieces(s);
   s->select = *select;
   return EMX_OK;
 }
@@ -453,12 +471,12 @@ emx_status emx_session_set_support(emx_session *s, const emx_session_support *su
   return EMX_OK;
 }
 
-/* Cuts every layer that is longer; a layer that a failed call did not reach is left alone. */
+/* Cuts every layer that is longer or has pages for more; a layer that a failed call did not reach is left alone. */
 static emx_status cut(emx_session *s, int64_t length) {
   for (int32_t l = 0; l < s->pool->model->config.num_layers; l++) {
     int64_t have;
     EMX_TRY(emx_seq_length(s->pool->kv[l], s->seqs[l], &have));
-    if (have > length) EMX_TRY(emx_seq_truncate(s->pool->kv[l], s->seqs[l], length));
+    if (have >= length) EMX_TRY(emx_seq_truncate(s->pool->kv[l], s->seqs[l], length));
   }
   return EMX_OK;
 }
@@ -609,8 +627,9 @@ static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t l
   return attend(p, &desc, &io);
 }
 
-/* The same for one token through the selector, which leaves reports. */
-static emx_status attend_decode(emx_session *s, int32_t l) {
+/* The same for one token through the selector, which leaves reports. reach > 0: for a piece: the cache's length is looked up when
+ * the work runs, and is at most that. */
+static emx_status attend_decode(emx_session *s, int32_t l, int64_t reach) {
   session_pool *p = s->pool;
   emx_model *model = p->model;
   const emx_model_config *c = &model->config;
@@ -621,7 +640,16 @@ static emx_status attend_decode(emx_session *s, int32_t l) {
   batch.seqs = &s->seqs[l];
   emx_decode_io io = decode_io(p, &t, l);
   const emx_session_support *wanted = &s->support;
-  emx_tensor index, weight, count;
+  emx_tensor index, weight, count, table, length;
+  if (reach) {
+    const emx_kv *kv = p->kv[l];
+    table = device_view(p, kv->device_tables + s->seqs[l] * kv->max_pages, EMX_I32, 2, (int64_t[]){1, kv->max_pages});
+    length = device_view(p, p->block.tokens + 1, EMX_I32, 1, (int64_t[]){1});
+    batch.seqs = NULL;
+    batch.block_table = &table;
+    batch.seq_lens = &length;
+    batch.max_len = reach;
+  }
   if (wanted->count) {
     const int64_t heads = c->num_heads, from = l * heads, shape[4] = {1, heads, 1, wanted->capacity};
     const int64_t at = from * wanted->capacity; /* no room: counts alone, and the arrays may be NULL */
@@ -637,7 +665,8 @@ static emx_status attend_decode(emx_session *s, int32_t l) {
   return model->blocks->mark(model->ctx, model->blocks_state, 2 * l + 1);
 }
 
-/* m tokens after the first `length`: their keys and values go into the caches, their normed states to `states` [m,W]. */
+/* m tokens after the first `length`: their keys and values go into the caches, their normed states to `states` [m,W].
+ * tokens NULL: recorded for a token that is not known yet, in a cache of at most `length` with it. */
 static emx_status forward(emx_session *s, const int32_t *tokens, int64_t m, int64_t length, bool decoding, float *states) {
   session_pool *p = s->pool;
   emx_model *model = p->model;
@@ -649,11 +678,12 @@ static emx_status forward(emx_session *s, const int32_t *tokens, int64_t m, int6
   emxi_block b = p->block;
   b.m = m;
   b.from = length;
+  b.stepped = !tokens;
   EMX_TRY(blocks->begin(ctx, model->blocks_state, &b, w->embed, tokens));
   for (int32_t l = 0; l < model->config.num_layers; l++) {
     b.w = &w->layers[l];
     EMX_TRY(blocks->before(ctx, model->blocks_state, &b));
-    EMX_TRY(decoding ? attend_decode(s, l) : attend_prefill(s, l, m, length));
+    EMX_TRY(decoding ? attend_decode(s, l, tokens ? 0 : length) : attend_prefill(s, l, m, length));
     if (s->tap) {
       const emxi_layer_view view = {ctx,
                                     p->kv[l],
@@ -817,6 +847,33 @@ emx_status emx_session_prefill(emx_session *s, const int32_t *tokens, int64_t n,
   EMXI_LOCKED(s->pool->model->ctx, prefill(s, tokens, n, nll, logits, progress, user));
 }
 
+/* forward and head of one token by a piece, which is recorded where there is none for this length. state: one of the session's
+ * two. */
+static emx_status step_by_piece(emx_session *s, int32_t token, float *state) {
+  session_pool *p = s->pool;
+  emx_model *model = p->model;
+  const emxi_blocks *blocks = model->blocks;
+  session_piece *piece = &s->pieces[state == state_of(s, 1)];
+  for (int32_t l = 0; l < model->config.num_layers; l++) EMX_TRY(emxi_kv_prepare(model->ctx, p->kv[l], s->seqs[l], 1));
+  if (piece->piece && (piece->reach <= s->length || piece->work != p->decode_work)) {
+    blocks->forget(model->ctx, model->blocks_state, piece->piece);
+    *piece = (session_piece){0};
+  }
+  if (!piece->piece) {
+    int64_t reach = 1024; /* how the work is cut depends on it: not far beyond the length */
+    while (reach <= s->length) reach *= 2;
+    reach = reach < p->max_tokens ? reach : p->max_tokens;
+    EMX_TRY(blocks->record(model->ctx, model->blocks_state));
+    emx_status status = forward(s, NULL, 1, reach, true, state);
+    if (!status) status = head(p, state, 1);
+    void *made = NULL;
+    const emx_status end = blocks->recorded(model->ctx, model->blocks_state, status ? NULL : &made);
+    if (status || end) return status ? status : end;
+    *piece = (session_piece){made, reach, p->decode_work};
+  }
+  return blocks->replay(model->ctx, model->blocks_state, piece->piece, &p->block, token, s->length);
+}
+
 static emx_status decode(emx_session *s, int32_t token, float *logits) {
   session_pool *p = s->pool;
   const emx_model_config *c = &p->model->config;
@@ -826,10 +883,12 @@ static emx_status decode(emx_session *s, int32_t token, float *logits) {
   const float *row = NULL;
   const emx_report *reports = NULL;
   float *state = state_of(s, !s->last);
-  emx_status status = forward(s, &token, 1, s->length, true, state);
-  if (!status) status = head(p, state, 1);
+  const bool by_piece = p->model->blocks->replay != NULL && !s->tap;
+  emx_status status = by_piece ? step_by_piece(s, token, state) : forward(s, &token, 1, s->length, true, state);
+  if (!status && !by_piece) status = head(p, state, 1);
   if (!status) status = fetch(p, 1, &row, &reports);
   if (status) return roll_back(s, mapped, status);
+  for (int32_t l = 0; l < c->num_layers && by_piece; l++) emxi_kv_advance(p->kv[l], s->seqs[l], 1);
   memcpy(logits, row, (size_t)c->vocab_size * sizeof *logits);
   if (s->support.count && s->support.reports)
     memcpy(s->support.reports, reports, (size_t)c->num_layers * (size_t)c->num_heads * sizeof *reports);

@@ -88,6 +88,9 @@ typedef struct layers {
   int32_t n_events;
   cudaEvent_t *events;
   bool overlap;
+  cudaStream_t recorder; /* what is recorded goes there: the default stream cannot be */
+  void *stream;          /* while recording: the context's */
+  bool recording;
 } layers;
 
 static emx_status lt_fail(cublasStatus_t status, const char *what) {
@@ -181,6 +184,7 @@ static void cuda_close(emx_ctx *ctx, void *state) {
   for (int32_t i = 0; i < s->n_plans; i++) plan_destroy(&s->plans[i]);
   if (s->handle) lt.cublasLtDestroy(s->handle);
   for (int32_t i = 0; i < s->n_events; i++) (void)cudaEventDestroy(s->events[i]);
+  if (s->recorder) (void)cudaStreamDestroy(s->recorder);
   ctx->backend->memory_free(ctx, s->workspace);
   if (entered) (void)emxi_cuda_leave(before, EMX_OK, false, "emx_model_close");
   emxi_free(s->events);
@@ -193,6 +197,8 @@ static emx_status fill(emx_ctx *ctx, layers *s, const emx_model_config *config) 
   EMX_TRY(ctx->backend->memory_alloc(ctx, WORKSPACE, &s->workspace));
   const cublasStatus_t bad = lt.cublasLtCreate(&s->handle);
   if (bad) return lt_fail(bad, "it does not start");
+  const cudaError_t no_stream = cudaStreamCreateWithFlags(&s->recorder, cudaStreamNonBlocking);
+  if (no_stream) return emxi_fail(EMX_ERR_DEVICE, "emx_model_open: no CUDA stream: %s", cudaGetErrorString(no_stream));
   for (; s->n_events < 2 * config->num_layers; s->n_events++) {
     const cudaError_t error = cudaEventCreate(&s->events[s->n_events]);
     if (error) return emxi_fail(EMX_ERR_DEVICE, "emx_model_open: no CUDA event: %s", cudaGetErrorString(error));
@@ -223,18 +229,20 @@ static emx_status cuda_open(emx_ctx *ctx, const emx_model_config *config, void *
     return emxi_cuda_leave(before_, on_device_, true, "emx_session");          \
   } while (0)
 
-static emx_status begin(emx_ctx *ctx, const layers *s, const emxi_block *b, const float *table, const int32_t *tokens) {
-  const emxi_cuda_embed e = {table, b->m > 1 ? b->tokens : NULL, b->x, b->m, b->config->hidden_size, tokens[0]};
+static emx_status begin(emx_ctx *ctx, const emxi_block *b, const float *table, const int32_t *tokens) {
+  const bool listed = b->m > 1 || b->stepped;
+  const emxi_cuda_embed e = {table, listed ? b->tokens : NULL, b->x, b->m, b->config->hidden_size, listed ? 0 : tokens[0]};
   if (b->m > 1) {
     const cudaError_t error =
         cudaMemcpyAsync(b->tokens, tokens, (size_t)b->m * sizeof *tokens, cudaMemcpyHostToDevice, ctx->stream);
     if (error) return emxi_fail(EMX_ERR_DEVICE, "emx_session: tokens cannot be copied: %s", cudaGetErrorString(error));
   }
-  emxi_cuda_launch_embed(&e, s->overlap, ctx->stream);
+  emxi_cuda_launch_embed(&e, ctx->stream);
   return EMX_OK;
 }
 static emx_status cuda_begin(emx_ctx *ctx, void *state, const emxi_block *b, const float *embed, const int32_t *tokens) {
-  ON_DEVICE(begin(ctx, state, b, embed, tokens));
+  (void)state;
+  ON_DEVICE(begin(ctx, b, embed, tokens));
 }
 
 static void norm(emx_ctx *ctx, const layers *s, const emxi_block *b, const float *w) {
@@ -268,6 +276,7 @@ static emx_status before_attention(emx_ctx *ctx, layers *s, const emxi_block *b)
                             .z = c->attn_scale_type == EMX_ATTN_SCALE_ASENTMAX ? b->z : NULL,
                             .b = w->theta_b,
                             .c = w->theta_c,
+                            .at = b->stepped ? b->tokens + 1 : NULL,
                             .q_row = b->q_row,
                             .k_row = b->kv_row,
                             .z_row = b->z_row,
@@ -295,7 +304,8 @@ static emx_status after_attention(emx_ctx *ctx, layers *s, const emxi_block *b) 
         {.x = b->a, .w = w->wo, .y = b->x, .in = wide, .out = width, .accumulate = true},
         {.x = b->x, .norm = w->post_norm, .w = w->gate, .up = w->up, .y = b->gate, .eps = c->rms_norm_eps, .in = width, .out = f},
         {.x = b->gate, .w = w->down, .y = b->x, .in = f, .out = width, .accumulate = true}};
-    for (int i = 0; i < 3; i++) emxi_cuda_launch_product(&products[i], s->overlap, ctx->stream);
+    /* before the first there is a mark, and kernels overlap with kernels alone */
+    for (int i = 0; i < 3; i++) emxi_cuda_launch_product(&products[i], s->overlap && i > 0, ctx->stream);
     return EMX_OK;
   }
   EMX_TRY(linear(ctx, s, b->a, wide, w->wo, b->x, width, b->m, wide, width, true));
@@ -320,7 +330,8 @@ static emx_status cuda_head(emx_ctx *ctx, void *state, const emx_model_config *c
 }
 
 static emx_status record(emx_ctx *ctx, const layers *s, int32_t i) {
-  const cudaError_t error = cudaEventRecord(s->events[i], ctx->stream);
+  const cudaError_t error =
+      cudaEventRecordWithFlags(s->events[i], ctx->stream, s->recording ? cudaEventRecordExternal : cudaEventRecordDefault);
   return error ? emxi_fail(EMX_ERR_DEVICE, "emx_session: the time cannot be taken: %s", cudaGetErrorString(error)) : EMX_OK;
 }
 static emx_status cuda_mark(emx_ctx *ctx, void *state, int32_t i) { ON_DEVICE(record(ctx, state, i)); }
@@ -335,6 +346,55 @@ static double cuda_between(emx_ctx *ctx, void *state, int32_t i) {
   return 1e-3 * (double)ms;
 }
 
+/* ---- a token as a graph. A launch costs the host a few microseconds, and a token has a dozen a layer. */
+
+static emx_status begin_recording(emx_ctx *ctx, layers *s) {
+  const cudaError_t error = cudaStreamBeginCapture(s->recorder, cudaStreamCaptureModeThreadLocal);
+  if (error) return emxi_fail(EMX_ERR_DEVICE, "emx_session: no graph can be recorded: %s", cudaGetErrorString(error));
+  s->stream = ctx->stream;
+  s->recording = true;
+  ctx->stream = s->recorder; /* the context is locked */
+  return EMX_OK;
+}
+static emx_status cuda_record(emx_ctx *ctx, void *state) { ON_DEVICE(begin_recording(ctx, state)); }
+
+/* Also where a call has failed or was cancelled. */
+static emx_status cuda_recorded(emx_ctx *ctx, void *state, void **piece) {
+  layers *s = state;
+  cudaGraph_t graph = NULL;
+  cudaGraphExec_t exec = NULL;
+  int before;
+  ctx->stream = s->stream;
+  s->recording = false;
+  EMX_TRY(emxi_cuda_enter(ctx, &before));
+  cudaError_t error = cudaStreamEndCapture(s->recorder, &graph);
+  if (!error && piece) error = cudaGraphInstantiate(&exec, graph, 0);
+  if (graph) (void)cudaGraphDestroy(graph);
+  (void)cudaGetLastError();
+  emx_status status = EMX_OK;
+  if (piece && error) status = emxi_fail(EMX_ERR_DEVICE, "emx_session: no graph can be made: %s", cudaGetErrorString(error));
+  if (piece && !error) *piece = exec;
+  return emxi_cuda_leave(before, status, false, "emx_session");
+}
+
+static emx_status replay(emx_ctx *ctx, void *piece, const emxi_block *b, int32_t token, int64_t position) {
+  const emxi_cuda_step step = {b->tokens, token, (int32_t)position};
+  emxi_cuda_launch_step(&step, ctx->stream);
+  const cudaError_t error = cudaGraphLaunch(piece, ctx->stream);
+  return error ? emxi_fail(EMX_ERR_DEVICE, "emx_session: a graph could not be started: %s", cudaGetErrorString(error)) : EMX_OK;
+}
+static emx_status cuda_replay(emx_ctx *ctx, void *state, void *piece, const emxi_block *b, int32_t token, int64_t position) {
+  (void)state;
+  ON_DEVICE(replay(ctx, piece, b, token, position));
+}
+static void cuda_forget(emx_ctx *ctx, void *state, void *piece) {
+  (void)state;
+  int before;
+  if (!piece || emxi_cuda_enter(ctx, &before)) return;
+  (void)cudaGraphExecDestroy(piece);
+  (void)emxi_cuda_leave(before, EMX_OK, false, "emx_session");
+}
+
 const emxi_blocks emxi_blocks_cuda = {.merged = true,
                                       .open = cuda_open,
                                       .close = cuda_close,
@@ -344,4 +404,8 @@ const emxi_blocks emxi_blocks_cuda = {.merged = true,
                                       .norm = cuda_norm,
                                       .head = cuda_head,
                                       .mark = cuda_mark,
-                                      .between = cuda_between};
+                                      .between = cuda_between,
+                                      .record = cuda_record,
+                                      .recorded = cuda_recorded,
+                                      .replay = cuda_replay,
+                                      .forget = cuda_forget};

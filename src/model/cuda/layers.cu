@@ -13,9 +13,13 @@ constexpr int WARPS = 4; /* of a block */
 
 __device__ __forceinline__ float silu(float x) { return x * (1.0f / (1.0f + expf(-x))); }
 
+__global__ void set_step(const __grid_constant__ emxi_cuda_step a) {
+  a.step[0] = a.token;
+  a.step[1] = a.position;
+}
+
 /* Grid: rows. */
 __global__ void embed(const __grid_constant__ emxi_cuda_embed a) {
-  wait_for_previous();
   const float *from = a.table + (a.tokens ? a.tokens[blockIdx.x] : a.token) * a.d;
   for (int64_t i = threadIdx.x; i < a.d; i += blockDim.x) a.x[blockIdx.x * a.d + i] = from[i];
 }
@@ -45,6 +49,7 @@ __global__ void turn(const __grid_constant__ emxi_cuda_turn a) {
   const int head = (int)(item % all), e = head - (a.heads - a.scaled);
   if (t >= a.m) return;
   float *x = head < a.heads ? a.q + t * a.q_row + head * (int64_t)a.d : a.k + t * a.k_row + (head - a.heads) * (int64_t)a.d;
+  const int64_t position = a.at ? *a.at : a.from + t;
   float theta = 1;
   if (e >= 0 && e < a.scaled) {
     double b = a.b ? (double)a.b[e] : a.focal, c = 0;
@@ -52,13 +57,13 @@ __global__ void turn(const __grid_constant__ emxi_cuda_turn a) {
       b += (double)a.z[t * a.z_row + e];
       c = (double)a.z[t * a.z_row + a.scaled + e] + (double)a.c[e];
     }
-    theta = (float)emxi_theta_at(a.type, b, c, emxi_place_of(a.type, a.from + t), nullptr);
+    theta = (float)emxi_theta_at(a.type, b, c, emxi_place_of(a.type, position), nullptr);
   }
   if (a.rope) {
     const int half = a.d / 2;
     for (int i = lane; i < half; i += 32) {
       double sine, cosine;
-      sincos((double)(a.from + t) * pow(a.rope_theta, -2.0 * (double)i / (double)a.d), &sine, &cosine);
+      sincos((double)position * pow(a.rope_theta, -2.0 * (double)i / (double)a.d), &sine, &cosine);
       const float p = x[i], r = x[i + half];
       x[i] = (p * (float)cosine - r * (float)sine) * theta;
       x[i + half] = (r * (float)cosine + p * (float)sine) * theta;
@@ -128,8 +133,9 @@ void launch_product(const emxi_cuda_product &a, bool overlap, cudaStream_t strea
 
 } // namespace
 
-void emxi_cuda_launch_embed(const emxi_cuda_embed *a, bool overlap, void *stream) {
-  launch(embed, (unsigned)a->m, 128, 0, (cudaStream_t)stream, overlap, *a);
+void emxi_cuda_launch_step(const emxi_cuda_step *a, void *stream) { set_step<<<1, 1, 0, (cudaStream_t)stream>>>(*a); }
+void emxi_cuda_launch_embed(const emxi_cuda_embed *a, void *stream) {
+  embed<<<(unsigned)a->m, 128, 0, (cudaStream_t)stream>>>(*a);
 }
 void emxi_cuda_launch_norm(const emxi_cuda_norm *a, bool overlap, void *stream) {
   launch(rmsnorm, blocks_of(a->m, WARPS), 32 * WARPS, 0, (cudaStream_t)stream, overlap, *a);

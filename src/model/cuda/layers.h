@@ -31,6 +31,7 @@ typedef struct emxi_cuda_norm {
 typedef struct emxi_cuda_turn {
   float *q, *k;
   const float *z, *b, *c;
+  const int32_t *at; /* position of the only row, or NULL: from */
   int64_t q_row, k_row, z_row, m, from;
   int32_t heads, kv_heads, d, scaled, type;
   bool rope;
@@ -51,8 +52,14 @@ typedef struct emxi_cuda_product {
   bool accumulate;
 } emxi_cuda_product;
 
+/* step[0], step[1] = token, position */
+typedef struct emxi_cuda_step {
+  int32_t *step, token, position;
+} emxi_cuda_step;
+
 /* overlap: a kernel may be made ready while the one before it ends. */
-void emxi_cuda_launch_embed(const emxi_cuda_embed *a, bool overlap, void *stream);
+void emxi_cuda_launch_step(const emxi_cuda_step *a, void *stream);
+void emxi_cuda_launch_embed(const emxi_cuda_embed *a, void *stream);
 void emxi_cuda_launch_norm(const emxi_cuda_norm *a, bool overlap, void *stream);
 void emxi_cuda_launch_turn(const emxi_cuda_turn *a, bool overlap, void *stream);
 void emxi_cuda_launch_glu(const emxi_cuda_glu *a, bool overlap, void *stream);
