@@ -434,8 +434,10 @@ typedef struct emx_kv_summary {
   float radius;          /* >= the largest distance of a key to `mean`; set when the page is complete, else +inf */
   int32_t reserved;
 } emx_kv_summary;
-/* A look at one page's summaries for one KV head (tests, inspection), CPU only. Set out->struct_size first. Pointers are valid
- * until the page changes. */
+/* A look at one page's summaries for one KV head (tests, inspection). Set out->struct_size first. Pointers are valid until the
+ * page changes. On a GPU they are copies in host memory, valid until the cache's next emx_kv_get_summary, and the call waits for
+ * the stream; only complete pages are described, valid is 0 where one holds a NaN or an infinity, mean and spread are what their
+ * 8-bit codes say (spread rounded up), and radius is about that mean. Errors: INVALID; on a GPU DEVICE. */
 EMX_API emx_status emx_kv_get_summary(const emx_kv *kv, int32_t page, int32_t kv_head, emx_kv_summary *out);
 
 /* ------------------------------------------------------------------------------------------------ selection and decode */

@@ -12,6 +12,7 @@ struct emxi_attn;     /* src/attn/attn.h */
 struct emxi_kv_write; /* src/kv/kv.h */
 struct emxi_kv_read;  /* src/kv/kv.h */
 struct emxi_decode;   /* src/kv/kv.h */
+struct emxi_kv_facts; /* src/kv/kv.h */
 struct emxi_blocks;   /* src/model/block.h */
 
 typedef struct emxi_backend {
@@ -34,6 +35,8 @@ typedef struct emxi_backend {
   emx_status (*kv_write)(emx_ctx *ctx, const struct emxi_kv_write *write); /* copy pages, store tokens, update summaries */
   emx_status (*kv_summarize)(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n);
   emx_status (*kv_read)(emx_ctx *ctx, const struct emxi_kv_read *read); /* NULL on the CPU, where the host reads for itself */
+  /* NULL on the CPU, where summaries are read in place. */
+  emx_status (*kv_facts)(emx_ctx *ctx, const emx_kv *kv, int32_t page, int32_t head, struct emxi_kv_facts *out);
   /* Select and/or decode: counts or computes, as attn_run. */
   emx_status (*decode_run)(emx_ctx *ctx, const struct emxi_decode *decode, emxi_arena *arena);
   /* Layers of models, for the model library, which has the CPU's itself; NULL: not in this build. */

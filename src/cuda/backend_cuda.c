@@ -214,6 +214,7 @@ const emxi_backend emxi_backend_cuda = {
     .kv_write = emxi_cuda_kv_write,
     .kv_summarize = emxi_cuda_kv_summarize,
     .kv_read = emxi_cuda_kv_read,
+    .kv_facts = emxi_cuda_kv_facts,
     .decode_run = emxi_cuda_decode_run,
     .blocks = &emxi_blocks_cuda,
 };

@@ -138,3 +138,24 @@ emx_status emxi_cuda_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages
   if (kv->sketch_group) emxi_cuda_launch_listed_sketches(&l, ctx->stream);
   return emxi_cuda_leave(before, EMX_OK, true, "emx_kv_summarize");
 }
+
+emx_status emxi_cuda_kv_facts(emx_ctx *ctx, const emx_kv *kv, int32_t page, int32_t head, emxi_kv_facts *out) {
+  const int64_t record = (int64_t)page * kv->G + head, padded = EMXI_CUDA_PADDED(kv->D);
+  const size_t es = emx_dtype_size(kv->dtype), row = (size_t)kv->D * es;
+  emxi_cuda_tail tail = {0};
+  uint8_t codes[2 * 256];
+  if (kv->tails) EMX_TRY(ctx->backend->memory_copy(ctx, &tail, (emxi_cuda_tail *)kv->tails + record, sizeof tail));
+  out->tokens = tail.size > 0 ? kv->P : 0;
+  out->radius = tail.radius;
+  for (int i = 0; i < 2 && kv->minmax; i++)
+    EMX_TRY(ctx->backend->memory_copy(ctx, out->box + (size_t)i * row,
+                                      (char *)kv->minmax + (size_t)((2 * record + i) * padded) * es, row));
+  if (!kv->codes) return EMX_OK;
+  EMX_TRY(ctx->backend->memory_copy(ctx, codes, kv->codes + record * 2 * padded, (size_t)(2 * padded)));
+  for (int32_t d = 0; d < kv->D; d++) {
+    const float spread = tail.spread_step * (float)codes[padded + d];
+    out->moments[d] = tail.step * (float)(codes[d] - 128);
+    out->moments[kv->D + d] = spread * spread * (float)kv->P;
+  }
+  return EMX_OK;
+}

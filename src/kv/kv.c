@@ -78,7 +78,8 @@ static void carve(emx_kv *kv, const emx_kv_opts *opts, const emx_ctx *ctx, emxi_
     kv->sketch_codes = take(device, M, groups, 8 * dp, 1);
   }
   kv->bytes_summary = (int64_t)(device->used - before);
-  if (ctx->device != EMX_DEVICE_CPU) kv->device_tables = take(device, kv->max_seqs, M, 1, sizeof(int32_t));
+  if (gpu) kv->device_tables = take(device, kv->max_seqs, M, 1, sizeof(int32_t));
+  if (gpu) kv->facts = take(host, 1, 1, 1, sizeof *kv->facts);
   kv->sum_tokens = take(host, M, 1, 1, sizeof(int32_t));
   kv->refs = take(host, M, 1, 1, sizeof(int32_t));
   kv->free_list = take(host, M, 1, 1, sizeof(int32_t));
@@ -732,28 +733,33 @@ emx_status emx_kv_summarize(emx_ctx *ctx, emx_kv *kv, const emx_tensor *pages, c
   EMXI_LOCKED(ctx, summarize(ctx, kv, pages->data, tokens ? tokens->data : NULL, pages->shape[0]));
 }
 
+static emx_status get_summary(const emx_kv *kv, int32_t page, int32_t head, emx_kv_summary *out) {
+  emxi_kv_facts *f = kv->facts;
+  emx_kv_summary s = {.radius = INFINITY};
+  if (f) {
+    EMX_TRY(kv->ctx->backend->kv_facts(kv->ctx, kv, page, head, f));
+    s.tokens = f->tokens;
+    if (kv->minmax) s.min = f->box;
+    if (kv->codes) s.mean = f->moments;
+    if (kv->codes && f->tokens > 0) s.radius = f->radius;
+  } else {
+    s.tokens = kv->sum_tokens[page];
+    s.nonfinite = s.tokens > 0 && (*emxi_kv_mark(kv, page, head) & EMXI_MARK_NONFINITE);
+    if (kv->minmax) s.min = emxi_kv_minmax(kv, page, head);
+    if (kv->moments) s.mean = emxi_kv_moments(kv, page, head);
+    if (s.mean && s.tokens > 0) s.radius = s.mean[2 * kv->D];
+  }
+  s.valid = s.tokens > 0;
+  if (s.min) s.max = (const char *)s.min + (size_t)kv->D * emx_dtype_size(kv->dtype);
+  if (s.mean) s.m2 = s.mean + kv->D;
+  emxi_struct_write(out, &s, sizeof s);
+  return EMX_OK;
+}
 emx_status emx_kv_get_summary(const emx_kv *kv, int32_t page, int32_t kv_head, emx_kv_summary *out) {
   if (!kv) return emxi_fail(EMX_ERR_INVALID, "emx_kv_get_summary: kv is NULL");
   EMXI_CHECK_STRUCT(out, emx_kv_summary);
-  if (emxi_kv_on_device(kv))
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "emx_kv_get_summary: a look at summaries is for caches on the CPU");
   if (page < 0 || page >= kv->max_pages || kv_head < 0 || kv_head >= kv->G)
     return emxi_fail(EMX_ERR_INVALID, "emx_kv_get_summary: page %d, head %d: the cache has %lld pages and %d heads", page,
                      kv_head, (long long)kv->max_pages, kv->G);
-  emxi_ctx_lock(kv->ctx);
-  const int32_t tokens = kv->sum_tokens[page];
-  emx_kv_summary s = {.valid = tokens > 0, .tokens = tokens, .radius = INFINITY};
-  s.nonfinite = tokens > 0 && (*emxi_kv_mark(kv, page, kv_head) & EMXI_MARK_NONFINITE);
-  if (kv->minmax) {
-    s.min = emxi_kv_minmax(kv, page, kv_head);
-    s.max = (const char *)s.min + (size_t)kv->D * emx_dtype_size(kv->dtype);
-  }
-  if (kv->moments) {
-    s.mean = emxi_kv_moments(kv, page, kv_head);
-    s.m2 = s.mean + kv->D;
-    if (tokens > 0) s.radius = s.mean[2 * kv->D];
-  }
-  emxi_struct_write(out, &s, sizeof s);
-  emxi_ctx_unlock(kv->ctx);
-  return EMX_OK;
+  EMXI_LOCKED(kv->ctx, get_summary(kv, page, kv_head, out));
 }

@@ -64,7 +64,8 @@ struct emx_kv {
    * are no marks, and sum_tokens is of no use. */
   uint8_t *codes;
   float *tails;
-  emxi_sketch sketch; /* on a GPU: */
+  struct emxi_kv_facts *facts; /* on a GPU: what emx_kv_get_summary has fetched last */
+  emxi_sketch sketch;          /* on a GPU: */
   float *sketch_group;
   int8_t *sketch_centre;
   uint8_t *sketch_codes;
@@ -112,6 +113,14 @@ typedef struct emxi_kv_read {
   char *k, *v;
   const char *who;
 } emxi_kv_read;
+
+/* Summaries of one page and KV head, brought to the host; tokens 0: there are none. */
+typedef struct emxi_kv_facts {
+  int32_t tokens;
+  float radius;
+  char box[2 * 256 * sizeof(float)]; /* minimum [D], maximum [D], cache dtype */
+  float moments[2 * 256];            /* mean [D], m2 [D] */
+} emxi_kv_facts;
 
 /* On a GPU the caller's block tables, lengths and counts lie where the host cannot look: kernels check them. */
 static inline bool emxi_kv_on_device(const emx_kv *kv) { return kv->ctx->device != EMX_DEVICE_CPU; }

@@ -11,6 +11,12 @@
 static const int32_t dims[] = {64, 128, 80, 33, 16, 256, 96, 32}, dtypes[] = {EMX_F16, EMX_BF16, EMX_F32}, sizes[] = {16, 32, 64};
 enum { BOTH = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS };
 
+static double element(const void *row, int d, int32_t dtype) {
+  return (double)(dtype == EMX_F32   ? ((const float *)row)[d]
+                  : dtype == EMX_F16 ? emxi_f16_to_f32(((const uint16_t *)row)[d])
+                                     : emxi_bf16_to_f32(((const uint16_t *)row)[d]));
+}
+
 typedef struct row_view {
   double *s, *p, *q, o[256], whole[256];
   uint8_t *read;
@@ -474,14 +480,78 @@ static void test_alphas(void **state) {
   }
 }
 
+/* What emx_kv_get_summary brings from the device against float64: boxes exactly, mean and spread to a step of their codes, and radii that
+ * hold for every key. Pages that are open or odd are not described. */
+static void test_get_summary(void **state) {
+  (void)state;
+  static const int32_t kinds[] = {BOTH, EMX_SUMMARY_MINMAX, EMX_SUMMARY_MOMENTS, EMX_SUMMARY_SKETCH, -1};
+  for (int i = 0; i < 10; i++) {
+    decode_case c = {.G = 2,
+                     .H = 2,
+                     .D = dims[i % 8],
+                     .P = sizes[i % 3],
+                     .dtype = dtypes[i / 2 % 3],
+                     .layout = i % 2,
+                     .summaries = kinds[i % 5],
+                     .len = {300},
+                     .seed = (uint64_t)i};
+    gpu_case g;
+    gpu_open(&g, &c);
+    OK(emx_seq_truncate(g.kv, g.seqs[0], 0));
+    case_key(&c, 0, 1, c.P)[3] = NAN; /* in the second page */
+    gpu_append(&c, g.kv, g.seqs[0], 0, 0, 300);
+    const int32_t *table;
+    int64_t n;
+    OK(emx_seq_block_table(g.kv, g.seqs[0], &table, &n));
+    for (int64_t p = 0; p < n; p++)
+      for (int h = 0; h < 2; h++) {
+        emx_kv_summary s = {.struct_size = sizeof s};
+        OK(emx_kv_get_summary(g.kv, table[p], h, &s));
+        assert_true(!s.min == !(c.summaries > 0 && c.summaries & EMX_SUMMARY_MINMAX) && !s.max == !s.min);
+        assert_true(!s.mean == !(c.summaries > 0 && c.summaries & EMX_SUMMARY_MOMENTS) && !s.m2 == !s.mean);
+        const bool known = c.summaries > 0 && (p + 1) * c.P <= 300 && !(p == 1 && h == 1);
+        assert_true(s.valid == known && s.tokens == (known ? c.P : 0) && !s.nonfinite);
+        if (!known || !s.mean) assert_true(s.radius == INFINITY);
+        if (!known) continue;
+        double mean[256], spread[256], centre = 0, widest = 0, square[64] = {0};
+        for (int d = 0; d < c.D; d++) {
+          double low = INFINITY, high = -INFINITY, sum = 0, m2 = 0;
+          for (int t = 0; t < c.P; t++) {
+            const double x = (double)case_key(&c, 0, h, p * c.P + t)[d];
+            low = fmin(low, x), high = fmax(high, x), sum += x;
+          }
+          mean[d] = sum / c.P;
+          for (int t = 0; t < c.P; t++) {
+            const double x = (double)case_key(&c, 0, h, p * c.P + t)[d];
+            m2 += (x - mean[d]) * (x - mean[d]);
+            if (s.mean) square[t] += (x - (double)s.mean[d]) * (x - (double)s.mean[d]);
+          }
+          spread[d] = sqrt(m2 / c.P);
+          centre = fmax(centre, fabs(mean[d])), widest = fmax(widest, spread[d]);
+          if (s.min) assert_true(element(s.min, d, c.dtype) == low && element(s.max, d, c.dtype) == high);
+        }
+        for (int d = 0; d < c.D && s.mean; d++) {
+          const double got = sqrt((double)s.m2[d] / c.P); /* half a step of the mean, a step up of the spread; f32 rounding */
+          assert_true(fabs((double)s.mean[d] - mean[d]) <= centre * (0.5 / 127 + 1e-5));
+          assert_true(got >= spread[d] * (1 - 1e-5) && got <= spread[d] + widest * (1.0 / 255 + 1e-5));
+        }
+        for (int t = 0; t < c.P && s.mean; t++) assert_true((double)s.radius >= sqrt(square[t]));
+      }
+    emx_kv_summary s = {.struct_size = sizeof s};
+    fails(emx_kv_get_summary(g.kv, 1 << 20, 0, &s), EMX_ERR_INVALID, "page 1048576");
+    gpu_close(&g);
+  }
+}
+
 int main(int argc, char **argv) {
   if (argc > 1) cmocka_set_test_filter(argv[1]);
   const int missing = gpu_missing();
   if (missing) return missing;
-  const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_topk),      cmocka_unit_test(test_gaussian), cmocka_unit_test(test_pages),
-      cmocka_unit_test(test_certified), cmocka_unit_test(test_alphas),   cmocka_unit_test(test_summarize),
-      cmocka_unit_test(test_recycled),  cmocka_unit_test(test_odd_data), cmocka_unit_test(test_faults)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_get_summary), cmocka_unit_test(test_topk),
+                                     cmocka_unit_test(test_gaussian),    cmocka_unit_test(test_pages),
+                                     cmocka_unit_test(test_certified),   cmocka_unit_test(test_alphas),
+                                     cmocka_unit_test(test_summarize),   cmocka_unit_test(test_recycled),
+                                     cmocka_unit_test(test_odd_data),    cmocka_unit_test(test_faults)};
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   emx_ctx_destroy(gpu);
   emx_ctx_destroy(cpu);
