@@ -330,6 +330,8 @@ enum {
   EMX_SUMMARY_RESIDUAL = 8 /* with SKETCH: 4 more bits a coordinate, which spare most reads of exact keys; not on a GPU */
 };
 
+enum { EMX_KV_MEMORY_DEVICE = 0, EMX_KV_MEMORY_HOST = 1 }; /* where K and V of a cache lie */
+
 typedef struct emx_kv_opts {
   uint32_t struct_size;
   int32_t dtype;     /* EMX_F32, EMX_F16 or EMX_BF16 */
@@ -347,6 +349,12 @@ typedef struct emx_kv_opts {
    * it must not exist yet, loses its name as soon as it is made, and goes with the cache, or with the process however that ends;
    * so no two caches share one. It grows with the pages that are used. A forked process cannot use the cache. */
   const char *file;
+  /* GPU: EMX_KV_MEMORY_HOST puts K and V into pinned host memory that the device reads and writes over the bus; summaries, sketches
+   * and tables stay on the device. Results are the same bits. CERTIFIED then reads the few keys and values that its sketches leave,
+   * so a context may be several times as large as the device's memory; the other selectors stream. emx_kv_create pins the whole
+   * pool (it takes a second for a few GiB). INVALID with a caller's pool; on the CPU there is no difference. */
+  int32_t kv_memory;
+  int32_t reserved;
 } emx_kv_opts;
 EMX_API void emx_kv_opts_init_sized(emx_kv_opts *opts, size_t size); /* bf16, pages of 16, BHND, 64 sequences; the rest is zero */
 #define emx_kv_opts_init(opts) emx_kv_opts_init_sized((opts), sizeof *(opts))

@@ -18,6 +18,7 @@ typedef struct decode_case {
   int64_t len[4];
   double alpha;
   float scale;
+  int32_t kv_memory;     /* of emx_kv_opts, for the cache on a GPU */
   bool alibi, in_decode; /* in_decode: the last S tokens go in through emx_decode */
   const char *file;      /* of emx_kv_opts */
   uint64_t seed;

@@ -23,6 +23,9 @@ typedef struct emxi_backend {
   void (*info)(emx_ctx *ctx, emx_ctx_info *info);
   emx_status (*memory_alloc)(emx_ctx *ctx, size_t bytes, void **out); /* device memory; NOMEM with the bytes */
   void (*memory_free)(emx_ctx *ctx, void *p);
+  /* Host memory, pinned, that the device reads and writes by the same address; NULL on the CPU. NOMEM with the bytes. */
+  emx_status (*pinned_alloc)(emx_ctx *ctx, size_t bytes, void **out);
+  void (*pinned_free)(emx_ctx *ctx, void *p);
   /* Between host and device memory or within either, behind what the context has been asked for; has been done on return. */
   emx_status (*memory_copy)(emx_ctx *ctx, void *to, const void *from, size_t bytes);
   emx_status (*entmax_forward)(emx_ctx *ctx, const struct emxi_rows *rows);

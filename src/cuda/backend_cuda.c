@@ -171,6 +171,30 @@ static void cuda_memory_free(emx_ctx *ctx, void *p) {
   (void)cudaFree(p);
   (void)emxi_cuda_leave(before, EMX_OK, false, "");
 }
+static emx_status cuda_pinned_alloc(emx_ctx *ctx, size_t bytes, void **out) {
+  int before;
+  void *p = NULL;
+  if (bytes > emxi_physical_memory())
+    return emxi_fail(EMX_ERR_NOMEM, "%zu bytes of pinned memory are needed, the machine has %zu", bytes, emxi_physical_memory());
+  EMX_TRY(emxi_cuda_enter(ctx, &before));
+  const cudaError_t error = cudaHostAlloc(&p, bytes ? bytes : 1, cudaHostAllocMapped | cudaHostAllocPortable);
+  emx_status status = EMX_OK;
+  if (error == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();
+    status = emxi_fail(EMX_ERR_NOMEM, "%zu bytes of pinned memory are needed, which the system does not give", bytes);
+  } else if (error) {
+    status = cuda_fail(error, "libentmax", "no pinned memory");
+  }
+  if (!status) *out = p;
+  return emxi_cuda_leave(before, status, false, "");
+}
+static void cuda_pinned_free(emx_ctx *ctx, void *p) {
+  int before;
+  if (!p || emxi_cuda_enter(ctx, &before)) return;
+  (void)cudaStreamSynchronize(ctx->stream); /* what was asked for may still use it */
+  (void)cudaFreeHost(p);
+  (void)emxi_cuda_leave(before, EMX_OK, false, "");
+}
 static emx_status cuda_memory_copy(emx_ctx *ctx, void *to, const void *from, size_t bytes) {
   static const char who[] = "libentmax";
   int before;
@@ -205,6 +229,8 @@ const emxi_backend emxi_backend_cuda = {
     .info = cuda_info,
     .memory_alloc = cuda_memory_alloc,
     .memory_free = cuda_memory_free,
+    .pinned_alloc = cuda_pinned_alloc,
+    .pinned_free = cuda_pinned_free,
     .memory_copy = cuda_memory_copy,
     .entmax_forward = rows_forward,
     .entmax_backward = rows_backward,

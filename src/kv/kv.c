@@ -35,6 +35,10 @@ static emx_status check_opts(const emx_kv_opts *o, const char *who) {
   if (o->max_pages < 1 || o->max_pages > INT32_MAX)
     return emxi_fail(EMX_ERR_INVALID, "%s: max_pages is %lld, expected 1..%d", who, (long long)o->max_pages, INT32_MAX);
   if (!o->k_pool != !o->v_pool) return emxi_fail(EMX_ERR_INVALID, "%s: k_pool and v_pool go together", who);
+  if (o->kv_memory != EMX_KV_MEMORY_DEVICE && o->kv_memory != EMX_KV_MEMORY_HOST)
+    return emxi_fail(EMX_ERR_INVALID, "%s: unknown kv_memory %d", who, o->kv_memory);
+  if (o->k_pool && o->kv_memory)
+    return emxi_fail(EMX_ERR_INVALID, "%s: kv_memory and k_pool are given: a caller's pool lies where it lies", who);
   if (o->k_pool && o->file) return emxi_fail(EMX_ERR_INVALID, "%s: file and k_pool are given: K and V are in one place", who);
   return EMX_OK;
 }
@@ -43,6 +47,10 @@ static void *take(emxi_arena *a, int64_t n0, int64_t n1, int64_t n2, size_t size
   int64_t n;
   if (__builtin_mul_overflow(n0, n1, &n) || __builtin_mul_overflow(n, n2, &n)) n = -1;
   return emxi_arena_take(a, n, size);
+}
+
+static bool pinned(const emx_kv_opts *opts, const emx_ctx *ctx) {
+  return opts->kv_memory == EMX_KV_MEMORY_HOST && ctx->device != EMX_DEVICE_CPU;
 }
 
 /* Carves the two blocks, or counts them: one code path for the size query and for creation. */
@@ -56,7 +64,7 @@ static void carve(emx_kv *kv, const emx_kv_opts *opts, const emx_ctx *ctx, emxi_
                             .bench_size = 2 * kv->P * D * (int64_t)es};
     kv->file = take(host, 1, 1, 1, sizeof *kv->file);
     if (kv->file) *kv->file = f;
-  } else if (!opts->k_pool) {
+  } else if (!opts->k_pool && !pinned(opts, ctx)) {
     kv->k = take(device, M, G * kv->P, D, es);
     kv->v = take(device, M, G * kv->P, D, es);
     kv->bytes_kv = (int64_t)(device->used - before);
@@ -100,7 +108,8 @@ static void set_geometry(emx_kv *kv, const emx_kv_opts *o) {
                  .max_pages = o->max_pages};
 }
 
-static emx_status sizes(const emx_ctx *ctx, const emx_kv_opts *opts, const char *who, size_t *device_bytes, size_t *host_bytes) {
+static emx_status sizes(const emx_ctx *ctx, const emx_kv_opts *opts, const char *who, size_t *device_bytes, size_t *host_bytes,
+                        size_t *pinned_bytes) {
   emx_kv kv;
   emxi_arena device, host;
   EMX_TRY(check_opts(opts, who));
@@ -112,9 +121,9 @@ static emx_status sizes(const emx_ctx *ctx, const emx_kv_opts *opts, const char 
   emxi_arena_init(&device, NULL, 0);
   emxi_arena_init(&host, NULL, 0);
   carve(&kv, opts, ctx, &device, &host);
-  emxi_arena file;
+  emxi_arena file; /* or pinned memory */
   emxi_arena_init(&file, NULL, 0);
-  if (opts->file) take(&file, 2 * kv.max_pages, kv.G * (int64_t)kv.P, kv.D, emx_dtype_size(kv.dtype));
+  if (opts->file || pinned(opts, ctx)) take(&file, 2 * kv.max_pages, kv.G * (int64_t)kv.P, kv.D, emx_dtype_size(kv.dtype));
   size_t total;
   if (device.overflow || host.overflow || file.overflow || file.used > PTRDIFF_MAX ||
       !emxi_add(emxi_arena_total(&device), emxi_arena_total(&host), &total) || total > PTRDIFF_MAX)
@@ -123,16 +132,17 @@ static emx_status sizes(const emx_ctx *ctx, const emx_kv_opts *opts, const char 
                      (long long)opts->max_pages, opts->page_size, opts->kv_heads, opts->head_dim);
   *device_bytes = emxi_arena_total(&device);
   *host_bytes = emxi_arena_total(&host);
+  *pinned_bytes = opts->file ? 0 : file.used;
   return EMX_OK;
 }
 
 emx_status emx_kv_memory_size(emx_ctx *ctx, const emx_kv_opts *opts, size_t *device_bytes, size_t *host_bytes) {
   if (!ctx) return emxi_fail(EMX_ERR_INVALID, "emx_kv_memory_size: ctx is NULL");
   EMXI_READ_STRUCT(opts, emx_kv_opts);
-  size_t device, host;
-  EMX_TRY(sizes(ctx, opts, "emx_kv_memory_size", &device, &host));
+  size_t device, host, pin;
+  EMX_TRY(sizes(ctx, opts, "emx_kv_memory_size", &device, &host, &pin));
   if (device_bytes) *device_bytes = device;
-  if (host_bytes) *host_bytes = host + sizeof(emx_kv);
+  if (host_bytes) *host_bytes = host + pin + sizeof(emx_kv);
   return EMX_OK;
 }
 
@@ -167,8 +177,8 @@ static emx_status check_pool(const emx_ctx *ctx, const emx_kv *kv, const emx_ten
 
 static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
   static const char who[] = "emx_kv_create";
-  size_t device_bytes, host_bytes;
-  EMX_TRY(sizes(ctx, opts, who, &device_bytes, &host_bytes));
+  size_t device_bytes, host_bytes, pinned_bytes;
+  EMX_TRY(sizes(ctx, opts, who, &device_bytes, &host_bytes, &pinned_bytes));
   emx_kv shape;
   set_geometry(&shape, opts);
   if (opts->k_pool) {
@@ -188,8 +198,15 @@ static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
     emxi_free(kv);
     return status;
   }
+  if (pinned_bytes) status = ctx->backend->pinned_alloc(ctx, pinned_bytes, &kv->pinned_block);
+  if (status) {
+    ctx->backend->memory_free(ctx, kv->device_block);
+    emxi_free(kv);
+    return status;
+  }
   kv->host_block = emxi_alloc(host_bytes);
   if (!kv->host_block) {
+    if (kv->pinned_block) ctx->backend->pinned_free(ctx, kv->pinned_block);
     ctx->backend->memory_free(ctx, kv->device_block);
     emxi_free(kv);
     return emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes of page tables", who, host_bytes);
@@ -214,6 +231,11 @@ static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
     kv->k_page = kv->v_page = (int64_t)kv->P * kv->G * kv->D;
     kv->k_head = kv->v_head = hnd ? (int64_t)kv->P * kv->D : kv->D;
     kv->k_token = kv->v_token = hnd ? kv->D : (int64_t)kv->G * kv->D;
+  }
+  if (kv->pinned_block) {
+    kv->k = kv->pinned_block;
+    kv->v = kv->k + pinned_bytes / 2;
+    kv->bytes_kv = (int64_t)pinned_bytes;
   }
   if (opts->file) { /* the order in the file is its own affair */
     kv->k_token = kv->v_token = kv->D;
@@ -264,6 +286,7 @@ emx_status emx_kv_create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
 void emx_kv_destroy(emx_kv *kv) {
   if (!kv) return;
   emxi_kv_file_close(kv);
+  if (kv->pinned_block) kv->ctx->backend->pinned_free(kv->ctx, kv->pinned_block);
   kv->ctx->backend->memory_free(kv->ctx, kv->device_block);
   emxi_free(kv->host_block);
   emxi_free(kv);

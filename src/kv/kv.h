@@ -83,7 +83,7 @@ struct emx_kv {
   int32_t n_seqs;
 
   int64_t bytes_kv, bytes_summary;
-  void *device_block, *host_block;
+  void *device_block, *host_block, *pinned_block;
 };
 
 /* Copy-on-write of the first `tokens` tokens. */

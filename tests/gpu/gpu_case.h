@@ -73,6 +73,7 @@ static inline emx_kv *gpu_cache(const decode_case *c, int64_t pages, int32_t max
   o.summaries = c->summaries;
   o.max_seqs = max_seqs;
   o.max_pages = pages;
+  o.kv_memory = c->kv_memory;
   emx_kv *kv = NULL;
   OK(emx_kv_create(gpu, &o, &kv));
   return kv;

@@ -622,13 +622,43 @@ static void test_refusals(void **state) {
   emx_kv_destroy(NULL);
 }
 
+/* Where K and V lie is a GPU's question; here both answers are the same memory. */
+static void test_memory_kinds(void **state) {
+  (void)state;
+  emx_kv_opts o = options(EMX_BF16, 2, 64, 16, EMX_LAYOUT_BHND, 8);
+  size_t bytes[2], host[2];
+  OK(emx_kv_memory_size(ctx, &o, &bytes[0], &host[0]));
+  o.kv_memory = EMX_KV_MEMORY_HOST;
+  OK(emx_kv_memory_size(ctx, &o, &bytes[1], &host[1]));
+  assert_true(bytes[0] == bytes[1] && host[0] == host[1]);
+  emx_kv *kv = NULL;
+  OK(emx_kv_create(ctx, &o, &kv));
+  emx_tensor k, v;
+  OK(emx_kv_pool_view(kv, &k, &v));
+  emx_kv *none = NULL;
+  o.k_pool = &k;
+  o.v_pool = &v;
+  fails(emx_kv_create(ctx, &o, &none), EMX_ERR_INVALID, "kv_memory");
+  o.k_pool = o.v_pool = NULL;
+  o.kv_memory = 2;
+  fails(emx_kv_create(ctx, &o, &none), EMX_ERR_INVALID, "kv_memory 2");
+  assert_null(none);
+  emx_kv_destroy(kv);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_round_trip),         cmocka_unit_test(test_ragged_strided),
-      cmocka_unit_test(test_fork_and_truncate),  cmocka_unit_test(test_siblings_in_one_batch),
-      cmocka_unit_test(test_append_is_atomic),   cmocka_unit_test(test_cancel_midway),
-      cmocka_unit_test(test_cancel_two_holders), cmocka_unit_test(test_callers_pool_and_tables),
-      cmocka_unit_test(test_nonfinite_mark),     cmocka_unit_test(test_refusals),
+      cmocka_unit_test(test_memory_kinds),
+      cmocka_unit_test(test_round_trip),
+      cmocka_unit_test(test_ragged_strided),
+      cmocka_unit_test(test_fork_and_truncate),
+      cmocka_unit_test(test_siblings_in_one_batch),
+      cmocka_unit_test(test_append_is_atomic),
+      cmocka_unit_test(test_cancel_midway),
+      cmocka_unit_test(test_cancel_two_holders),
+      cmocka_unit_test(test_callers_pool_and_tables),
+      cmocka_unit_test(test_nonfinite_mark),
+      cmocka_unit_test(test_refusals),
   };
   return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -90,7 +90,8 @@ class AttnIo(ctypes.Structure):
 class KvOpts(ctypes.Structure):
     _fields_ = [("struct_size", c_uint32), ("dtype", c_int32), ("kv_heads", c_int32), ("head_dim", c_int32),
                 ("page_size", c_int32), ("layout", c_int32), ("summaries", c_int32), ("max_seqs", c_int32),
-                ("max_pages", c_int64), ("k_pool", _PT), ("v_pool", _PT), ("file", c_char_p)]
+                ("max_pages", c_int64), ("k_pool", _PT), ("v_pool", _PT), ("file", c_char_p), ("kv_memory", c_int32),
+                ("reserved", c_int32)]
 
 
 class KvInfo(ctypes.Structure):
