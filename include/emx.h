@@ -131,9 +131,9 @@ EMX_API void emx_ctx_opts_init_sized(emx_ctx_opts *opts, size_t size);
 
 /* opts may be NULL for the defaults. Errors: INVALID, UNSUPPORTED (device not in this build, GPU older than compute capability
  * 8.0, unknown EMX_ISA), DEVICE (no driver or no GPU; the detail is CUDA's), NOMEM. In this version a context on a GPU has maps,
- * losses, caches with MINMAX, MOMENTS and SKETCH, emx_select and emx_decode with ALL, TOPK, GAUSSIAN and PAGES, emx_decode with
- * CERTIFIED, and the sessions of emx_model.h; dense attention and training are UNSUPPORTED there. Summaries there are of complete
- * pages, centres and spreads a byte each. */
+ * losses, attention (not f64; alpha to 2), caches with MINMAX, MOMENTS and SKETCH, emx_select and emx_decode with ALL, TOPK,
+ * GAUSSIAN and PAGES, emx_decode with CERTIFIED, and the sessions of emx_model.h; training is UNSUPPORTED there. Summaries there
+ * are of complete pages, centres and spreads a byte each. */
 EMX_API emx_status emx_ctx_create(const emx_ctx_opts *opts, emx_ctx **out);
 EMX_API void emx_ctx_destroy(emx_ctx *ctx); /* NULL is allowed */
 
@@ -298,7 +298,7 @@ typedef struct emx_attn_io {
    * row's support in ascending order, where there are at most C of them; `support` (required) says how many, the entries past
    * them are left alone. Backward reads both and scores only what is listed; rows with more than C, and rows whose list is no
    * list of visible positions in ascending order or does not give back the row's tau, are found again by a scan. The gradients
-   * are bit for bit the same with and without lists. */
+   * are bit for bit the same with and without lists; on a GPU, where scores are summed otherwise, but for rounding. */
   const emx_tensor *support_index;
 } emx_attn_io;
 EMX_API void emx_attn_io_init_sized(emx_attn_io *io, size_t size);

@@ -123,6 +123,7 @@ static emx_status take_fault(emx_ctx *ctx, const char *who) {
   if (f.code == EMXI_CUDA_FAULT_TARGET)
     return emxi_fail(EMX_ERR_INVALID, "%s: an earlier loss met target of row %d, %d, which is no class and not ignore_index", who,
                      f.row, f.value);
+  if (f.code == EMXI_CUDA_FAULT_ATTN) return emxi_cuda_attn_fault(&f, who);
   return emxi_fail(EMX_ERR_INVALID, "%s: an earlier call met %s[%d] = %d, which is negative or above what max_len allows", who,
                    f.column ? "n_new" : "seq_lens", f.row, f.value);
 }
@@ -207,20 +208,6 @@ static emx_status cuda_memory_copy(emx_ctx *ctx, void *to, const void *from, siz
 static emx_status rows_forward(emx_ctx *ctx, const struct emxi_rows *rows) { return emxi_cuda_entmax_rows(ctx, rows, false); }
 static emx_status rows_backward(emx_ctx *ctx, const struct emxi_rows *rows) { return emxi_cuda_entmax_rows(ctx, rows, true); }
 
-/* ---- what this back end does not do yet */
-
-static emx_status no_attn(void) {
-  return emxi_fail(EMX_ERR_UNSUPPORTED,
-                   "dense attention runs on the CPU; a CUDA context has emx_decode, with any number of queries");
-}
-static emx_status no_attn_supports(emx_ctx *ctx, const struct emxi_attn *attn) {
-  (void)ctx, (void)attn;
-  return no_attn();
-}
-static emx_status no_attn_run(emx_ctx *ctx, const struct emxi_attn *attn, emxi_arena *arena) {
-  (void)ctx, (void)attn, (void)arena;
-  return no_attn();
-}
 const emxi_backend emxi_backend_cuda = {
     .name = "cuda",
     .open = cuda_open,
@@ -235,8 +222,8 @@ const emxi_backend emxi_backend_cuda = {
     .entmax_forward = rows_forward,
     .entmax_backward = rows_backward,
     .entmax_loss = rows_forward,
-    .attn_supports = no_attn_supports,
-    .attn_run = no_attn_run,
+    .attn_supports = emxi_cuda_attn_supports,
+    .attn_run = emxi_cuda_attn_run,
     .kv_write = emxi_cuda_kv_write,
     .kv_summarize = emxi_cuda_kv_summarize,
     .kv_read = emxi_cuda_kv_read,

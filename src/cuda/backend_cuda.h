@@ -3,6 +3,7 @@
 #ifndef EMXI_BACKEND_CUDA_H
 #define EMXI_BACKEND_CUDA_H
 
+#include "attn/attn.h"
 #include "base/backend.h"
 #include "cuda/kernels.h"
 #include "kv/kv.h"
@@ -38,6 +39,9 @@ emx_status emxi_cuda_kv_write(emx_ctx *ctx, const emxi_kv_write *w);
 emx_status emxi_cuda_kv_read(emx_ctx *ctx, const struct emxi_kv_read *read);
 emx_status emxi_cuda_kv_summarize(emx_ctx *ctx, emx_kv *kv, const int32_t *pages, const int32_t *tokens, int64_t n);
 emx_status emxi_cuda_kv_facts(emx_ctx *ctx, const emx_kv *kv, int32_t page, int32_t head, struct emxi_kv_facts *out);
+emx_status emxi_cuda_attn_supports(emx_ctx *ctx, const emxi_attn *a);
+emx_status emxi_cuda_attn_run(emx_ctx *ctx, const emxi_attn *a, emxi_arena *arena);
+emx_status emxi_cuda_attn_fault(const emxi_cuda_fault *f, const char *who);
 emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena);
 
 #endif

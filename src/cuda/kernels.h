@@ -30,6 +30,7 @@ enum {
   EMXI_CUDA_FAULT_ROW_ALPHA = 6, /* maps: alpha of row */
   EMXI_CUDA_FAULT_TARGET = 7,    /* losses: target[row] */
   EMXI_CUDA_FAULT_ROW_BUDGET = 8, /* maps: budget of row */
+  EMXI_CUDA_FAULT_ATTN = 9,      /* dense attention: see attn_args.h */
 };
 typedef struct emxi_cuda_fault {
   int32_t code, row, column, value;

@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""A training step of causal attention on one NVIDIA GPU: PyTorch's softmax attention (cuDNN, FlashAttention) and libentmax, interleaved.
+
+    python3 bench/gpu/attn.py --lib build/libentmax.so --out result.json
+
+Data as in docs/performance.md: `clusters` C (C clusters of 128-token segments; 1: independent numbers) or flat rows (score std 0.05), B*H = 16,
+bf16. Every method is captured in a CUDA graph; a time is the median over the rounds of one replay, in ms. Forward alone, and forward with
+backward; `lists` is the capacity of the support lists that forward saves for backward (0: none, backward finds the support again).
+Softmax is a different function and the speed to beat. rel_err: relative L2 distance from float64 attention, of o and dq over sampled rows,
+of dk and dv over one whole head (N up to 8192); sum_err: largest distance of the sum of p at the returned tau from one, over the sample.
+density: share of the visible 64 x 64 tiles that have a weight; support: mean number of weights a row; dense: share of rows with a support of
+more than 256. Needs PyTorch with CUDA and a libentmax built with its CUDA back end. One JSON object a line goes to --out.
+"""
+import argparse
+import ctypes as C
+import json
+import math
+import statistics
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class Tensor(C.Structure):
+    _fields_ = [("data", C.c_void_p), ("dtype", C.c_int32), ("device", C.c_int32), ("ndim", C.c_int32), ("index", C.c_int32),
+                ("shape", C.c_int64 * 5), ("stride", C.c_int64 * 5)]
+
+
+class CtxOpts(C.Structure):
+    _fields_ = [("size", C.c_uint32), ("device", C.c_int32), ("index", C.c_int32), ("threads", C.c_int32), ("stream", C.c_void_p),
+                ("parallel_for", C.c_void_p), ("parallel_user", C.c_void_p)]
+
+
+class Desc(C.Structure):
+    _fields_ = [("size", C.c_uint32), ("flags", C.c_uint32), ("alpha", C.c_double), ("scale", C.c_float), ("layout", C.c_int32),
+                ("left", C.c_int32), ("right", C.c_int32)]
+
+
+class Io(C.Structure):
+    _fields_ = [("size", C.c_uint32), ("reserved", C.c_uint32)] + [(n, C.POINTER(Tensor)) for n in (
+        "q k v o tau support alibi_slopes block_table seqlens_q seqlens_k cu_seqlens_q cu_seqlens_k d_o d_q d_k d_v lse alphas d_alpha "
+        "support_index").split()]
+
+
+
+class Library:
+    def __init__(self, path):
+        self.c = C.CDLL(path)
+        self.c.emx_last_error.restype = C.c_char_p
+        info = self.c.emx_dtype_name
+        info.restype = C.c_char_p
+        self.dtype = {info(i).decode(): i for i in range(16) if info(i)}
+        opts = CtxOpts()
+        self.c.emx_ctx_opts_init_sized(C.byref(opts), C.c_size_t(C.sizeof(opts)))
+        opts.device = 1
+        self.ctx = C.c_void_p()
+        self.check(self.c.emx_ctx_create(C.byref(opts), C.byref(self.ctx)))
+
+    def check(self, status):
+        if status:
+            raise RuntimeError(self.c.emx_last_error().decode())
+
+    def view(self, t):
+        names = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int32: "i32"}
+        x = Tensor(t.data_ptr(), self.dtype[names[t.dtype]], 1, t.dim(), 0)
+        for d in range(t.dim()):
+            x.shape[d], x.stride[d] = t.shape[d], t.stride(d)
+        return C.pointer(x)
+
+
+class Entmax:
+    """One shape's calls and their tensors."""
+
+    def __init__(self, lib, q, k, v, d_o, alpha, lists):
+        self.lib, self.t = lib, dict(q=q, k=k, v=v, d_o=d_o)
+        rows = q.shape[:3]
+        new = lambda like: torch.empty_like(like)
+        self.t.update(o=new(q), d_q=new(q), d_k=new(k), d_v=new(v), tau=torch.empty(rows, dtype=torch.float32, device="cuda"),
+                      support=torch.empty(rows, dtype=torch.int32, device="cuda"))
+        if lists:
+            self.t["support_index"] = torch.empty(*rows, lists, dtype=torch.int32, device="cuda")
+        self.desc = Desc()
+        lib.c.emx_attn_desc_init_sized(C.byref(self.desc), C.c_size_t(C.sizeof(self.desc)))
+        self.desc.alpha = alpha
+        index = ["support_index"] if lists else []
+        self.io = [self.make(["q", "k", "v", "o", "tau", "support"] + index),
+                   self.make(["q", "k", "v", "tau", "d_o", "d_q", "d_k", "d_v"] + (["support"] + index if lists else []))]
+        sizes = []
+        for p in range(2):
+            n = C.c_size_t()
+            lib.check(lib.c.emx_attn_workspace_size(lib.ctx, C.byref(self.desc), C.byref(self.io[p]), p, C.byref(n)))
+            sizes.append(n.value)
+        self.bytes = max(sizes)
+        self.work = torch.empty(self.bytes, dtype=torch.uint8, device="cuda")
+
+    def make(self, names):
+        io = Io()
+        self.lib.c.emx_attn_io_init_sized(C.byref(io), C.c_size_t(C.sizeof(io)))
+        for n in names:
+            setattr(io, n, self.lib.view(self.t[n]))
+        return io
+
+    def run(self, backward):
+        c, ctx = self.lib.c, self.lib.ctx
+        self.lib.check(c.emx_ctx_set_stream(ctx, C.c_void_p(torch.cuda.current_stream().cuda_stream)))
+        size = C.c_size_t(self.bytes)
+        self.lib.check(c.emx_attn_forward(ctx, C.byref(self.desc), C.byref(self.io[0]), C.c_void_p(self.work.data_ptr()), size))
+        if backward:
+            self.lib.check(c.emx_attn_backward(ctx, C.byref(self.desc), C.byref(self.io[1]), C.c_void_p(self.work.data_ptr()), size))
+
+
+def data(n, d, case, heads=16):
+    g = torch.Generator(device="cuda").manual_seed(1)
+    normal = lambda *s: torch.randn(*s, generator=g, device="cuda")
+    if case.startswith("flat"):
+        q, k = normal(1, heads, n, d) * float(case.split(":")[1]), normal(1, heads, n, d)
+    else:
+        c = int(case.split(":")[1])
+        a, noise = (0, 1) if c == 1 else (math.sqrt({4: 6, 16: 8}[c] * math.sqrt(d)), 0.5)
+        centre = F.normalize(normal(heads, c, d), dim=-1)
+        which = torch.randint(c, (heads, (n + 127) // 128), generator=g, device="cuda").repeat_interleave(128, 1)[:, :n]
+        add = a * torch.gather(centre, 1, which[..., None].expand(-1, -1, d))[None]
+        q, k = normal(1, heads, n, d) * noise + add, normal(1, heads, n, d) * noise + add
+    return [x.bfloat16() for x in (q, k, normal(1, heads, n, d), normal(1, heads, n, d))]
+
+
+def entmax15(z):
+    """Rows of z (float64, -inf: masked); tau by bisection to the end, then in closed form."""
+    z = z / 2
+    hi = z.amax(-1, keepdim=True)
+    lo = hi - 1
+    for _ in range(60):
+        mid = (lo + hi) / 2
+        above = ((z - mid).clamp(min=0) ** 2).sum(-1, keepdim=True) > 1
+        lo, hi = torch.where(above, mid, lo), torch.where(above, hi, mid)
+    return (z - lo).clamp(min=0) ** 2, lo
+
+
+def check(e, n, d):
+    """Errors of sampled rows; of one head's dk and dv where it is small."""
+    t, scale, out = e.t, 1 / math.sqrt(d), {}
+    h, rows = 5, torch.randint(n, (128,), generator=torch.Generator().manual_seed(2)).cuda()
+    if n <= 8192:
+        rows = torch.arange(n, device="cuda")
+    q, k, v, d_o = (t[x][0, h].double() for x in ("q", "k", "v", "d_o"))
+    err = {x: [0.0, 0.0] for x in ("o", "d_q", "d_k", "d_v")}
+    dk, dv, sums = torch.zeros_like(k), torch.zeros_like(v), 0.0
+    for part in rows.split(1024):
+        z = (q[part] @ k.T) * scale
+        z.masked_fill_(torch.arange(n, device="cuda")[None] > part[:, None], -math.inf)
+        p, _ = entmax15(z)
+        sums = max(sums, (((z / 2 - t["tau"][0, h, part].double()[:, None]).clamp(min=0) ** 2).sum(-1) - 1).abs().max().item())
+        u, dp = p.sqrt(), d_o[part] @ v.T
+        ds = u * (dp - (u * dp).sum(-1, keepdim=True) / u.sum(-1, keepdim=True)) * scale
+        for name, want in (("o", p @ v), ("d_q", ds @ k)):
+            err[name][0] += (t[name][0, h, part].double() - want).square().sum().item()
+            err[name][1] += want.square().sum().item()
+        dk += ds.T @ q[part]
+        dv += p.T @ d_o[part]
+    if n <= 8192:
+        for name, want in (("d_k", dk), ("d_v", dv)):
+            err[name] = [(t[name][0, h].double() - want).square().sum().item(), want.square().sum().item()]
+    for name, (a, b) in err.items():
+        out["err_" + name] = math.sqrt(a / b) if b else None
+    out["sum_err"] = sums
+    return out
+
+
+def density(e, n, d):
+    """Share of visible tiles with a weight, over one head."""
+    q, k, tau = e.t["q"][0, 5].float(), e.t["k"][0, 5].float(), e.t["tau"][0, 5]
+    active = visible = 0
+    for i in range(0, n, 1024):
+        z = (q[i:i + 1024] @ k.T) / math.sqrt(d) / 2 > tau[i:i + 1024, None]
+        z &= torch.arange(n, device="cuda")[None] <= torch.arange(i, min(i + 1024, n), device="cuda")[:, None]
+        m = n // 64 * 64
+        active += z[:, :m].reshape(-1, 64, m // 64, 64).any(3).any(1).sum().item()
+        visible += sum((i + x) // 64 + 1 for x in range(0, min(1024, n - i), 64))
+    return active / visible
+
+
+def graph_of(f):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        f()
+        f()
+    stream.synchronize()
+    g = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(g, stream=stream):
+        f()
+    return g
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--lib", required=True)
+    p.add_argument("--out", default="/dev/null")
+    p.add_argument("--n", type=int, nargs="+", default=[8192, 32768])
+    p.add_argument("--d", type=int, nargs="+", default=[64, 128])
+    p.add_argument("--data", nargs="+", default=["clusters:1", "clusters:4", "clusters:16", "flat:0.05"])
+    p.add_argument("--lists", type=int, nargs="+", default=[0, 128])
+    p.add_argument("--rounds", type=int, default=9)
+    p.add_argument("--alpha", type=float, default=1.5)
+    p.add_argument("--profile", action="store_true", help="and the time of each kernel")
+    o = p.parse_args()
+    lib = Library(o.lib)
+    out = open(o.out, "w")
+    for n in o.n:
+        for d in o.d:
+            for case in o.data:
+                q, k, v, d_o = data(n, d, case)
+                calls, ours = {}, {}
+
+                def softmax(backend, backward):
+                    with sdpa_kernel(backend):
+                        if not backward:
+                            with torch.no_grad():
+                                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                        x = [t.detach().requires_grad_() for t in (q, k, v)]
+                        y = F.scaled_dot_product_attention(*x, is_causal=True)
+                        return torch.autograd.grad(y, x, d_o)
+
+                for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+                    for b in (False, True):
+                        calls[name, b] = lambda backend=backend, b=b: softmax(backend, b)
+                for lists in o.lists:
+                    ours[lists] = Entmax(lib, q, k, v, d_o, o.alpha, lists)
+                    for b in (False, True):
+                        calls[f"entmax lists {lists}", b] = lambda e=ours[lists], b=b: e.run(b)
+                graphs = {x: graph_of(f) for x, f in calls.items()}
+                times = {x: [] for x in calls}
+                for round in range(-2, o.rounds):
+                    for x, g in graphs.items():
+                        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                        start.record()
+                        g.replay()
+                        end.record()
+                        end.synchronize()
+                        if round >= 0:
+                            times[x].append(start.elapsed_time(end))
+                e = ours[o.lists[0]]
+                e.run(True)
+                torch.cuda.synchronize()
+                facts = dict(check(e, n, d) if o.alpha == 1.5 else {}, density=density(e, n, d),
+                             support=e.t["support"].float().mean().item(), dense=(e.t["support"] > 256).float().mean().item())
+                base = {b: statistics.median(times["cudnn", b]) for b in (False, True)}
+                for (name, b), ms in times.items():
+                    m = statistics.median(ms)
+                    row = dict(data=case, n=n, d=d, h=16, dtype="bf16", method=name, **{"pass": "fwd+bwd" if b else "fwd"}, ms=m,
+                               ms_min=min(ms), ms_mad=statistics.median(abs(x - m) for x in ms), vs_cudnn=base[b] / m)
+                    if name.startswith("entmax"):
+                        row.update(facts, workspace=ours[int(name.split()[-1])].bytes)
+                    out.write(json.dumps(row) + "\n")
+                    print(f"{case:11} n {n:6} d {d:4} {name:16} {row['pass']:8} {m:8.3f} ms (min {min(ms):.3f})  {base[b] / m:5.2f}x", flush=True)
+                print("   ", " ".join(f"{x} {y:.3g}" for x, y in facts.items() if y is not None), flush=True)
+                if o.profile:
+                    from torch.profiler import ProfilerActivity, profile
+                    for lists, e in ours.items():
+                        with profile(activities=[ProfilerActivity.CUDA]) as prof:
+                            e.run(True)
+                            torch.cuda.synchronize()
+                        for x in sorted(prof.key_averages(), key=lambda x: -x.device_time_total)[:14]:
+                            print(f"      lists {lists} {x.device_time_total / 1e3:8.3f} ms {x.count:3} {x.key[:90]}", flush=True)
+                del calls, graphs, ours, e
+                torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

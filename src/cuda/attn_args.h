@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: Apache-2.0
+ * What the host side of dense attention on a GPU and its kernels share. */
+#ifndef EMXI_CUDA_ATTN_ARGS_H
+#define EMXI_CUDA_ATTN_ARGS_H
+
+#include "kernels.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define EMXI_CUDA_ATTN_TILE 64   /* queries and keys of a tile */
+#define EMXI_CUDA_ATTN_BLOCK 192 /* queries of a block of attn_scan.cuh */
+#define EMXI_CUDA_ATTN_CAP 256   /* room of a row's list: a longer support takes the dense path */
+
+/* Element [b][h][row]; rows are contiguous. data NULL: absent. */
+typedef struct emxi_cuda_mat {
+  char *data;
+  int64_t batch, head, row; /* strides in elements */
+  int32_t dtype, vectors;   /* vectors: every row starts at a multiple of 16 bytes */
+} emxi_cuda_mat;
+
+/* A sequence's rows, as checked by the device: first row and length on both sides, and its first tiles and block of 192 queries. */
+typedef struct emxi_cuda_span {
+  int32_t q0, k0, s, n, q_tile, k_tile, q_block;
+} emxi_cuda_span;
+
+/* What the weights of a dense row can be found again from (backward): y = a (s - ref) - (t_hi + t_lo); alpha = 1: exp(s - ref) inv. */
+typedef struct emxi_cuda_row {
+  float ref, t_hi, t_lo, inv, delta;
+  int32_t nan, unused[2];
+} emxi_cuda_row;
+
+typedef struct emxi_cuda_weight {
+  float p, ds;
+} emxi_cuda_weight;
+
+/* What an EMXI_CUDA_FAULT_ATTN is about: its `column`. */
+enum {
+  EMXI_CUDA_ATTN_LEN_Q,
+  EMXI_CUDA_ATTN_LEN_K,
+  EMXI_CUDA_ATTN_CU_Q,
+  EMXI_CUDA_ATTN_CU_K,
+  EMXI_CUDA_ATTN_PAGE,
+  EMXI_CUDA_ATTN_FAR,
+  EMXI_CUDA_ATTN_ALPHA
+};
+
+/* What a row's entry of n_list says when it is no length. */
+enum { EMXI_CUDA_ROW_DENSE = -1, EMXI_CUDA_ROW_NAN = -2 };
+
+typedef struct emxi_cuda_attn {
+  emxi_cuda_mat q, k, v, o, tau, support, d_o, d_q, d_k, d_v, index;
+  int64_t list; /* capacity of the caller's support lists */
+  int32_t backward, packed;
+  double alpha;
+  const double *alphas; /* [heads] or NULL */
+  double *d_alpha;
+  float scale;
+  const float *slopes;
+  int64_t left, right;
+  int32_t batch, heads, kv_heads, group, d;
+  int64_t max_q, max_k, rows_q, rows_k;
+  const int32_t *seqlens_q, *seqlens_k, *cu_q, *cu_k;
+  const int32_t *block_table;
+  int64_t table_stride, table_width, pages;
+  int32_t page_size;
+  emxi_cuda_fault *fault;
+  int32_t *claimed;
+
+  /* A slice: heads [g0, g0 + ng) of sequences [b0, b0 + nb); packed: of all. Its rows of q: [nb, ng * group, max_q], packed:
+   * [ng * group, rows_q]; a unit is what reads one KV head: nb * ng of them, packed: ng. */
+  int32_t b0, nb, g0, ng;
+  int64_t q_tiles, k_tiles, q_blocks; /* of a sequence; packed: of all, an upper bound */
+  int32_t quads;                      /* lists are in four parts, of which `at` has the lengths, a byte each: attn_scan.cuh */
+  int64_t rows;                       /* of the slice */
+  int64_t unit_rows;                  /* q rows of a unit */
+
+  /* workspace */
+  emxi_cuda_span *span;     /* [batch] */
+  int32_t *n_list;          /* [rows] */
+  int32_t *at;              /* [rows] where the list begins */
+  uint8_t *todo;            /* [rows] backward: not found in the caller's lists */
+  int32_t *dense;           /* [units, group * q_tiles] dense rows of the tile */
+  int32_t *pos;             /* [rows, CAP] */
+  float *z;                 /* [rows, CAP] forward */
+  emxi_cuda_weight *weight; /* [rows, CAP] backward */
+  emxi_cuda_row *row;       /* [rows] backward */
+  double *share;            /* [rows] backward: of the gradient of alpha */
+  /* entries by key: */
+  int32_t block_rows;         /* query tiles of a block */
+  int64_t blocks;             /* of a unit */
+  uint32_t *counts;           /* [units, k_tiles, blocks] entries of a block before a key tile's, then places */
+  uint32_t *tile_start;       /* [units, k_tiles + 1] */
+  uint32_t *key_start;        /* [units, k_tiles * TILE + 1] */
+  uint32_t *by_tile, *by_key; /* [units, unit_rows * CAP] places in pos and weight, relative to the unit's rows */
+  float *dk, *dv;             /* [units, k_tiles * TILE, d] shares of dense rows, where has_dense */
+  int32_t *has_dense;         /* [units, k_tiles] */
+} emxi_cuda_attn;
+
+/* One translation unit per dtype of the tile products: that of k where q and d_o have it too, else f32. */
+void emxi_cuda_attn_f32(const emxi_cuda_attn *a, void *stream);
+void emxi_cuda_attn_f16(const emxi_cuda_attn *a, void *stream);
+void emxi_cuda_attn_bf16(const emxi_cuda_attn *a, void *stream);
+/* Of rows with lists: outputs; gradients of q and weights, `given`: from the caller's lists. tiles: of queries, of the slice. */
+void emxi_cuda_attn_resolve_forward(const emxi_cuda_attn *a, unsigned tiles, void *stream);
+void emxi_cuda_attn_resolve_backward(const emxi_cuda_attn *a, unsigned tiles, int given, void *stream);
+/* Nonzeros by key; gradients of keys; of alpha. */
+void emxi_cuda_attn_sort(const emxi_cuda_attn *a, unsigned units, void *stream);
+void emxi_cuda_attn_gather_keys(const emxi_cuda_attn *a, unsigned units, void *stream);
+void emxi_cuda_attn_shares(const emxi_cuda_attn *a, void *stream);
+/* Lengths and alphas, once a call. */
+void emxi_cuda_attn_prepare(const emxi_cuda_attn *a, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
