@@ -349,10 +349,10 @@ typedef struct emx_kv_opts {
    * it must not exist yet, loses its name as soon as it is made, and goes with the cache, or with the process however that ends;
    * so no two caches share one. It grows with the pages that are used. A forked process cannot use the cache. */
   const char *file;
-  /* GPU: EMX_KV_MEMORY_HOST puts K and V into pinned host memory that the device reads and writes over the bus; summaries, sketches
-   * and tables stay on the device. Results are the same bits. CERTIFIED then reads the few keys and values that its sketches leave,
-   * so a context may be several times as large as the device's memory; the other selectors stream. emx_kv_create pins the whole
-   * pool (it takes a second for a few GiB). INVALID with a caller's pool; on the CPU there is no difference. */
+  /* GPU: EMX_KV_MEMORY_HOST puts K and V into pinned host memory that the device reads and writes over the bus; summaries,
+   * sketches and tables stay on the device. The answers are the same. CERTIFIED then reads the few keys and values that its
+   * sketches leave, so a context may be several times as large as the device's memory; the other selectors stream. Creation pins
+   * the whole pool: 0.4 s a GiB. INVALID with a caller's pool; on the CPU there is no difference. */
   int32_t kv_memory;
   int32_t reserved;
 } emx_kv_opts;
