@@ -64,6 +64,8 @@ def main():
         key = (r["data"], r["n"], r["d"])
         if r["method"].startswith("softmax ") and r["ms"] < fastest.get(key, {"ms": math.inf})["ms"]:
             fastest[key] = r
+    shown = [m for m in COLOURS if m == "softmax" or any(r["method"] == m for r in rows)]
+    kinds = [d for d in MARKS if any(r["data"] == d for r in rows)]
     rows = [r for r in rows if r["method"] in COLOURS] + [dict(r, method="softmax") for r in fastest.values()]
     shapes = sorted({(r["d"], f"{r['hq']}/{r['hkv']} heads, D = {r['d']}") for r in rows})
     lengths = sorted({r["n"] for r in rows})
@@ -90,14 +92,15 @@ def main():
         soft = a.y(min(r["ms"] for k, r in fastest.items() if k[1] == lengths[-1] and k[2] == d) * 1e3)
         out.append(f'<path d="M{a.x0} {soft:.1f}h{WIDTH}" stroke="{COLOURS["softmax"]}" stroke-dasharray="6 3" stroke-width="1.5"/>')
     y = 2 * height + 8
-    for i, (method, colour) in enumerate(COLOURS.items()):
+    below = y + 18 * ((len(shown) + 1) // 2) + 10
+    for i, (method, colour) in enumerate((m, COLOURS[m]) for m in shown):
         x = LEFT + i % 2 * 480
         out += [f'<path d="M{x} {y + 18 * (i // 2)}h22" stroke="{colour}" stroke-width="3"/>', text(x + 30, y + 4 + 18 * (i // 2), LABELS[method], "start")]
-    for i, (data, kind) in enumerate(MARKS.items()):
-        out += [mark(kind, LEFT + 8 + 130 * i, y + 100, "#222"), text(LEFT + 20 + 130 * i, y + 104, data, "start")]
+    for i, (data, kind) in enumerate((d, MARKS[d]) for d in kinds):
+        out += [mark(kind, LEFT + 8 + 130 * i, below, "#222"), text(LEFT + 20 + 130 * i, below + 4, data, "start")]
     width = len(shapes) * (LEFT + WIDTH + 20) + 10
     with open(sys.argv[2], "w") as f:
-        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 120}" viewBox="0 0 {width} {y + 120}" font-family="sans-serif" '
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{below + 20}" viewBox="0 0 {width} {below + 20}" font-family="sans-serif" '
                 'fill="#222">\n<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(out) + "\n</svg>\n")
 
 
