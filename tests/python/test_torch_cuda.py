@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps, losses and attention of libentmax.torch on a GPU: against the CPU, in float64 by finite differences, on torch's streams, compiled and
+"""Maps and losses of libentmax.torch on a GPU: against the CPU, in float64 by finite differences, on torch's streams, compiled and
 in captured graphs. Skipped where torch or the library finds no GPU."""
 import unittest
 
@@ -200,59 +200,6 @@ class Streams(unittest.TestCase):
                 b, = torch.autograd.grad(got, x)
             torch.testing.assert_close(got, want)
             torch.testing.assert_close(b, a)
-
-
-@unittest.skipIf(REASON, REASON)
-class Attention(unittest.TestCase):
-    def step(self, device, dtype, alpha, n=300, **options):
-        """o and gradients of a call on a device, as float32 on the CPU; alpha a number or a list."""
-        q, k, v, d = (randn(2, h, n, 64, scale=s, seed=i).to(dtype).to(device).requires_grad_(i < 3)
-                      for i, (h, s) in enumerate(((4, 1), (2, 2), (2, 1), (4, 1))))
-        if isinstance(alpha, list):
-            alpha = torch.tensor(alpha, dtype=F64, device=device, requires_grad=True)
-        o = T.attention(q, k, v, is_causal=True, alpha=alpha, **options)
-        grads = torch.autograd.grad(o, (q, k, v) + ((alpha,) if isinstance(alpha, torch.Tensor) else ()), d)
-        return [t.detach().cpu().float() for t in (o, *grads)]
-
-    def test_like_the_cpu(self):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for alpha in (1.0, 1.5, 1.3, 2.0, [1.0, 1.5, 2.0, 1.2]):
-                ours, want = self.step("cuda", dtype, alpha), self.step("cpu", dtype, alpha)
-                for a, b in zip(ours, want):  # sums in another order; of 16 bits, another rounding of each element
-                    error = ((a - b).norm() / b.norm()).item()
-                    self.assertLess(error, 1e-4 if dtype == torch.float32 else 2e-2, (dtype, alpha))
-
-    def test_packed(self):
-        q, k, v = (randn(500, h, 64, seed=i).bfloat16() for i, h in enumerate((4, 2, 2)))
-        cu = torch.tensor([0, 200, 500], device="cuda")
-        o = T.attention(q, k, v, is_causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu)
-        for a, b in ((0, 200), (200, 500)):
-            alone = T.attention(*(t[None, a:b] for t in (q, k, v)), is_causal=True, layout="BNHD")
-            self.assertTrue(torch.equal(o[a:b], alone[0]))
-
-    def test_compiled_and_captured(self):
-        q, k, v = (randn(1, 4, 256, 64, seed=i).bfloat16() for i in range(3))
-        eager = T.attention(q, k, v, is_causal=True)
-        self.assertTrue(torch.equal(torch.compile(T.attention, fullgraph=True)(q, k, v, is_causal=True), eager))
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            T.attention(q, k, v, is_causal=True)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            o = T.attention(q, k, v, is_causal=True)
-        q.neg_()
-        graph.replay()
-        self.assertTrue(torch.equal(o, T.attention(q, k, v, is_causal=True)))
-        self.assertFalse(torch.equal(o, eager))
-
-    def test_errors(self):
-        q = randn(1, 2, 8, 16, dtype=F64)
-        with self.assertRaisesRegex(L.UnsupportedError, "f64"):
-            T.attention(q, q, q)
-        with self.assertRaisesRegex(L.UnsupportedError, "alpha"):
-            T.attention(q.float(), q.float(), q.float(), alpha=3.0)
 
 
 if __name__ == "__main__":

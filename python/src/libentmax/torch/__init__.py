@@ -12,10 +12,10 @@ contiguous last dimension is read in place, anything else (an expanded or transp
 maps but normmax can be differentiated twice by their scores; other second derivatives are an error. Errors are the exceptions of
 libentmax, with the library's sentence.
 
-Tensors are on the CPU or, where the library was built with CUDA, on a GPU (attention there: not float64, alpha to 2). There work
-goes to torch's current stream and nothing waits for it; there is one context a device. It is made by the first call, which
-must not be inside a captured graph; later calls may. A bad target or alpha in device memory gives NaN in its row or head, and
-synchronize() raises it.
+Tensors are on the CPU or, where the library was built with CUDA, on a GPU (attention there is not tested yet; no float64, alpha
+to 2). There work goes to torch's current stream and nothing waits for it; there is one context a device. It is made by the first
+call, which must not be inside a captured graph; later calls may. A bad target or alpha in device memory gives NaN in its row or
+head, and synchronize() raises it.
 
 What differs from the entmax package: thresholds are exact, so n_iter, k and ensure_sum_one change nothing; alpha is 1 to 4
 (normmax: to 1000; there also below 1, where nothing is sparse, and above) and a budget above 0; a target of -100 does not
