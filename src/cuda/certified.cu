@@ -70,7 +70,9 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
   float worst[TRIES];
 #pragma unroll
   for (int i = 0; i < TRIES; i++) worst[i] = 0;
-  const auto step_of = [&](int i) { return spread * ((float)(6 + i) * 0.04f); }; /* products alone: the same wherever it is worked out */
+  const auto step_of = [&](int i) {
+    return spread * ((float)(6 + i) * 0.04f);
+  }; /* products alone: the same wherever it is worked out */
   const auto code_of = [&](float x, float step) { return step > 0 ? fminf(fmaxf(rintf(x / step + 7.5f), 0.0f), 15.0f) : 0.0f; };
   for (int t = 0; t < GROUP; t++) {
     float error[TRIES];
@@ -97,8 +99,7 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
 #pragma unroll
   for (int i = 1; i < TRIES; i++) least = fminf(least, worst[i]);
   out.step = step_of(best);
-  out.error = __fadd_ru(root_up(least, D),
-                        __fmul_ru(0x1p-21f, out.norm_c + out.radius + 8 * sqrtf((float)D) * out.step));
+  out.error = __fadd_ru(root_up(least, D), __fmul_ru(0x1p-21f, out.norm_c + out.radius + 8 * sqrtf((float)D) * out.step));
   for (int t = 0; t < GROUP; t++)
 #pragma unroll
     for (int e = 0; e < E; e++) {
@@ -107,7 +108,8 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
       const float x = d < D ? load_any(keys, p.dtype, t * p.k_token + d) - centre[e] : 0.0f;
       const int code = (int)code_of(x, out.step), above = __shfl_down_sync(EMXI_FULL, code, 4);
       if (lane % 8 < 4)
-        p.sketch.codes[at * (GROUP / 2) * dp + (e * GROUP + t) * 16 + lane / 8 * 4 + lane % 8] = (uint8_t)(code | above << 4);
+        p.sketch.codes[at * (GROUP / 2) * dp + e / 2 * 512 + (t % 8 * 4 + lane / 8) * 16 + (e % 2 * 2 + t / 8) * 4 + lane % 8] =
+            (uint8_t)(code | above << 4);
     }
   if (!(out.size < 1e18f) || !(out.radius < 1e18f) || !(out.error < 1e18f)) out = {};
   if (lane == 0) p.sketch.group[at] = out;
@@ -144,17 +146,33 @@ __global__ void listed_sketches(const __grid_constant__ emxi_cuda_listed l) {
 
 /* ---- judge */
 
-template <int LANES, int R>
+/* No score of a key of this group is larger, as docs/numerics.md derives; *mid: estimate by the centre. dot: 254 a + b with the centre. */
+__device__ __forceinline__ float group_bound(const cert_query &q, float4 head, float size, int dot, int64_t first, float *mid) {
+  const float step = head.x, c = head.y, radius = head.z;
+  *mid = q.s2 * step * (float)dot;
+  float loose = __fmaf_ru(q.norm, radius, __fmaf_ru(q.e2, c, __fmaf_ru(q.slack_k, size, q.slack_0)));
+  loose = __fmaf_ru(0x1p-21f, fabsf(*mid), loose);
+  if (q.slope == 0) return __fadd_ru(*mid, loose);
+  const double near = (double)(first + GROUP < q.visible ? first + GROUP : q.visible) - (double)q.visible,
+               far = (double)first - (double)(q.visible - 1), bias = fmax(q.slope * near, q.slope * far),
+               up = (double)*mid + bias + (double)loose + 0x1p-22 * fabs(q.slope * far) + 1e-12 * fabs(bias);
+  *mid = (float)((double)*mid + bias);
+  return round_up(up);
+}
+
+/* A warp has sixteen groups in a tensor product. Of four rows a lane has the sums of one with two groups of a product; of one row alone those
+ * of two groups in one of four products. */
+template <int DP, int R>
 __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__ emxi_cuda_decode a) {
-  constexpr int SUBS = 32 / LANES, UNROLL = R == 1 ? 4 : 2;
+  constexpr int WORDS = DP / 64, TILES = R == 1 ? (DP == 256 ? 2 : 4) : (DP == 256 ? 1 : 2), MINE = R == 1 ? 1 : TILES,
+                AT_ONCE = 16 * TILES;
   __shared__ cert_query query[R];
   __shared__ cert_words words[R];
   __shared__ unsigned long long best[R][2];
   __shared__ int shared_size;
   wait_for_previous();
   const emxi_cuda_sketch &sketch = a.pool.sketch;
-  const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits, lane = threadIdx.x % 32, l = lane % LANES,
-            sub = lane / LANES;
+  const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits, lane = threadIdx.x % 32, key = lane / 4, t = lane % 4;
   const cert_item it = open_item<R>(a, item);
   if (threadIdx.x < 2 * R) best[threadIdx.x / 2][threadIdx.x % 2] = 0;
   if (threadIdx.x == 0) {
@@ -162,95 +180,80 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
     if (split == 0) a.cert_flat[item] = 0;
   }
   open_queries<R>(a, it, query, words);
-  int4 qa[R], qb[R];
-#pragma unroll
-  for (int r = 0; r < R; r++) {
-    qa[r] = r < it.rows ? *(const int4 *)&words[r].a[4 * l] : make_int4(0, 0, 0, 0);
-    qb[r] = r < it.rows ? *(const int4 *)&words[r].b[4 * l] : make_int4(0, 0, 0, 0);
-  }
   if (split == 0 && (int)threadIdx.x < it.rows) a.cert_query[query[threadIdx.x].row] = query[threadIdx.x];
   for (int i = threadIdx.x; split == 0 && i < it.rows * 128; i += CERT_THREADS)
     ((int32_t *)&a.cert_words[query[i / 128].row])[i % 128] = ((const int32_t *)&words[i / 128])[i % 128];
+  int32_t column[WORDS][4]; /* dimensions as this lane's sixteen bytes of a centre lie */
+#pragma unroll
+  for (int i = 0; i < WORDS; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) column[i][j] = column_word<R>(words, it.rows, 16 * i + 4 * t + j);
   /* whole chunks: as the sieve cuts */
   const int64_t chunks = (it.length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits,
-                from = split * per * (CHUNK / GROUP), end = from + per * (CHUNK / GROUP),
-                to = end < it.groups ? end : it.groups;
-  /* After the sums over its lanes a subgroup has U groups times R rows of bounds to work out: the i-th is lane i % LANES's. */
-  constexpr int PAIRS = UNROLL * R, TURNS = (PAIRS + LANES - 1) / LANES;
-  const int r = l % R; /* the row of this lane */
+                from = split * per * (CHUNK / GROUP), end = from + per * (CHUNK / GROUP), to = end < it.groups ? end : it.groups;
+  const int r = R == 1 ? 0 : t; /* the row of this lane */
   const bool mine = r < it.rows;
   const cert_query q = query[mine ? r : 0];
   float best_mid = -emxi_inf(), best_up = -emxi_inf(), size = 0;
   uint32_t at_mid = 0, at_up = 0;
-  constexpr int STRIDE = CERT_WARPS * SUBS * UNROLL;
-  int64_t place[UNROLL];
+  int32_t place[2 * TILES];
   const auto look_up = [&](int64_t base) {
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      const int64_t group = base + u * SUBS + sub;
-      place[u] = group < to ? group_at(a, it, group) : -1;
-    }
+    for (int i = 0; i < 2 * TILES; i++) place[i] = base + 8 * i + key < to ? (int32_t)group_at(a, it, base + 8 * i + key) : -1;
   };
-  look_up(from + threadIdx.x / 32 * (SUBS * UNROLL));
-  for (int64_t base = from + threadIdx.x / 32 * (SUBS * UNROLL); base < to; base += STRIDE) {
-    int4 x[UNROLL];
-    float4 head[UNROLL];
-    float norm[UNROLL];
+  look_up(from + threadIdx.x / 32 * AT_ONCE);
+  for (int64_t base = from + threadIdx.x / 32 * AT_ONCE; base < to; base += CERT_WARPS * AT_ONCE) {
+    uint4 x[2 * TILES][WORDS];
+    float4 head[2 * MINE];
+    float norm[2 * MINE];
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++) {
-      x[u] = make_int4(0, 0, 0, 0), head[u] = make_float4(0, 0, 0, 0), norm[u] = 0;
-      if (place[u] < 0) continue;
-      x[u] = __ldg((const int4 *)(sketch.centre + place[u] * sketch.dp) + l);
-      head[u] = __ldg((const float4 *)(sketch.group + place[u]));
-      norm[u] = __ldg(&sketch.group[place[u]].size);
+    for (int i = 0; i < 2 * TILES; i++)
+#pragma unroll
+      for (int w = 0; w < WORDS; w++)
+        x[i][w] = place[i] < 0 ? make_uint4(0, 0, 0, 0)
+                               : __ldg((const uint4 *)(sketch.centre + (int64_t)place[i] * sketch.dp) + 4 * w + t);
+#pragma unroll
+    for (int i = 0; i < 2 * MINE; i++) {
+      int32_t at = place[i];
+      if constexpr (R == 1)
+#pragma unroll
+        for (int tile = 1; tile < TILES; tile++)
+          if (tile == t) at = place[2 * tile + i];
+      head[i] = make_float4(0, 0, 0, 0), norm[i] = 0;
+      if (at < 0) continue;
+      head[i] = __ldg((const float4 *)(sketch.group + at));
+      norm[i] = __ldg(&sketch.group[at].size);
     }
-    look_up(base + STRIDE);
-    int dot[PAIRS][2];
+    look_up(base + CERT_WARPS * AT_ONCE);
+    int dot[2 * MINE];
 #pragma unroll
-    for (int u = 0; u < UNROLL; u++)
+    for (int tile = 0; tile < TILES; tile++) {
+      int c[4] = {0, 0, 0, 0};
 #pragma unroll
-      for (int i = 0; i < R; i++) {
-        dot[u * R + i][0] = __dp4a(x[u].x, qa[i].x, __dp4a(x[u].y, qa[i].y, __dp4a(x[u].z, qa[i].z, __dp4a(x[u].w, qa[i].w, 0))));
-        dot[u * R + i][1] = __dp4a(x[u].x, qb[i].x, __dp4a(x[u].y, qb[i].y, __dp4a(x[u].z, qb[i].z, __dp4a(x[u].w, qb[i].w, 0))));
+      for (int w = 0; w < WORDS; w++) {
+        const uint4 &p = x[2 * tile][w], &s = x[2 * tile + 1][w];
+        dot_tile(c, p.x, s.x, p.y, s.y, column[w][0], column[w][1]);
+        dot_tile(c, p.z, s.z, p.w, s.w, column[w][2], column[w][3]);
       }
-#pragma unroll
-    for (int step = LANES / 2; step; step >>= 1)
-#pragma unroll
-      for (int i = 0; i < PAIRS; i++) {
-        dot[i][0] += __shfl_xor_sync(EMXI_FULL, dot[i][0], step);
-        dot[i][1] += __shfl_xor_sync(EMXI_FULL, dot[i][1], step);
+      if (R > 1 || tile == t || tile == 0) { /* of one row: this lane's product last */
+        dot[R == 1 ? 0 : 2 * tile] = 254 * c[0] + c[1];
+        dot[R == 1 ? 1 : 2 * tile + 1] = 254 * c[2] + c[3];
       }
+    }
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-      const int pair = turn * LANES + l, my_u = pair / R;
-      int da = 0, db = 0;
-      float4 h = make_float4(0, 0, 0, 0);
-      float n = 0;
-#pragma unroll
-      for (int i = turn * LANES; i < (turn + 1) * LANES && i < PAIRS; i++)
-        if (i == pair) da = dot[i][0], db = dot[i][1];
-#pragma unroll
-      for (int u = 0; u < UNROLL; u++)
-        if (u == my_u) h = head[u], n = norm[u];
-      const int64_t group = base + my_u * SUBS + sub;
-      if (!mine || my_u >= UNROLL || group >= to) continue;
-      const int64_t first = group * GROUP;
+    for (int i = 0; i < 2 * MINE; i++) {
+      const int64_t group = base + (R == 1 ? 16 * t : 0) + 8 * i + key, first = group * GROUP;
+      if (!mine || (R == 1 && t >= TILES) || group >= to) continue;
       float up;
       if (first >= q.visible) {
         up = -emxi_inf();
-      } else if (!(n > 0) || !(q.norm * (double)n < 1e37)) {
+      } else if (!(norm[i] > 0) || !(q.norm * norm[i] < 1e37f)) {
         up = emxi_inf();
       } else {
-        const double step = (double)h.x, c = (double)h.y, radius = (double)h.z, coarse = q.s1 * (double)da * step,
-                     fine = q.s2 * (double)db * step, mid = coarse + fine,
-                     near = (double)(first + GROUP < q.visible ? first + GROUP - 1 : q.visible - 1) - (double)(q.visible - 1),
-                     far = (double)first - (double)(q.visible - 1), bias = fmax(q.slope * near, q.slope * far),
-                     slack = cert_slack(q, (double)n, -far);
-        up = round_up(mid + bias + q.e2 * c + q.norm * radius + slack +
-                      1e-12 * (fabs(coarse) + fabs(fine) + fabs(bias) + q.norm * (radius + c)));
+        float value;
+        up = group_bound(q, head[i], norm[i], dot[i], first, &value);
         if (!(up < emxi_inf())) up = emxi_inf();
-        size = fmaxf(size, n);
-        const float value = (float)(mid + bias);
+        size = fmaxf(size, norm[i]);
         if (first + GROUP <= q.visible) {
           if (value > best_mid) best_mid = value, at_mid = (uint32_t)group;
           if (up > best_up) best_up = up, at_up = (uint32_t)group;
@@ -259,13 +262,22 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
       a.cert_upper[q.row * a.cert_groups + group] = up;
     }
   }
-  const auto key = [](float value, uint32_t group) {
-    return (unsigned long long)((uint32_t)to_ordered(value) ^ 0x80000000u) << 32 | group;
+  const auto best_of = [&](float value, uint32_t group) {
+    unsigned long long x =
+        value > -emxi_inf() ? (unsigned long long)((uint32_t)to_ordered(value) ^ 0x80000000u) << 32 | group : 0;
+#pragma unroll
+    for (int step = 16; step >= (R == 1 ? 1 : 4); step >>= 1) {
+      const unsigned long long other = __shfl_xor_sync(EMXI_FULL, x, step);
+      if (other > x) x = other;
+    }
+    return x;
   };
-  if (mine) {
-    if (best_mid > -emxi_inf()) atomicMax(&best[r][0], key(best_mid, at_mid));
-    if (best_up > -emxi_inf()) atomicMax(&best[r][1], key(best_up, at_up));
-    atomicMax(&shared_size, __float_as_int(size)); /* not negative: the order of the integers */
+  const unsigned long long mid = best_of(best_mid, at_mid), up = best_of(best_up, at_up);
+  size = warp_max(size);
+  if (mine && lane < R) {
+    atomicMax(&best[r][0], mid);
+    atomicMax(&best[r][1], up);
+    if (lane == 0) atomicMax(&shared_size, __float_as_int(size)); /* not negative: the order of the integers */
   }
   __syncthreads();
   if ((int)threadIdx.x < 2 * it.rows)
@@ -296,13 +308,13 @@ __global__ void account(const __grid_constant__ emxi_cuda_decode a) {
   r->max_unread = __double2float_ru((a.alpha - 1) * (double)from_ordered(c.limit));
 }
 
-template <int LANES>
+template <int DP>
 void launch_judge(const emxi_cuda_decode &d, cudaStream_t stream) {
   const unsigned grid = (unsigned)(d.batch.n * d.pool.G * d.blocks * d.splits);
   if (d.rows == 1)
-    launch(judge<LANES, 1>, grid, CERT_THREADS, 0, stream, d.overlap, d);
+    launch(judge<DP, 1>, grid, CERT_THREADS, 0, stream, d.overlap, d);
   else
-    launch(judge<LANES, 4>, grid, CERT_THREADS, 0, stream, d.overlap, d);
+    launch(judge<DP, 4>, grid, CERT_THREADS, 0, stream, d.overlap, d);
 }
 
 } // namespace
@@ -317,11 +329,11 @@ extern "C" void emxi_cuda_launch_listed_sketches(const emxi_cuda_listed *l, void
 extern "C" void emxi_cuda_judge(const emxi_cuda_decode *d, void *stream) {
   const int dp = d->pool.sketch.dp;
   if (dp == 64)
-    launch_judge<4>(*d, (cudaStream_t)stream);
+    launch_judge<64>(*d, (cudaStream_t)stream);
   else if (dp == 128)
-    launch_judge<8>(*d, (cudaStream_t)stream);
+    launch_judge<128>(*d, (cudaStream_t)stream);
   else
-    launch_judge<16>(*d, (cudaStream_t)stream);
+    launch_judge<256>(*d, (cudaStream_t)stream);
 }
 extern "C" void emxi_cuda_account(const emxi_cuda_decode *d, void *stream) {
   const int64_t rows = (int64_t)d->batch.n * d->H * d->S;

@@ -69,10 +69,12 @@ struct cert_reader {
         const bool in = mine && position < query[r].visible;
         if (in) {
           score = v[o];
-          if (query[r].slope != 0) score = fmaf((float)query[r].slope, (float)((int32_t)position - (query[r].visible - 1)), score);
+          if (query[r].slope != 0)
+            score = fmaf((float)query[r].slope, (float)((int32_t)position - (query[r].visible - 1)), score);
           if (score == -emxi_inf()) {
             const int64_t page = table_page(a.batch, a.pool, it.table, it.b, position >> a.pool.shift);
-            if (key_is_finite(k_base + page * a.pool.k_page + (position & (a.pool.P - 1)) * a.pool.k_token, D)) score = emxi_nan();
+            if (key_is_finite(k_base + page * a.pool.k_page + (position & (a.pool.P - 1)) * a.pool.k_token, D))
+              score = emxi_nan();
           }
         }
         use(in ? i : -1, position, r, score);
@@ -94,7 +96,7 @@ __device__ __forceinline__ void load_queries(const emxi_cuda_decode &a, const ce
 
 /* ---- seed */
 
-constexpr int SEED_GROUPS = 64, SEED_PARTS = 1024, SEED_THREADS = 1024, SEED_WARPS = SEED_THREADS / 32;
+constexpr int SEED_GROUPS = 64, SEED_PARTS = 1024, SEED_THREADS = 512, SEED_WARPS = SEED_THREADS / 32;
 
 template <typename T, int FIXED>
 __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emxi_cuda_decode a) {
@@ -156,27 +158,11 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
     }
 #pragma unroll
     for (int step = 16; step; step >>= 1) m = fmaxf(m, __shfl_xor_sync(EMXI_FULL, m, step));
-    const double alpha = a.alpha;
-    const float fa = (float)(alpha - 1), fb = 1 / fa;
-    float low = -1.0f;
-    for (int step = 0; step < 6; step++) {
-      float mass = 0, slope = 0;
+    const float fa = (float)(a.alpha - 1);
+    const float low = newton_below(a.alpha, -1.0f, 6, [&](auto add) {
 #pragma unroll
-      for (int i = 0; i < EACH; i++) {
-        const float y = fmaf(fa, s[i] - m, -low);
-        if (!(y > 0)) continue;
-        const float p = alpha == 2.0 ? y : alpha == 1.5 ? y * y : powf(y, fb);
-        mass += p;
-        slope += alpha == 2.0 ? 1.0f : alpha == 1.5 ? y : p / y;
-      }
-#pragma unroll
-      for (int i = 16; i; i >>= 1) {
-        mass += __shfl_xor_sync(EMXI_FULL, mass, i);
-        slope += __shfl_xor_sync(EMXI_FULL, slope, i);
-      }
-      if (!(mass > 1 && slope > 0)) break;
-      low += (mass - (alpha == 2.0 ? 1.0f : alpha == 1.5 ? sqrtf(mass) : powf(mass, 1.0f - fa))) / slope * (1 - 1e-4f);
-    }
+      for (int i = 0; i < EACH; i++) add(fa * (s[i] - m), 1.0f);
+    });
     float limit = m + low / fa;
     limit -= 1e-5f * (1 + fabsf(limit) + fabsf(m));
     /* the same in terms of true scores: listed ones are off by this at most (T2) */
@@ -203,7 +189,8 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
 
 template <typename T, int FIXED, int R>
 __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__ emxi_cuda_decode a) {
-  constexpr int CHUNK_GROUPS = CHUNK / GROUP, TOGETHER = R == 1 ? 8 : 4;
+  /* WORDS: sixteen bytes of codes a lane and group, at most; STEP: groups that are read at once */
+  constexpr int CHUNK_GROUPS = CHUNK / GROUP, WORDS = FIXED ? FIXED / 64 : MAX_D / 64, STEP = 4;
   __shared__ cert_query query[R];
   __shared__ cert_words words[R];
   __shared__ float shared_q[R][MAX_D];
@@ -222,7 +209,13 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
   __syncthreads();
   const int64_t chunks = (it.length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits, from = split * per,
                 to = from + per < chunks ? from + per : chunks;
-  const int dp = pool.sketch.dp, half = lane / 16;
+  const int dp = pool.sketch.dp, key = lane / 4, t = lane % 4, dims = FIXED ? WORDS : dp / 64;
+  int32_t column[WORDS][4];
+#pragma unroll
+  for (int i = 0; i < WORDS; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      column[i][j] = i < dims ? column_word<R>(words, it.rows, 16 * i + 8 * (j / 2) + 2 * t + j % 2) : 0;
   const double alpha = a.alpha;
   float limit[R];
   uint32_t tokens = 0, pages = 0, codes = 0, bad = 0;
@@ -259,25 +252,25 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
     alive = (alive | alive >> 8 | alive >> 16 | alive >> 24) & 0xff;
     int n = 0;
     if (alive) {
+      const int left = it.length - c * CHUNK < CHUNK ? (int)(it.length - c * CHUNK) : CHUNK;
       int last_page = -1;
       codes += __popc(alive);
       while (alive) {
-        int g[TOGETHER];
-        int32_t place[TOGETHER];
-        int acc[TOGETHER][R];
+        int g[STEP], c_of[STEP][4];
+        int32_t place[STEP];
 #pragma unroll
-        for (int j = 0; j < TOGETHER; j++) {
+        for (int j = 0; j < STEP; j++) {
           g[j] = alive ? __ffs(alive) - 1 : -1;
           alive &= alive - 1;
           place[j] = __shfl_sync(EMXI_FULL, at, g[j] < 0 ? 0 : g[j]);
 #pragma unroll
-          for (int r = 0; r < R; r++) acc[j][r] = 0;
+          for (int i = 0; i < 4; i++) c_of[j][i] = 0;
         }
-        /* lane (group j, row r): what the bounds of the group's keys have in common. Its record comes with the codes. */
-        const int my_j = lane / R % TOGETHER, my_row = lane % R;
+        /* lane (group j, row): what the bounds of the group's keys have in common. Its record comes with the codes. */
+        const int my_j = R == 1 ? t : lane / R % STEP, my_row = R == 1 ? 0 : t;
         int my_group = g[0], my_place = place[0];
 #pragma unroll
-        for (int i = 1; i < TOGETHER; i++)
+        for (int i = 1; i < STEP; i++)
           if (my_j == i) my_group = g[i], my_place = place[i];
         const float u = __shfl_sync(EMXI_FULL, bound, my_row * CHUNK_GROUPS + (my_group < 0 ? 0 : my_group));
         float4 head = make_float4(0, 0, 0, 0);
@@ -286,64 +279,97 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
           head = __ldg((const float4 *)(pool.sketch.group + my_place));
           tail = __ldg((const float2 *)&pool.sketch.group[my_place].size);
         }
-        /* codes: half a warp 16 bytes of each key, 32 dimensions */
-        for (int part = half; part < dp / 32; part += 2) {
-          uint4 x[TOGETHER];
+        uint4 x[STEP][WORDS];
 #pragma unroll
-          for (int j = 0; j < TOGETHER; j++)
-            x[j] = g[j] < 0 ? make_uint4(0, 0, 0, 0)
-                            : __ldg((const uint4 *)(pool.sketch.codes + (int64_t)place[j] * (GROUP / 2) * dp) + part * 16 + lane % 16);
+        for (int w = 0; w < WORDS; w++)
 #pragma unroll
-          for (int r = 0; r < R; r++) {
-            const int4 q0 = *(const int4 *)&words[r].a[8 * part], q1 = *(const int4 *)&words[r].a[8 * part + 4];
+          for (int j = 0; j < STEP; j++)
+            x[j][w] = g[j] < 0 || w >= dims
+                          ? make_uint4(0, 0, 0, 0)
+                          : __ldg((const uint4 *)(pool.sketch.codes + (int64_t)place[j] * (GROUP / 2) * dp) + w * 32 + lane);
 #pragma unroll
-            for (int j = 0; j < TOGETHER; j++) {
-              acc[j][r] = __dp4a((int)(x[j].x & 0x0f0f0f0fu), q0.x, acc[j][r]);
-              acc[j][r] = __dp4a((int)(x[j].x >> 4 & 0x0f0f0f0fu), q0.y, acc[j][r]);
-              acc[j][r] = __dp4a((int)(x[j].y & 0x0f0f0f0fu), q0.z, acc[j][r]);
-              acc[j][r] = __dp4a((int)(x[j].y >> 4 & 0x0f0f0f0fu), q0.w, acc[j][r]);
-              acc[j][r] = __dp4a((int)(x[j].z & 0x0f0f0f0fu), q1.x, acc[j][r]);
-              acc[j][r] = __dp4a((int)(x[j].z >> 4 & 0x0f0f0f0fu), q1.y, acc[j][r]);
-              acc[j][r] = __dp4a((int)(x[j].w & 0x0f0f0f0fu), q1.z, acc[j][r]);
-              acc[j][r] = __dp4a((int)(x[j].w >> 4 & 0x0f0f0f0fu), q1.w, acc[j][r]);
-            }
+        for (int w = 0; w < WORDS; w++)
+#pragma unroll
+          for (int j = 0; j < STEP; j++) {
+            constexpr uint32_t LOW = 0x0f0f0f0fu;
+            const uint4 &p = x[j][w];
+            dot_tile(c_of[j], p.x & LOW, p.y & LOW, p.x >> 4 & LOW, p.y >> 4 & LOW, column[w][0], column[w][1]);
+            dot_tile(c_of[j], p.z & LOW, p.w & LOW, p.z >> 4 & LOW, p.w >> 4 & LOW, column[w][2], column[w][3]);
           }
-        }
         float base = -emxi_inf(), scale = 0;
         if (my_group >= 0 && my_row < it.rows) {
           const cert_query &q = query[my_row];
-          const double radius = (double)head.z, error = (double)head.w;
+          const float radius = head.z, error = head.w;
           base = u;
           if (u < emxi_inf() && tail.x > 0) {
-            const double fine = 0.5 * q.s1 * (double)tail.y, ball = q.norm * radius,
-                         loose = q.norm * error + q.e1 * (radius + error), x = (double)u - ball + loose;
-            scale = (float)fine;
-            base = round_up(x + 0x1p-21 * (fabs(x) + 15 * fine * (double)q.size_a) + 1e-12 * (fabs((double)u) + ball));
+            scale = 0.5f * q.s2 * tail.y;
+            const float x = __fadd_ru(__fsub_ru(u, __fmul_rd(q.norm_down, radius)),
+                                      __fmaf_ru(q.norm, error, __fmul_ru(q.e2, __fadd_ru(radius, error))));
+            base = __fadd_ru(x, __fmaf_ru(0x1p-21f, __fmaf_ru(15 * scale, (float)q.size, fabsf(x)), 1e-36f));
           } else if (u > -emxi_inf()) {
             base = emxi_inf(); /* nothing is known */
           }
         }
+        /* Keys of the `first`-th group of the chunk (a number of the lane's own with one row) whose bound is above the limit, from ballots
+         * of lanes 4 key + row, or 4 key + j: keys 0..7, then 8..15. */
+        const auto above = [&](int group, const int(&c)[4], float b, float f, int row, float lim, bool(&pass)[2]) {
 #pragma unroll
-        for (int j = 0; j < TOGETHER; j++) {
-          if (g[j] < 0) continue;
-          uint32_t keys = 0;
-#pragma unroll
-          for (int r = 0; r < R; r++) {
-            const int dot = acc[j][r] + __shfl_xor_sync(EMXI_FULL, acc[j][r], 16);
-            const float b = __shfl_sync(EMXI_FULL, base, R * j + r), f = __shfl_sync(EMXI_FULL, scale, R * j + r);
-            if (r >= it.rows) continue;
-            const float up = fmaf(f, (float)(2 * dot - 15 * query[r].sum_a), b);
-            keys |= __ballot_sync(EMXI_FULL, !(up <= limit[r]));
+          for (int i = 0; i < 2; i++) {
+            const int dot = 508 * c[2 * i] + 2 * c[2 * i + 1] - 15 * query[row].sum;
+            pass[i] = group >= 0 && row < it.rows && group * GROUP + 8 * i + key < left && !(fmaf(f, (float)dot, b) <= lim);
           }
-          keys &= 0xffff;
-          const int first = g[j] * GROUP;
-          const int64_t left = it.length - (c * CHUNK + first);
-          if (left < GROUP) keys &= (1u << left) - 1;
-          if (lane < GROUP && keys >> lane & 1) queue[warp][n + __popc(keys & ((1u << lane) - 1))] = (uint8_t)(first + lane);
-          n += __popc(keys);
-          const int page = first >> pool.shift;
-          pages += keys && page != last_page;
-          if (keys) last_page = page;
+        };
+        const auto note_page = [&](int group) {
+          const int page = group * GROUP >> pool.shift;
+          pages += page != last_page;
+          last_page = page;
+        };
+        if constexpr (R == 1) {
+          int c_mine[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            c_mine[i] = c_of[0][i];
+#pragma unroll
+            for (int j = 1; j < STEP; j++)
+              if (t == j) c_mine[i] = c_of[j][i];
+          }
+          bool pass[2];
+          above(my_group, c_mine, base, scale, 0, limit[0], pass);
+          const uint32_t low = __ballot_sync(EMXI_FULL, pass[0]), high = __ballot_sync(EMXI_FULL, pass[1]);
+          if (low | high) {
+            const uint32_t self = 0x11111111u << t, before = 0x11111111u * ((1u << t) - 1), below = (1u << lane) - 1;
+            const int start = n + __popc(low & before) + __popc(high & before);
+            if (pass[0]) queue[warp][start + __popc(low & self & below)] = (uint8_t)(my_group * GROUP + key);
+            if (pass[1])
+              queue[warp][start + __popc(low & self) + __popc(high & self & below)] = (uint8_t)(my_group * GROUP + 8 + key);
+            n += __popc(low) + __popc(high);
+#pragma unroll
+            for (int j = 0; j < STEP; j++)
+              if ((low | high) & 0x11111111u << j) note_page(g[j]);
+          }
+        } else {
+          float lim = emxi_inf();
+#pragma unroll
+          for (int r = 0; r < R; r++)
+            if (r == t) lim = limit[r];
+#pragma unroll
+          for (int j = 0; j < STEP; j++) {
+            const float b = __shfl_sync(EMXI_FULL, base, R * j + t), f = __shfl_sync(EMXI_FULL, scale, R * j + t);
+            bool pass[2];
+            above(g[j], c_of[j], b, f, t < it.rows ? t : 0, t < it.rows ? lim : emxi_inf(), pass);
+            uint32_t keys[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) keys[i] = __ballot_sync(EMXI_FULL, pass[i]);
+            if (!(keys[0] | keys[1])) continue;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              uint32_t any = keys[i] | keys[i] >> 1; /* of some row */
+              any = (any | any >> 2) & 0x11111111u;
+              if (any >> lane & 1) queue[warp][n + __popc(any & ((1u << lane) - 1))] = (uint8_t)(g[j] * GROUP + 8 * i + key);
+              n += __popc(any);
+            }
+            note_page(g[j]);
+          }
         }
       }
       __syncwarp();
@@ -374,7 +400,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
                 if (bin >= 0 && score < emxi_inf()) atomicAdd(&a.cert_bins[query[r].row * BINS + (int)fminf(bin, BINS - 1)], 1u);
               }
               count[r] += __popc(mask);
-              raised[r] = true;
+              raised[r] |= __any_sync(EMXI_FULL, here && score > limit[r] + 0.125f);
             }
           });
     }

@@ -93,10 +93,10 @@ __device__ __forceinline__ uint4 load16(const void *p, uint64_t once) {
   return x;
 }
 
-/* First in every kernel that `launch` starts: what the kernel before it wrote is there. */
+/* First in every kernel that `launch` starts: what the kernel before it wrote is there; then the next one may be made ready. */
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 /* Kernels of a chain: with `overlap` the next one's blocks may be started while the last blocks of this one run. They wait. */

@@ -22,13 +22,13 @@ extern "C" {
 
 /* The first fault of asynchronous work, in host memory that the device sees; who may write it is decided by a word in device memory. */
 enum {
-  EMXI_CUDA_FAULT_PAGE = 1,      /* block_table[row][column] */
-  EMXI_CUDA_FAULT_LENGTH = 2,    /* seq_lens[row], with a column n_new[row] */
-  EMXI_CUDA_FAULT_LIST = 3,      /* page list of row: entry `column`, or with column -1 their number */
-  EMXI_CUDA_FAULT_ALPHA = 4,     /* alphas[row] */
-  EMXI_CUDA_FAULT_SUMMARIZE = 5, /* emx_kv_summarize: pages[row], with a column tokens[row] */
-  EMXI_CUDA_FAULT_ROW_ALPHA = 6, /* maps: alpha of row */
-  EMXI_CUDA_FAULT_TARGET = 7,    /* losses: target[row] */
+  EMXI_CUDA_FAULT_PAGE = 1,       /* block_table[row][column] */
+  EMXI_CUDA_FAULT_LENGTH = 2,     /* seq_lens[row], with a column n_new[row] */
+  EMXI_CUDA_FAULT_LIST = 3,       /* page list of row: entry `column`, or with column -1 their number */
+  EMXI_CUDA_FAULT_ALPHA = 4,      /* alphas[row] */
+  EMXI_CUDA_FAULT_SUMMARIZE = 5,  /* emx_kv_summarize: pages[row], with a column tokens[row] */
+  EMXI_CUDA_FAULT_ROW_ALPHA = 6,  /* maps: alpha of row */
+  EMXI_CUDA_FAULT_TARGET = 7,     /* losses: target[row] */
   EMXI_CUDA_FAULT_ROW_BUDGET = 8, /* maps: budget of row */
   EMXI_CUDA_FAULT_ATTN = 9,      /* dense attention: see attn_args.h */
 };
@@ -56,8 +56,9 @@ typedef struct emxi_cuda_summaries {
 
 /* Sketches of complete groups of 16 keys (a page has P/16), for CERTIFIED. A group without one has size 0.
  *   centre   the mean in signed 8-bit codes times step_c, [Dp]
- *   codes    4 bits a coordinate of a key, (code - 7.5) step from the centre: [Dp/32][16 keys][16 bytes], a word of 8 dimensions, of which
- *            byte i has dimension i below and i + 4 above
+ *   codes    4 bits a coordinate of a key, (code - 7.5) step from the centre: [Dp/64][32 lanes][4 words], what a lane of a warp gives to
+ *            integer tensor products of 16 keys: word w of lane l is of key l/4 + 8 (w%2), dimensions 32 (w/2) + 8 (l%4) and 7 more of
+ *            the 64; byte i has dimension i below and i + 4 above
  * radius and error are about the centre and the codes as rounded. Dp is D padded to 64, 128 or 256. */
 #define EMXI_CUDA_GROUP 16
 #define EMXI_CUDA_SKETCH_PADDED(d) ((d) <= 64 ? 64 : (d) <= 128 ? 128 : 256)
@@ -76,11 +77,11 @@ typedef struct emxi_cuda_sketch {
 } emxi_cuda_sketch;
 /* A query q' = scale q in the terms of the sketches, q' = s1 a + s2 b + rest with 8-bit integers a, b. */
 typedef struct emxi_cuda_query {
-  double s1, s2, e1, e2; /* e1 >= |q' - s1 a|, e2 >= |q' - s1 a - s2 b| */
-  double norm;           /* >= |q'| */
-  double slack_k, slack_0;
+  float s2, e2;          /* s1 = 254 s2; e2 >= |q' - s1 a - s2 b| */
+  float norm, norm_down; /* >= |q'|, <= |q'| */
+  float slack_k, slack_0;
   double slope;
-  int32_t sum_a, size_a;
+  int32_t sum, size; /* of 254 a + b; of the absolute values */
   int32_t row, visible;
 } emxi_cuda_query;
 /* a and b, zero from D on, as words of four dimensions. */
@@ -90,9 +91,9 @@ typedef struct emxi_cuda_words {
 /* State of a row of CERTIFIED. */
 #define EMXI_CUDA_BINS 256
 typedef struct emxi_cuda_cert {
-  int32_t limit; /* ordered integer of a score: at or below it nothing has weight. Only rises */
-  float base;    /* the first limit: lower edge of bin 0 */
-  float slack;   /* >= the error of any score */
+  int32_t limit;                 /* ordered integer of a score: at or below it nothing has weight. Only rises */
+  float base;                    /* the first limit: lower edge of bin 0 */
+  float slack;                   /* >= the error of any score */
   uint32_t tokens, pages, codes; /* read: keys, pages, groups' codes */
   int32_t unused[26];            /* a line of its own: it is polled */
 } emxi_cuda_cert;
@@ -228,15 +229,15 @@ typedef struct emxi_cuda_decode {
   int32_t *list, *place, *n_list; /* [rows, pages] logical and physical; [rows] */
   emxi_cuda_choice *choice;       /* [rows] */
   /* CERTIFIED; items as in the scan */
-  int64_t cert_groups;   /* room for each row */
-  float *cert_upper;     /* [rows, cert_groups] no score of the group is larger */
-  uint64_t *cert_best;   /* [rows, splits, 2] best group of the part by centre and by bound: ordered value, number; 0: none */
-  float *cert_size;      /* [items, splits] largest norm of its keys */
-  int32_t *cert_flat;    /* [items] takes ALL's scan */
-  uint32_t *cert_bins;   /* [rows, BINS] */
+  int64_t cert_groups; /* room for each row */
+  float *cert_upper;   /* [rows, cert_groups] no score of the group is larger */
+  uint64_t *cert_best; /* [rows, splits, 2] best group of the part by centre and by bound: ordered value, number; 0: none */
+  float *cert_size;    /* [items, splits] largest norm of its keys */
+  int32_t *cert_flat;  /* [items] takes ALL's scan */
+  uint32_t *cert_bins; /* [rows, BINS] */
   emxi_cuda_query *cert_query; /* [rows] */
   emxi_cuda_words *cert_words; /* [rows] */
-  emxi_cuda_cert *cert;  /* [rows]; NULL: not CERTIFIED */
+  emxi_cuda_cert *cert;        /* [rows]; NULL: not CERTIFIED */
   /* the caller's lists: read with PAGES, written by emx_select */
   int32_t *io_pages, *io_n;
   float *io_bound; /* or NULL */

@@ -28,15 +28,17 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
 #pragma unroll
   for (int e = 0; e < 8; e++) {
     const int d = lane + 32 * e;
-    w[e] = d < D ? (double)(load_any(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + d) * a.scale) : 0;
+    w[e] =
+        d < D ? (double)(load_any(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + d) * a.scale) : 0;
     top = fmax(top, fabs(w[e]));
     square += w[e] * w[e];
   }
 #pragma unroll
   for (int step = 16; step; step >>= 1) top = fmax(top, __shfl_xor_sync(EMXI_FULL, top, step));
   square = warp_sum_double(square);
-  const double s1 = top / 127, s2 = s1 / 254;
-  double one = 0, two = 0;
+  /* s2 far above the smallest normal float; a query below it counts as an error of zero */
+  const double s1 = top < 1e-25 ? 0 : top / 127, s2 = s1 / 254;
+  double two = 0;
   int sum = 0, size = 0;
 #pragma unroll
   for (int e = 0; e < 8; e++) {
@@ -45,37 +47,50 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
       x = fmin(fmax(nearbyint(w[e] / s1), -127.0), 127.0);
       y = fmin(fmax(nearbyint((w[e] - s1 * x) / s2), -127.0), 127.0);
     }
-    const double rest = w[e] - s1 * x, left = rest - s2 * y;
-    one += rest * rest;
+    const double left = w[e] - s1 * x - s2 * y;
     two += left * left;
-    sum += (int)x;
-    size += abs((int)x);
+    sum += 254 * (int)x + (int)y;
+    size += 254 * abs((int)x) + abs((int)y);
     ((int8_t *)words->a)[lane + 32 * e] = (int8_t)x;
     ((int8_t *)words->b)[lane + 32 * e] = (int8_t)y;
   }
-  one = warp_sum_double(one);
   two = warp_sum_double(two);
   sum = __reduce_add_sync(EMXI_FULL, sum);
   size = __reduce_add_sync(EMXI_FULL, size);
   if (lane) return;
   const double norm = sqrt(square) * (1 + 1e-12) + 1e-150;
-  out->s1 = s1;
-  out->s2 = s2;
-  out->norm = norm;
-  out->e1 = sqrt(one) * (1 + 1e-12) + 0x1p-48 * norm;
-  out->e2 = sqrt(two) * (1 + 1e-12) + 0x1p-48 * norm;
+  out->s2 = (float)s2;
+  out->norm = round_up(norm);
+  out->norm_down = __double2float_rd(sqrt(square) * (1 - 1e-12));
+  out->e2 = round_up(sqrt(two) * (1 + 1e-12) + 0x1p-48 * norm);
   /* a computed score's own error, scale * q included; products and elements below the normal floats may be lost */
-  out->slack_k = (2 * D + 8) * 0x1p-24 * 1.01 * norm + sqrt((double)D) * 0x1p-126;
-  out->slack_0 = 1e-35 + norm * sqrt((double)D) * 0x1p-124;
+  out->slack_k = round_up((2 * D + 8) * 0x1p-24 * 1.01 * norm + sqrt((double)D) * 0x1p-126);
+  out->slack_0 = round_up(1e-35 + norm * sqrt((double)D) * 0x1p-124);
   out->slope = a.slopes ? (double)a.slopes[h] : 0;
-  out->sum_a = sum;
-  out->size_a = size;
+  out->sum = sum;
+  out->size = size;
   out->row = (int32_t)row;
   out->visible = (int32_t)visible;
 }
 /* Error of the score of a key of this norm at a position. */
 __device__ __forceinline__ double cert_slack(const cert_query &q, double norm, double distance) {
-  return q.slack_k * norm + q.slack_0 + 0x1p-22 * fabs(q.slope) * distance;
+  return (double)q.slack_k * norm + (double)q.slack_0 + 0x1p-22 * fabs(q.slope) * distance;
+}
+
+/* Integer tensor product: c += the rows of 16 keys (words x of four dimensions as codes lie) times eight columns. */
+__device__ __forceinline__ void dot_tile(int (&c)[4], uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3, int32_t y0,
+                                         int32_t y1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(y0), "r"(y1));
+}
+/* The columns' word `word` that lane l brings into a product, four dimensions: column l/4 is a or b (odd) of row l/8; with one row in all,
+ * every pair of columns is its. Lane l gets columns 2 (l%4) and the next, a and b of row l%4, of keys l/4 and l/4 + 8. */
+template <int R>
+__device__ __forceinline__ int32_t column_word(const cert_words *words, int rows, int word) {
+  const int column = threadIdx.x % 32 / 4, r = R == 1 ? 0 : column / 2;
+  if (r >= rows) return 0;
+  return column % 2 ? words[r].b[word] : words[r].a[word];
 }
 
 struct cert_item {
@@ -124,36 +139,47 @@ __device__ __forceinline__ int64_t group_at(const emxi_cuda_decode &a, const cer
   return (page * a.pool.G + it.g) * (a.pool.P / GROUP) + ((position & (a.pool.P - 1)) / GROUP);
 }
 
-/* The limit of a row, below which nothing has weight, from its histogram: Newton from the left on the norm of the positive parts. By a
- * warp. `low`: a limit that is known. */
+/* A lower bound of the threshold of numbers y that f(add) hands out, add(y, how many), in the warp: at most `steps` Newton steps from t on the
+ * left, on the norm of the positive parts. Each is cut by 1e-4 of itself: it is at most the way to the root, and sums of at most 1,024
+ * positive terms, a power and a division are off by far less. */
+template <typename F>
+__device__ __forceinline__ float newton_below(double alpha, float t, int steps, F each) {
+  const float fa = (float)(alpha - 1), fb = 1 / fa;
+  for (int step = 0; step < steps; step++) {
+    float mass = 0, slope = 0;
+    if (alpha == 1.5)
+      each([&](float y, float n) {
+        y = fmaxf(y - t, 0.0f);
+        mass = fmaf(n * y, y, mass);
+        slope = fmaf(n, y, slope);
+      });
+    else
+      each([&](float y, float n) {
+        y -= t;
+        if (!(y > 0) || !(n > 0)) return;
+        const float p = slow_power(y, fb);
+        mass += n * p;
+        slope += n * (p / y);
+      });
+    mass = warp_sum(mass);
+    slope = warp_sum(slope);
+    if (!(mass > 1 && slope > 0) || !(mass < 1e30f)) break;
+    t += (mass - (alpha == 1.5 ? sqrtf(mass) : slow_power(mass, 1.0f - fa))) / slope * (1 - 1e-4f);
+  }
+  return t;
+}
+/* The limit of a row, below which nothing has weight, from its histogram. By a warp. `low`: a limit that is known. */
 __device__ __noinline__ void raise_limit(const emxi_cuda_decode &a, int64_t row, double alpha, float low) {
   const int lane = threadIdx.x % 32;
   constexpr int MINE = BINS / 32;
-  const float base = a.cert[row].base, fa = (float)(alpha - 1), fb = 1 / fa;
+  const float base = a.cert[row].base, fa = (float)(alpha - 1);
   float n[MINE];
 #pragma unroll
   for (int i = 0; i < MINE; i++) n[i] = (float)__ldcg(&a.cert_bins[row * BINS + lane * MINE + i]);
-  float t = fa * (low - base);
-  for (int step = 0; step < 5; step++) {
-    float mass = 0, slope = 0;
+  const float t = newton_below(alpha, fa * (low - base), 5, [&](auto add) {
 #pragma unroll
-    for (int i = 0; i < MINE; i++) {
-      const float y = fmaf(fa, (float)(lane * MINE + i) * BIN, -t);
-      if (!(y > 0) || !(n[i] > 0)) continue;
-      const float p = alpha == 2.0 ? y : alpha == 1.5 ? y * y : powf(y, fb);
-      mass += n[i] * p;
-      slope += n[i] * (alpha == 2.0 ? 1.0f : alpha == 1.5 ? y : p / y);
-    }
-#pragma unroll
-    for (int i = 16; i; i >>= 1) {
-      mass += __shfl_xor_sync(EMXI_FULL, mass, i);
-      slope += __shfl_xor_sync(EMXI_FULL, slope, i);
-    }
-    if (!(mass > 1 && slope > 0) || !(mass < 1e30f)) break;
-    /* a few floats down: sums of at most 256 positive terms, a power and a division; the step is at most t's way to the root */
-    const float move = (mass - (alpha == 2.0 ? 1.0f : alpha == 1.5 ? sqrtf(mass) : powf(mass, 1.0f - fa))) / slope;
-    t += move * (1 - 1e-4f);
-  }
+    for (int i = 0; i < MINE; i++) add(fa * ((float)(lane * MINE + i) * BIN), n[i]);
+  });
   const float limit = base + t / fa, down = limit - 1e-5f * (1 + fabsf(limit) + fabsf(base));
   if (lane == 0 && down > low) atomicMax(&a.cert[row].limit, to_ordered(down));
 }
