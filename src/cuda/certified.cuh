@@ -179,6 +179,7 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
       cert->base = limit;
       cert->slack = (float)slack * 1.1f; /* and what the subtraction of a float loses */
       cert->tokens = cert->pages = cert->codes = 0;
+      a.wide[blockIdx.x].arrived = 0; /* as ALL's scan does, which this row's item may skip */
       if (!(limit > -emxi_inf()) || 2 * above > groups * GROUP) atomicOr(&a.cert_flat[item], 1);
     }
   }
