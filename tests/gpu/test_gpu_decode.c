@@ -568,11 +568,6 @@ static void test_refusals(void **state) {
   CUDA(cudaGraphDestroy(graph));
   OK(emx_ctx_set_stream(gpu, NULL));
   CUDA(cudaStreamDestroy(stream));
-  emx_entmax_desc map;
-  emx_entmax_io rows;
-  emx_entmax_desc_init(&map);
-  emx_entmax_io_init(&rows);
-  fails(emx_entmax_forward(gpu, &map, &rows), EMX_ERR_UNSUPPORTED, "CPU");
   emx_ctx_opts options;
   emx_ctx *ctx;
   emx_ctx_opts_init(&options);
