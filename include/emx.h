@@ -200,7 +200,7 @@ EMX_API void emx_entmax_io_init_sized(emx_entmax_io *io, size_t size);
  * rounded. A row is read once (softmax: twice); what follows touches only scores that lie within 1/(alpha-1) of the largest
  * (NORMMAX: 1; BUDGET: of the budget-th largest). Errors: INVALID (an alpha or a budget out of range, by row), SHAPE, DTYPE,
  * UNSUPPORTED, CANCELLED. Working memory: one row a worker, kept by the context, which grows on the first call with a longer row
- * (the one allocation; NOMEM). On a GPU there is none, rows that fit the shared memory of 8 processors (450,000 in f32) are read
+ * (the one allocation; NOMEM). On a GPU there is none, rows that fit the shared memory of 8 processors (440,000 in f32) are read
  * once, longer ones for each pass. An alpha, a budget or a target in device memory that is out of range makes its row NaN, and
  * the first one surfaces at emx_ctx_sync. */
 EMX_API emx_status emx_entmax_forward(emx_ctx *ctx, const emx_entmax_desc *desc, const emx_entmax_io *io);

@@ -55,7 +55,7 @@ def autograd_loss(function, x):
 
 
 def methods(x, d, target, target64, with_sort):
-    """name: (what runs, bytes it must move, the same in float64 or None)."""
+    """name: (what runs, bytes it must move)."""
     size = x.numel() * x.element_size()
     rows, n = x.shape
     loss, dx = x.new_empty(rows, dtype=torch.float32), torch.empty_like(x)

@@ -56,7 +56,7 @@ typedef struct column { /* one number a row, f64 or i32 */
   emx_tensor t;
 } column;
 static column make_column(int32_t dtype, int64_t rows, const void *from) {
-  column c = {.gpu = gpu_take(from, (size_t)rows * emx_dtype_size(dtype) + 8)};
+  column c = {.gpu = gpu_take(from, (size_t)rows * emx_dtype_size(dtype))};
   c.t = emx_tensor_view(c.gpu, dtype, 1, &rows);
   c.t.device = EMX_DEVICE_CUDA;
   return c;
@@ -157,11 +157,15 @@ static void check_forward(map_args m, int32_t dtype, int64_t n, int64_t pitch, i
       fail_msg("%s alpha %g n %d: sum %.9g", names[r], m.alpha, (int)n, sum);
     const bool all_one = m.kind == EMX_MAP_BUDGET && total >= visible; /* many thresholds do */
     const bool same_nan = all_one || (isnan(taus[r]) && isnan(cpu_tau[r])), both = taus[r] == cpu_tau[r];
-    if (!same_nan && !both && !(fabs(taus[r] - cpu_tau[r]) <= 1e-12 * fmax(1, fabs(cpu_tau[r]))))
+    /* budgets: until the sum of n terms is right to its rounding */
+    const double slack_tau = 1e-12 * fmax(1, fabs(cpu_tau[r])) + (m.kind == EMX_MAP_BUDGET ? 4e-16 * (double)n * total : 0);
+    if (!same_nan && !both && !(fabs(taus[r] - cpu_tau[r]) <= slack_tau))
       fail_msg("%s kind %d alpha %g %s n %d: tau %.17g, CPU %.17g", names[r], m.kind, m.alpha, emx_dtype_name(dtype), (int)n,
                taus[r], cpu_tau[r]);
-    /* an element within rounding of the threshold may count here and not there */
-    if (abs(supports[r] - cpu_support[r]) > (r < 9 && m.alpha > 1 ? 1 : 0))
+    /* what lies within rounding of the threshold, ties of 16-bit scores among them, may count here and not there */
+    int marginal = 0;
+    for (int64_t i = 0; i < n && m.alpha > 1; i++) marginal += fabs(a * s[i] - cpu_tau[r]) <= 1e-12 * (1 + fabs(cpu_tau[r]));
+    if (abs(supports[r] - cpu_support[r]) > marginal)
       fail_msg("%s kind %d alpha %g n %d: support %d, CPU %d", names[r], m.kind, m.alpha, (int)n, supports[r], cpu_support[r]);
   }
   free(got.data), free(s), free(w);
@@ -180,9 +184,9 @@ static void test_short_rows(void **state) {
                       true);
         if (k > 0 && l % 3 == 0)
           check_forward((map_args){EMX_MAP_NORMMAX, k == 1 ? 50 : alphas[k], 1}, dtypes[t], lengths[l], lengths[l] + 5, 0, true);
-        if (k > 1 && (l + (size_t)k) % 3 == 0) {
+        if (k > 1 && (l + (size_t)k) % 3 == 0 && t % 3 == 0) {
           const double budgets[] = {.3, 1, 1.5, (double)lengths[l] / 3, (double)lengths[l] - .5, (double)lengths[l]};
-          for (int b = 0; b < 6; b++)
+          for (int b = k % 2; b < 6; b += 2)
             if (budgets[b] > 0 && budgets[b] <= (double)lengths[l])
               check_forward((map_args){EMX_MAP_BUDGET, alphas[k], budgets[b]}, dtypes[t], lengths[l], lengths[l], 1, true);
         }
@@ -402,7 +406,7 @@ static void test_mean(void **state) {
 
 /* ---- what only a GPU has */
 
-/* A row gives the same bits alone, in a batch, in place and off alignment. */
+/* A row gives the same bits alone, in a batch and in place, wherever it lies in a vector of 16 bytes. */
 static void test_same_bits(void **state) {
   (void)state;
   static const int64_t lengths[] = {500, 3000, 70001};
@@ -421,7 +425,8 @@ static void test_same_bits(void **state) {
       OK(emx_entmax_forward(gpu, &desc, &io));
       emx_tensor all = fetch(&p);
       for (int64_t r = 0; r < rows; r += rows / 12) {
-        pair one = make_pair(EMX_F32, 1, n, n, (int)r % 4);
+        const int offset = (int)((1 + r * (n + 1)) % 4);
+        pair one = make_pair(EMX_F32, 1, n, n, offset);
         memcpy(one.host.data, (float *)x.host.data + r * (n + 1), sizeof(float) * (size_t)n);
         send(&one);
         io.x = io.p = &one.gpu;
@@ -429,7 +434,7 @@ static void test_same_bits(void **state) {
         emx_tensor alone = fetch(&one);
         assert_memory_equal(alone.data, (float *)all.data + r * (n + 2), sizeof(float) * (size_t)n);
         free(alone.data);
-        drop_pair(&one, (int)r % 4);
+        drop_pair(&one, offset);
       }
       io.x = io.p = &x.gpu;
       OK(emx_entmax_forward(gpu, &desc, &io));
