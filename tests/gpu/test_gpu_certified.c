@@ -204,6 +204,27 @@ static void test_many(void **state) {
   assert_true(by_ladder * 8 > decodes && at_half * 100 > decodes);
 }
 
+/* Rows of thousands of weights, more than one block solves: all parts of the row pack what they have, and the last one to arrive solves. */
+static void test_wide(void **state) {
+  (void)state;
+  const int64_t usual = emxi_cuda_certified_short;
+  emxi_cuda_certified_short = 64;
+  for (int i = 0; i < 2; i++) {
+    decode_case c = {.H = 2 + i,
+                     .D = 32,
+                     .dtype = EMX_F16,
+                     .summaries = EMX_SUMMARY_SKETCH,
+                     .len = {400000},
+                     .alpha = 1.5,
+                     .scale = (i ? 0.15f : 0.2f) / sqrtf(32), /* the standard deviation of scores */
+                     .seed = 700 + (uint64_t)i};
+    rows_done = ladders = 0;
+    run(&c);
+    print_message("%d of %d rows by the ladder\n", (int)ladders, (int)rows_done);
+  }
+  emxi_cuda_certified_short = usual;
+}
+
 /* Odd keys and queries, and a cache that is cut, forked and written again. */
 static void test_changes(void **state) {
   (void)state;
@@ -294,10 +315,8 @@ int main(int argc, char **argv) {
   const int missing = gpu_missing();
   if (missing) return missing;
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_refused),
-      cmocka_unit_test(test_changes),
-      cmocka_unit_test(test_random),
-      cmocka_unit_test(test_many),
+      cmocka_unit_test(test_refused), cmocka_unit_test(test_changes), cmocka_unit_test(test_random),
+      cmocka_unit_test(test_many),    cmocka_unit_test(test_wide),
   };
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   emx_ctx_destroy(gpu);
