@@ -199,7 +199,7 @@ CORE = {
     "emx_kv_opts_init_sized": _init(KvOpts), "emx_kv_create": (_S, (_P, POINTER(KvOpts), _PP)), "emx_kv_destroy": (None, (_P,)),
     "emx_kv_get_info": (_S, (_P, POINTER(KvInfo))), "emx_seq_create": (_S, (_P, _PI32)),
     "emx_seq_fork": (_S, (_P, c_int32, _PI32)), "emx_seq_truncate": (_S, (_P, c_int32, c_int64)),
-    "emx_seq_destroy": (_S, (_P, c_int32)), "emx_seq_length": (_S, (_P, c_int32, _PI64)),
+    "emx_seq_destroy": (_S, (_P, c_int32)), "emx_seq_copy": (_S, (_P, c_int32, _P, _PI32)), "emx_seq_length": (_S, (_P, c_int32, _PI64)),
     "emx_seq_block_table": (_S, (_P, c_int32, POINTER(_PI32), _PI64)), "emx_kv_batch_init_sized": _init(KvBatch),
     "emx_kv_append": (_S, (_P, _P, POINTER(KvBatch), _PT, _PT, _PT)),
     "emx_kv_get_summary": (_S, (_P, c_int32, c_int32, POINTER(KvSummary))),
@@ -390,6 +390,8 @@ def usable(array):
 
 def readable(array, name="array"):
     """The array itself where the library can read it in place, else a contiguous copy."""
+    if hasattr(array, "__cuda_array_interface__"):
+        raise InvalidError(f"{name} is on a GPU; libentmax.torch takes CUDA tensors, these functions NumPy arrays")
     array = np.asarray(array)
     dtype_code(array, name)
     return array if usable(array) else np.array(array, order="C")

@@ -2,6 +2,7 @@
 """The paged KV cache: sequences, page summaries, selection, decode with reports."""
 import os
 from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_size_t, c_void_p, cast, sizeof
+from math import prod
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -122,22 +123,44 @@ class KVCache:
     def __init__(self, kv_heads, head_dim, max_tokens, *, dtype="float32", page_size=16,
                  summaries="minmax,moments,sketch,residual", max_seqs=64, layout="BHND", file=None, ctx=None):
         self._kv = None
-        self._ctx = _c.context(ctx)
+        self._open(_c.context(ctx), kv_heads, head_dim, max_tokens, dtype=dtype, page_size=page_size, summaries=summaries,
+                   max_seqs=max_seqs, layout=layout, file=file)
+
+    def _open(self, ctx, kv_heads, head_dim, max_tokens, *, dtype, page_size, summaries, max_seqs, layout, file, **fields):
+        """fields: of emx_kv_opts, in the place of what the arguments say."""
+        self._ctx = ctx
         if dtype not in ("float32", "float16", "bfloat16"):
             raise _c.DtypeError(f"a cache of {dtype!r} is not possible; 'float32', 'float16' and 'bfloat16' are")
         if page_size not in (16, 32, 64) or max_tokens < 1 or max_seqs < 1:
             raise _c.InvalidError(f"page_size {page_size} (16, 32 or 64), max_tokens {max_tokens} and max_seqs {max_seqs} "
                                   "(at least 1)")
         self.layout = layout
+        fields.setdefault("max_pages", -(-max_tokens // page_size) + max_seqs - 1)
         opts = _c.make(_c.KvOpts, dtype=_c.DTYPES[dtype], kv_heads=kv_heads, head_dim=head_dim, page_size=page_size,
                        layout=layout_code(layout), summaries=summary_bits(summaries), max_seqs=max_seqs,
-                       max_pages=-(-max_tokens // page_size) + max_seqs - 1, file=None if file is None else os.fsencode(file))
+                       file=None if file is None else os.fsencode(file), **fields)
         handle = c_void_p()
-        self._ctx.call(_c.lib.emx_kv_create, self._ctx.handle, byref(opts), byref(handle))
+        with ctx.lock:
+            self._enter()
+            ctx.call(_c.lib.emx_kv_create, ctx.handle, byref(opts), byref(handle))
         self._kv = handle
         info = self.info
         self.kv_heads, self.head_dim, self.page_size = info.kv_heads, info.head_dim, info.page_size
-        self._dtype, self._summaries = info.dtype, info.summaries
+        self._dtype, self._summaries, self._file = info.dtype, info.summaries, file
+
+    def __repr__(self):
+        if self._kv is None:
+            return f"{type(self).__name__}(closed)"
+        info = self.info
+        dtype = next(name for name, code in _c.DTYPES.items() if code == info.dtype)
+        kinds = ",".join(name for name, bit in SUMMARIES.items() if info.summaries & bit)
+        return (f"{type(self).__name__}({info.kv_heads} heads of {info.head_dim}, {dtype}, {self.layout}, on {self._place()}: "
+                f"{info.seqs} sequences, {info.max_pages - info.free_pages} of {info.max_pages} pages of {info.page_size} in use, "
+                f"{info.bytes_kv / 2**20:.1f} MiB, summaries {kinds or 'none'} {info.bytes_summary / 2**20:.1f} MiB)")
+
+    def _place(self):
+        """Where keys and values are."""
+        return "the CPU" if self._file is None else f"the CPU, in {os.fspath(self._file)!r}"
 
     def close(self):
         """Frees the cache now; later calls raise StateError."""
@@ -156,11 +179,15 @@ class KVCache:
     def __exit__(self, *_):
         self.close()
 
+    def _enter(self):
+        """Before each call, with the context's lock: where a GPU's work goes."""
+
     def _call(self, function, *args, ctx_first=False):
         """The handle is looked at under the context's lock, so that close() in another thread is an error and not a crash."""
         with self._ctx.lock:
             if self._kv is None:
                 raise _c.StateError("the cache is closed")
+            self._enter()
             self._ctx.call(function, *((self._ctx.handle, self._kv) if ctx_first else (self._kv,)), *args)
 
     @property
@@ -183,6 +210,24 @@ class KVCache:
         child = c_int32()
         self._call(_c.lib.emx_seq_fork, seq, byref(child))
         return child.value
+
+    def copy(self, seq, to):
+        """The id of a new sequence of the cache `to` with the tokens of `seq`, wherever the two caches live: in memory, in a file,
+        on a GPU (libentmax.torch.KVCache). Both have the same heads and head_dim; page_size, layout and summaries are each cache's
+        own. Keys and values are the same bits; those of a float32 cache are rounded where `to` is narrower. Waits for both.
+
+        Errors: ShapeError, DtypeError, StateError (not enough free pages or sequences), OutOfMemoryError; `to` is then as it was.
+        """
+        if not isinstance(to, KVCache):
+            raise _c.InvalidError(f"`to` is no KVCache but {type(to).__name__}")
+        copy = c_int32()
+        first, second = sorted((self._ctx, to._ctx), key=id)  # two threads that copy both ways wait, and do not deadlock
+        with first.lock, second.lock:
+            if to._kv is None:
+                raise _c.StateError("the cache to copy to is closed")
+            to._enter()
+            self._call(_c.lib.emx_seq_copy, seq, to._kv, byref(copy))
+        return copy.value
 
     def truncate(self, seq, length):
         """Keeps the first `length` tokens."""
@@ -236,11 +281,14 @@ class KVCache:
         b, second, third, _ = q.shape
         return q, ((b, second, third) if self.layout == "BHND" else (b, third, second))
 
+    def _longest(self, batch, new_tokens):
+        return max(self.length(seq) for seq in batch.owner.tolist()) + new_tokens
+
     def _run(self, function, batch, desc, io, new_tokens):
         with self._ctx.lock:
-            longest = max(self.length(seq) for seq in batch.owner.tolist()) + new_tokens
             size = c_size_t()
-            self._call(_c.lib.emx_decode_workspace_size, byref(desc), byref(io), longest, byref(size), ctx_first=True)
+            self._call(_c.lib.emx_decode_workspace_size, byref(desc), byref(io), self._longest(batch, new_tokens), byref(size),
+                       ctx_first=True)
             workspace = np.empty(size.value, np.uint8)
             self._call(function, byref(batch), byref(desc), byref(io), workspace.ctypes.data, size, ctx_first=True)
 
@@ -252,7 +300,7 @@ class KVCache:
         """
         q, rows = self._query(q)
         batch = self._batch(seqs)
-        m = max(1, max(-(-self.length(seq) // self.page_size) for seq in batch.owner.tolist()))
+        m = max(1, -(-self._longest(batch, 0) // self.page_size))
         pages, n_pages, bound = np.full(rows + (m,), -1, np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.float32)
         io = self._io(q, alpha, scale, alibi_slopes, pages=pages, n_pages=n_pages, bound=bound)
         self._run(_c.lib.emx_select, batch, select_desc(select, **options), io, 0)
@@ -290,19 +338,24 @@ class KVCache:
                       k_new=None if k_new is None else _c.readable(k_new, "k_new"),
                       v_new=None if v_new is None else _c.readable(v_new, "v_new"))
         io.reports = reports.ctypes.data
+        new_tokens = 0 if k_new is None else rows[2]
         if not return_support:
-            self._run(_c.lib.emx_decode, batch, desc, io, 0 if k_new is None else rows[2])
+            self._run(_c.lib.emx_decode, batch, desc, io, new_tokens)
             return Decoded(o, reports)
+        lists = self._run_supports(batch, desc, io, rows, new_tokens)
+        return DecodedSupport(o, reports, supports(lists, reports))
+
+    def _run_supports(self, batch, desc, io, rows, new_tokens):
+        """emx_decode with the lists of supports()."""
         # Room for whole sequences is only touched where lists are written; a batch whose room would be absurd starts with less.
-        longest = max(self.length(seq) for seq in batch.owner.tolist()) + (0 if k_new is None else rows[2])
-        room = min(longest, max(1, SUPPORT_ROOM // max(1, reports.size)))
+        room = min(self._longest(batch, new_tokens), max(1, SUPPORT_ROOM // max(1, prod(rows))))
         lists = self._support_lists(io, rows, room)
-        self._run(_c.lib.emx_decode, batch, desc, io, 0 if k_new is None else rows[2])
+        self._run(_c.lib.emx_decode, batch, desc, io, new_tokens)
         if lists[2].size and lists[2].max() > room:  # the same answer once more, the new tokens being there
             lists = self._support_lists(io, rows, int(lists[2].max()))
             io.k_new = io.v_new = None
             self._run(_c.lib.emx_decode, batch, desc, io, 0)
-        return DecodedSupport(o, reports, supports(lists, reports))
+        return lists
 
     @staticmethod
     def _support_lists(io, rows, room):

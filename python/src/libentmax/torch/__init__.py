@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libentmax on PyTorch tensors: the names and signatures of the `entmax` package, and entmax attention.
+"""libentmax on PyTorch tensors: the names and signatures of the `entmax` package, entmax attention, and the paged KV cache.
 
-    from libentmax.torch import entmax15, sparsemax, entmax_bisect, Entmax15Loss, attention
+    from libentmax.torch import entmax15, sparsemax, entmax_bisect, Entmax15Loss, attention, KVCache
 
 Importing this module needs no torch; using a name of it does. With torch 2.4 or later every function is a registered operator
 (torch.ops.libentmax), which torch.compile(fullgraph=True) and torch.export take as one node; with older ones, from 1.13 on, it is
@@ -30,6 +30,7 @@ _HOME = {
     "_losses": ("entmax15_loss", "sparsemax_loss", "entmax_bisect_loss", "sparsemax_bisect_loss", "normmax_bisect_loss",
                 "Entmax15Loss", "SparsemaxLoss", "EntmaxBisectLoss", "SparsemaxBisectLoss", "NormmaxBisectLoss"),
     "_attention": ("attention",),
+    "_cache": ("KVCache", "Tables", "Decoded", "DecodedSupport", "Reports", "Selection"),
     "_core": ("synchronize",),
 }
 _FILES = {name: file for file, names in _HOME.items() for name in names}
@@ -37,6 +38,7 @@ __all__ = sorted(_FILES)
 
 if _TYPE_CHECKING:
     from ._attention import *
+    from ._cache import *
     from ._core import synchronize as synchronize
     from ._losses import *
     from ._maps import *

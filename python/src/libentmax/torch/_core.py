@@ -61,6 +61,13 @@ def synchronize(device: torch.device | str | int | None = None) -> None:
         ctx.call_on(stream, _c.lib.emx_ctx_sync, ctx.handle)
 
 
+def in_place(tensor):
+    """Whether the library can use the tensor's memory as it is: positive strides, the last one 1."""
+    shape, strides = tensor.shape, tensor.stride()
+    return (len(shape) == 0 or shape[-1] == 1 or strides[-1] == 1) and all(
+        n == 1 or s > 0 for n, s in zip(shape, strides)) and tensor.data_ptr() % tensor.element_size() == 0
+
+
 def readable(tensor, name):
     """The tensor itself where the library can read it in place, else a contiguous copy."""
     if tensor.dtype not in _DTYPES:
@@ -70,10 +77,7 @@ def readable(tensor, name):
         tensor = tensor.resolve_neg()
     if tensor.numel() == 0:
         return tensor.new_empty(tensor.shape)
-    shape, strides = tensor.shape, tensor.stride()
-    in_place = (len(shape) == 0 or shape[-1] == 1 or strides[-1] == 1) and all(
-        n == 1 or s > 0 for n, s in zip(shape, strides)) and tensor.data_ptr() % tensor.element_size() == 0
-    return tensor if in_place else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if in_place(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def fill(struct, **tensors):
