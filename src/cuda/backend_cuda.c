@@ -72,7 +72,7 @@ static emx_status cuda_open(emx_ctx *ctx) {
   }
   memset(cuda->fault, 0, sizeof *cuda->fault);
   cuda->processors = processors;
-  cuda->overlap = major >= 9;
+  cuda->overlap = major >= 9 && emxi_cuda_kernels_wait();
   cuda->shared = shared;
   cuda->clusters = emxi_cuda_rows_clusters();
   ctx->backend_state = cuda;

@@ -14,7 +14,7 @@ typedef struct emxi_cuda {
   emxi_cuda_fault *fault; /* pinned, seen by the device */
   int32_t *claimed;       /* device memory: not 0 once a kernel has written the fault */
   int32_t processors;
-  bool overlap;   /* compute capability 9: kernels of a chain overlap their starts */
+  bool overlap;   /* compute capability 9 and code for it: kernels of a chain overlap their starts */
   int32_t shared; /* bytes of shared memory that a block may have */
   bool clusters;
 } emxi_cuda;

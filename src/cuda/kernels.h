@@ -244,6 +244,9 @@ typedef struct emxi_cuda_decode {
   int64_t io_pages_stride[3], io_n_stride[3], io_bound_stride[3], io_width;
 } emxi_cuda_decode;
 
+/* 1: the code that runs on the current device is for compute 9.0 or later, so kernels wait for the one before them where their starts
+ * overlap. Code made from the PTX of compute 8.0 does not, whatever the device. */
+int emxi_cuda_kernels_wait(void);
 void emxi_cuda_launch_updates(const emxi_cuda_updates *u, void *stream);
 void emxi_cuda_launch_copies(const emxi_cuda_copies *c, void *stream);
 void emxi_cuda_launch_read(const emxi_cuda_packed *r, void *stream);

@@ -208,6 +208,12 @@ __global__ void listed_summaries(const __grid_constant__ emxi_cuda_listed l) {
 
 } // namespace
 
+extern "C" int emxi_cuda_kernels_wait(void) {
+  cudaFuncAttributes attributes;
+  if (!cudaFuncGetAttributes(&attributes, update_tables)) return attributes.ptxVersion >= 90;
+  (void)cudaGetLastError();
+  return 0;
+}
 extern "C" void emxi_cuda_launch_summaries(const emxi_cuda_append *a, void *stream) {
   const int64_t pages = ((int64_t)a->t + a->pool.P - 2) / a->pool.P + 1;
   append_summaries<<<dim3((unsigned)pages, (unsigned)a->batch.n), 256, 0, (cudaStream_t)stream>>>(*a);
