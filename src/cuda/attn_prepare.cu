@@ -6,13 +6,8 @@
 
 namespace {
 
-__device__ __noinline__ void fault(const emxi_cuda_attn &a, int32_t what, int32_t row, int32_t value) {
-  if (atomicExch(a.claimed, 1)) return;
-  volatile emxi_cuda_fault *f = a.fault;
-  f->code = EMXI_CUDA_FAULT_ATTN;
-  f->row = row;
-  f->column = what;
-  f->value = value;
+__device__ __forceinline__ void fault(const emxi_cuda_attn &a, int32_t what, int32_t row, int32_t value) {
+  report_fault(a, EMXI_CUDA_FAULT_ATTN, row, what, value);
 }
 
 /* Length of sequence b on one side, and its first row if packed; 0 for one that cannot be. */

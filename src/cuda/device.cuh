@@ -43,15 +43,18 @@ __device__ __forceinline__ int to_ordered(float x) {
 }
 __device__ __forceinline__ float from_ordered(int i) { return __int_as_float(i ^ ((i >> 31) & 0x7fffffff)); }
 
-/* The first fault stays; the host reads it when it synchronises. */
-__device__ __noinline__ void report_fault(const emxi_cuda_batch &batch, int32_t code, int32_t row, int32_t column,
-                                          int32_t value) {
-  if (atomicExch(batch.claimed, 1)) return;
-  volatile emxi_cuda_fault *fault = batch.fault;
+/* The first fault stays; the host reads it when it synchronises. `where`: what has the two pointers of the context's fault. */
+__device__ __noinline__ void write_fault(volatile emxi_cuda_fault *fault, int32_t *claimed, int32_t code, int32_t row,
+                                         int32_t column, int32_t value) {
+  if (atomicExch(claimed, 1)) return;
   fault->code = code;
   fault->row = row;
   fault->column = column;
   fault->value = value;
+}
+template <typename W>
+__device__ __forceinline__ void report_fault(const W &where, int32_t code, int32_t row, int32_t column, int32_t value) {
+  write_fault(where.fault, where.claimed, code, row, column, value);
 }
 
 /* Block table and length of entry b; a length that cannot be is a fault and counts as an empty sequence without a table. */

@@ -124,21 +124,13 @@ __device__ __forceinline__ row_map map_of(const emxi_cuda_rows &r, double alpha)
   w.root = norm ? a / alpha : a;
   return w;
 }
-__device__ __noinline__ void rows_fault(const emxi_cuda_rows &r, int32_t code, int64_t row, int32_t value) {
-  if (atomicExch(r.claimed, 1)) return;
-  volatile emxi_cuda_fault *fault = r.fault;
-  fault->code = code;
-  fault->row = (int32_t)row;
-  fault->column = 0;
-  fault->value = value;
-}
 /* The row's alpha; 0 for one out of range, which is a fault and makes the row NaN. */
 __device__ __forceinline__ double alpha_of(const emxi_cuda_rows &r, int64_t row, bool report) {
   if (!r.alphas) return r.alpha;
   const double alpha = load_value(r.alphas, r.alphas_dtype, row);
   const bool norm = r.kind == EMX_MAP_NORMMAX;
   if (alpha == 1.0 ? r.kind == EMX_MAP_ENTMAX : alpha >= 1.0 + 1e-6 && alpha <= (norm ? 1000.0 : 4.0)) return alpha;
-  if (report) rows_fault(r, EMXI_CUDA_FAULT_ROW_ALPHA, row, 0);
+  if (report) report_fault(r, EMXI_CUDA_FAULT_ROW_ALPHA, (int32_t)row, 0, 0);
   return 0;
 }
 /* Rows that are not ignored; for all threads of the block. Has barriers. */
@@ -769,7 +761,7 @@ __device__ __forceinline__ double budget_of(const emxi_cuda_rows &r, int64_t row
   if (!r.budgets) return r.budget;
   const double budget = load_value(r.budgets, r.budgets_dtype, row);
   if (budget > 0 && (r.n == 0 || budget <= (double)r.n)) return budget;
-  if (report) rows_fault(r, EMXI_CUDA_FAULT_ROW_BUDGET, row, 0);
+  if (report) report_fault(r, EMXI_CUDA_FAULT_ROW_BUDGET, (int32_t)row, 0, 0);
   return 0;
 }
 
@@ -839,7 +831,7 @@ __device__ __forceinline__ void map_row(Team &team, const emxi_cuda_rows &r, int
       return;
     }
     if (y < 0 || y >= r.n) {
-      if (team.first()) rows_fault(r, EMXI_CUDA_FAULT_TARGET, row, y);
+      if (team.first()) report_fault(r, EMXI_CUDA_FAULT_TARGET, (int32_t)row, 0, y);
       bad = true;
     } else {
       at = (double)widen(x[y]); /* dx may be x; what follows has barriers before anything is written */
