@@ -20,17 +20,8 @@ import statistics
 
 import torch
 import torch.nn.functional as F
+from decode import Library, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-
-class Tensor(C.Structure):
-    _fields_ = [("data", C.c_void_p), ("dtype", C.c_int32), ("device", C.c_int32), ("ndim", C.c_int32), ("index", C.c_int32),
-                ("shape", C.c_int64 * 5), ("stride", C.c_int64 * 5)]
-
-
-class CtxOpts(C.Structure):
-    _fields_ = [("size", C.c_uint32), ("device", C.c_int32), ("index", C.c_int32), ("threads", C.c_int32), ("stream", C.c_void_p),
-                ("parallel_for", C.c_void_p), ("parallel_user", C.c_void_p)]
 
 
 class Desc(C.Structure):
@@ -44,32 +35,6 @@ class Io(C.Structure):
         "support_index").split()]
 
 
-
-class Library:
-    def __init__(self, path):
-        self.c = C.CDLL(path)
-        self.c.emx_last_error.restype = C.c_char_p
-        info = self.c.emx_dtype_name
-        info.restype = C.c_char_p
-        self.dtype = {info(i).decode(): i for i in range(16) if info(i)}
-        opts = CtxOpts()
-        self.c.emx_ctx_opts_init_sized(C.byref(opts), C.c_size_t(C.sizeof(opts)))
-        opts.device = 1
-        self.ctx = C.c_void_p()
-        self.check(self.c.emx_ctx_create(C.byref(opts), C.byref(self.ctx)))
-
-    def check(self, status):
-        if status:
-            raise RuntimeError(self.c.emx_last_error().decode())
-
-    def view(self, t):
-        names = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int32: "i32"}
-        x = Tensor(t.data_ptr(), self.dtype[names[t.dtype]], 1, t.dim(), 0)
-        for d in range(t.dim()):
-            x.shape[d], x.stride[d] = t.shape[d], t.stride(d)
-        return C.pointer(x)
-
-
 class Entmax:
     """One shape's calls and their tensors."""
 
@@ -81,8 +46,7 @@ class Entmax:
                       support=torch.empty(rows, dtype=torch.int32, device="cuda"))
         if lists:
             self.t["support_index"] = torch.empty(*rows, lists, dtype=torch.int32, device="cuda")
-        self.desc = Desc()
-        lib.c.emx_attn_desc_init_sized(C.byref(self.desc), C.c_size_t(C.sizeof(self.desc)))
+        self.desc = lib.init("emx_attn_desc", Desc)
         self.desc.alpha = alpha
         index = ["support_index"] if lists else []
         self.io = [self.make(["q", "k", "v", "o", "tau", "support"] + index),
@@ -90,25 +54,23 @@ class Entmax:
         sizes = []
         for p in range(2):
             n = C.c_size_t()
-            lib.check(lib.c.emx_attn_workspace_size(lib.ctx, C.byref(self.desc), C.byref(self.io[p]), p, C.byref(n)))
+            lib.call("emx_attn_workspace_size", lib.ctx, C.byref(self.desc), C.byref(self.io[p]), p, C.byref(n))
             sizes.append(n.value)
         self.bytes = max(sizes)
         self.work = torch.empty(self.bytes, dtype=torch.uint8, device="cuda")
 
     def make(self, names):
-        io = Io()
-        self.lib.c.emx_attn_io_init_sized(C.byref(io), C.c_size_t(C.sizeof(io)))
+        io = self.lib.init("emx_attn_io", Io)
         for n in names:
-            setattr(io, n, self.lib.view(self.t[n]))
+            setattr(io, n, C.pointer(self.lib.tensor(self.t[n])))
         return io
 
     def run(self, backward):
-        c, ctx = self.lib.c, self.lib.ctx
-        self.lib.check(c.emx_ctx_set_stream(ctx, C.c_void_p(torch.cuda.current_stream().cuda_stream)))
-        size = C.c_size_t(self.bytes)
-        self.lib.check(c.emx_attn_forward(ctx, C.byref(self.desc), C.byref(self.io[0]), C.c_void_p(self.work.data_ptr()), size))
+        lib, work, size = self.lib, C.c_void_p(self.work.data_ptr()), C.c_size_t(self.bytes)
+        lib.call("emx_ctx_set_stream", lib.ctx, C.c_void_p(torch.cuda.current_stream().cuda_stream))
+        lib.call("emx_attn_forward", lib.ctx, C.byref(self.desc), C.byref(self.io[0]), work, size)
         if backward:
-            self.lib.check(c.emx_attn_backward(ctx, C.byref(self.desc), C.byref(self.io[1]), C.c_void_p(self.work.data_ptr()), size))
+            lib.call("emx_attn_backward", lib.ctx, C.byref(self.desc), C.byref(self.io[1]), work, size)
 
 
 def data(n, d, case, heads=16):
