@@ -360,7 +360,8 @@ EMX_API void emx_kv_opts_init_sized(emx_kv_opts *opts, size_t size); /* bf16, pa
 #define emx_kv_opts_init(opts) emx_kv_opts_init_sized((opts), sizeof *(opts))
 
 /* Bytes that emx_kv_create would take with these options on this context's device (the caller's pool not counted) and, for its
- * tables and lists, in host memory; on the CPU the two add up. A file is not counted. Either pointer may be NULL. */
+ * tables and lists and for K and V with EMX_KV_MEMORY_HOST, in host memory; on the CPU the two add up. A file is not counted.
+ * Either pointer may be NULL. */
 EMX_API emx_status emx_kv_memory_size(emx_ctx *ctx, const emx_kv_opts *opts, size_t *device_bytes, size_t *host_bytes);
 /* Errors: INVALID, DTYPE, SHAPE, UNSUPPORTED, NOMEM (more than the machine has: refused before allocating, with the bytes), IO
  * (file).
