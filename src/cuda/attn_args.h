@@ -35,6 +35,12 @@ typedef struct emxi_cuda_weight {
   float p, ds;
 } emxi_cuda_weight;
 
+/* Of a row's list, as the forward pass of sm_90a writes it: product of q and k, and position. */
+typedef struct __attribute__((aligned(8))) emxi_cuda_entry {
+  float x;
+  int32_t at;
+} emxi_cuda_entry;
+
 /* What an EMXI_CUDA_FAULT_ATTN is about: its `column`. */
 enum {
   EMXI_CUDA_ATTN_LEN_Q,
@@ -84,6 +90,8 @@ typedef struct emxi_cuda_attn {
   int32_t *dense;           /* [units, group * q_tiles] dense rows of the tile */
   int32_t *pos;             /* [rows, CAP] */
   float *z;                 /* [rows, CAP] forward */
+  emxi_cuda_entry *entry;   /* [rows, CAP] forward, the same memory as pos and z */
+  float *bound;             /* [rows] forward: a lower bound of the threshold, as a product of q and k */
   emxi_cuda_weight *weight; /* [rows, CAP] backward */
   emxi_cuda_row *row;       /* [rows] backward */
   double *share;            /* [rows] backward: of the gradient of alpha */
@@ -98,6 +106,9 @@ typedef struct emxi_cuda_attn {
   int32_t *has_dense;         /* [units, k_tiles] */
 } emxi_cuda_attn;
 
+/* Forward on sm_90a, but for dense rows: attn_sieve.cuh. sequences: of the slice, packed: 1. */
+void emxi_cuda_attn_sieve_f16(const emxi_cuda_attn *a, unsigned sequences, void *stream);
+void emxi_cuda_attn_sieve_bf16(const emxi_cuda_attn *a, unsigned sequences, void *stream);
 /* One translation unit per dtype of the tile products: that of k where q and d_o have it too, else f32. */
 void emxi_cuda_attn_f32(const emxi_cuda_attn *a, void *stream);
 void emxi_cuda_attn_f16(const emxi_cuda_attn *a, void *stream);

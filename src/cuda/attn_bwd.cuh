@@ -274,8 +274,13 @@ void attend_chunks(const emxi_cuda_attn &a, cudaStream_t stream) {
   if (!a.backward) {
     if (!tiles) return;
     const size_t dense = with(dense_forward<T, CHUNKS>, dense_forward_shared<T>(a.d));
-    scan();
-    emxi_cuda_attn_resolve_forward(&a, tiles, stream);
+    if (a.quads) {
+      (sizeof(T) == 2 && dtype_of<T> == EMX_F16 ? emxi_cuda_attn_sieve_f16 : emxi_cuda_attn_sieve_bf16)(
+          &a, a.packed ? 1 : (unsigned)a.nb, stream);
+    } else {
+      scan();
+      emxi_cuda_attn_resolve_forward(&a, tiles, stream);
+    }
     dense_forward<T, CHUNKS><<<tiles, THREADS, dense, stream>>>(a);
     return;
   }

@@ -125,10 +125,13 @@ emx_status emxi_cuda_attn_run(emx_ctx *ctx, const emxi_attn *a, emxi_arena *aren
   k.n_list = emxi_arena_take(arena, k.rows, sizeof *k.n_list);
   k.at = emxi_arena_take(arena, k.rows, sizeof *k.at);
   k.dense = emxi_arena_take(arena, units * tiles, sizeof *k.dense);
-  k.pos = emxi_arena_take(arena, k.rows * cap, sizeof *k.pos);
   if (!backward) {
-    k.z = emxi_arena_take(arena, k.rows * cap, sizeof *k.z);
+    k.entry = emxi_arena_take(arena, k.rows * cap, sizeof *k.entry);
+    k.pos = (int32_t *)k.entry;
+    k.z = k.entry ? (float *)(k.pos + k.rows * cap) : NULL;
+    k.bound = emxi_arena_take(arena, k.rows, sizeof *k.bound);
   } else {
+    k.pos = emxi_arena_take(arena, k.rows * cap, sizeof *k.pos);
     const int64_t key_tiles = units * k.k_tiles;
     for (k.block_rows = 1; key_tiles * ceil_div(tiles, k.block_rows) > COUNTS && k.block_rows < tiles;) k.block_rows *= 2;
     k.blocks = at_least_one(ceil_div(tiles, k.block_rows));

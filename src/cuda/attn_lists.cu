@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(THREADS, 3) resolve_forward(const __grid_const
         z[c] = -emxi_inf();
         if (c >= used) continue;
         const int e = entry_of(a, at, n, c);
-        if (e >= 0) z[c] = a.z[row * CAP + e];
+        if (e >= 0) z[c] = a.quads ? a.entry[row * CAP + e].x * a.scale : a.z[row * CAP + e];
       }
       const double x = solve_list(k, w, z, used, n, emxi_nan(), &m);
       tau = k.a * (double)m + x;
@@ -203,7 +203,8 @@ __global__ void __launch_bounds__(THREADS, 3) resolve_forward(const __grid_const
           const int to = support + __popc(kept & ((1u << lane) - 1));
           float u;
           weigh(w, y, &weight[warp][to], &u);
-          where[warp][to] = a.pos[row * CAP + entry_of(a, at, n, c)];
+          const int64_t e = row * CAP + entry_of(a, at, n, c);
+          where[warp][to] = a.quads ? a.entry[e].at : a.pos[e];
         }
         support += __popc(kept);
       }

@@ -1,12 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
- * Candidates of every row on sm_90a: 16-bit q and k, head dims up to 128, no ALiBi. What scan_keys does elsewhere.
+ * Candidates of every row, backward, on sm_90a, and what attn_sieve.cuh (forward) has in common with it: 16-bit q and k, head dims up to
+ * 128, no ALiBi. What scan_keys does elsewhere.
  *
  * A block has 192 queries of a head: three warpgroups hold 64 each in registers and multiply them (wgmma) with tiles of 128 keys, which a
- * fourth copies through a ring in shared memory. Forward walks the keys twice:
- *   1. from the newest to the oldest, the maxima of 64 classes of columns a row stay in registers (half an instruction a score, no
- *      branch); the threshold of these 64 scores is a lower bound of the row's (docs/math.md), and close to it;
- *   2. scores above the bound are listed. A list that is full has its row's bound raised to its own threshold.
- * Backward knows the threshold and walks once. Cost: 4 D FLOP a visible pair (backward 2 D), 2 D bytes of K a pair of a key and a block.
+ * fourth copies through a ring in shared memory. The threshold is known: positions above it, less what rounding may hide, are listed.
+ * Cost: 2 D FLOP a visible pair, 2 D bytes of K a pair of a key and a block.
  *
  * A row's list has four parts, one of each lane that holds scores of the row, entry by entry in turns (`quads`); a part ascends. */
 #ifndef EMXI_CUDA_ATTN_SCAN_CUH
@@ -68,31 +66,6 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], ui
     EMXI_WGMMA("bf16");
 }
 
-/* p = y^b and u = y^(b-1) for a bound: errors of a few 1e-6 at exponents up to 8 are within FAST_SLACK. */
-constexpr float FAST_SLACK = 3e-5f;
-__device__ __forceinline__ void quick_weigh(const powers &w, float y, float *p, float *u) {
-  *u = w.kind == 2 ? y : w.kind == 1 ? (y > 0 ? 1.0f : 0.0f) : y > 0 ? exp2f((w.b - 1) * __log2f(y)) : 0.0f;
-  *p = *u * y;
-}
-/* A lower bound of the threshold of scores z[n] a lane, over lanes that `sum` adds up: from x = -1, relative to their top, upwards. */
-template <int N, typename Z, typename S>
-__device__ __forceinline__ float quick_bound(const powers &w, float c, float top, const Z &z, const S &sum) {
-  float x = -1;
-  for (int step = 0; step < (w.b > 8 ? 0 : 9); step++) {
-    float f = 0, g = 0;
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      float p, u;
-      quick_weigh(w, fmaxf((z(j) - top) * c - x, 0.0f), &p, &u);
-      f += p, g += u;
-    }
-    f = sum(f), g = sum(g);
-    const float e = (f - (w.kind == 2 ? sqrtf(f) : w.kind == 1 ? 1.0f : exp2f((1.0f - 1.0f / w.b) * __log2f(f)))) / g;
-    if (f > 1) x += fmaxf(e, 0.0f);
-  }
-  const float bound = top + (x - (w.kind ? 6e-6f : FAST_SLACK)) / c; /* more than the sums lose */
-  return bound - 2e-7f * (fabsf(top) + fabsf(bound));
-}
 #endif
 
 template <typename T, int D>
@@ -125,16 +98,14 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) fast_scan(const __grid_consta
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, group = warp / 4;
   const int lr0 = group * 64 + warp % 4 * 16 + lane / 4, lr1 = lr0 + 8, part = lane & 3, col0 = part * 2; /* of this lane */
   bool live0 = group < FAST_GROUPS && lr0 < rows, live1 = group < FAST_GROUPS && lr1 < rows;
-  if (a.backward) {
-    live0 = live0 && a.todo[slice_row + lr0];
-    live1 = live1 && a.todo[slice_row + lr1];
-  }
+  live0 = live0 && a.todo[slice_row + lr0];
+  live1 = live1 && a.todo[slice_row + lr1];
   const key_range first_row = visible(a, sp, row0), last_row = visible(a, sp, row0 + rows - 1);
   const bool work = good && last_row.to > first_row.from && __syncthreads_or(live0 || live1);
   if (!work) {
     const auto none = [&](int lr) {
       const key_range vis = visible(a, sp, row0 + lr);
-      const float tau = a.backward ? *(const float *)row_of(a.tau, b, h, sp.q0 + row0 + lr) : 0.0f;
+      const float tau = *(const float *)row_of(a.tau, b, h, sp.q0 + row0 + lr);
       a.n_list[slice_row + lr] = vis.to <= vis.from || tau == -emxi_inf() ? 0
                                  : alpha == 1.0 && tau == tau             ? EMXI_CUDA_ROW_DENSE
                                                                           : EMXI_CUDA_ROW_NAN;
@@ -145,10 +116,10 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) fast_scan(const __grid_consta
     return;
   }
   const int tile_lo = first_row.from / KEYS, tile_hi = (last_row.to + KEYS - 1) / KEYS;
-  /* tiles that every row sees whole; but for the last, whose maxima are taken as floats */
-  int in_lo = (last_row.from + KEYS - 1) / KEYS, in_hi = min(first_row.to / KEYS, tile_hi - 1);
+  /* tiles that every row sees whole */
+  int in_lo = (last_row.from + KEYS - 1) / KEYS, in_hi = min(first_row.to / KEYS, tile_hi);
   if (in_lo >= in_hi) in_lo = in_hi = tile_lo;
-  const int total = tile_hi - tile_lo, first_pass = a.backward ? 0 : total;
+  const int total = tile_hi - tile_lo;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) barrier_init(&full[i], 128), barrier_init(&empty[i], 4 * FAST_GROUPS);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -161,9 +132,9 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) fast_scan(const __grid_consta
     constexpr int LAG = STAGES > 3 ? 2 : 1, PER_ROW = D / 8,
                   STEP = 128 / PER_ROW; /* rows that 128 threads copy at once: a multiple of 8 */
     const int t = threadIdx.x - 128 * FAST_GROUPS, chunk = t % PER_ROW, row = t / PER_ROW, bytes = chunk * 8 < a.d ? 16 : 0;
-    for (int it = 0; it < first_pass + total + LAG; it++) {
-      if (it < first_pass + total) {
-        const int s = it % STAGES, tile = it < first_pass ? tile_hi - 1 - it : tile_lo + it - first_pass;
+    for (int it = 0; it < total + LAG; it++) {
+      if (it < total) {
+        const int s = it % STAGES, tile = tile_lo + it;
         barrier_wait(&empty[s], ((it / STAGES) & 1) ^ 1);
         const int left = sp.n - (tile * KEYS + row);
         uint32_t to = shared_address(ks + s * KB) + (chunk / 8) * (KEYS * 128) + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
@@ -186,7 +157,6 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) fast_scan(const __grid_consta
     return;
   }
   asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
-  const powers w = powers_of(alpha);
   const float c = (float)(alpha - 1.0) * a.scale; /* of a product of q and k */
   key_range vis0 = {0, 0}, vis1 = {0, 0};
   if (lr0 < rows) vis0 = visible(a, sp, row0 + lr0);
@@ -214,9 +184,9 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) fast_scan(const __grid_consta
     for (int k = 0; k < D / 16; k++) wgmma<T>(d, qf[k], at + (k / 4) * (KEYS * 128 >> 4) + (k % 4) * 2, k > 0);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
   };
-  /* f(products, tile, half) for `n` tiles from `tile` on, in steps of `step` */
-  const auto walk = [&](int tile, int step, int n, auto f) {
-    for (; n > 0; n--, tile += step) {
+  /* f(products, tile, half) for `n` tiles from `tile` on */
+  const auto walk = [&](int tile, int n, auto f) {
+    for (; n > 0; n--, tile++) {
       barrier_wait(&full[stage], phase);
       multiply(acc0, 0);
       multiply(acc1, 1);
@@ -246,62 +216,18 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) fast_scan(const __grid_consta
       }
   };
   float f0 = emxi_inf(), f1 = emxi_inf(); /* products at or below it have no weight */
-  if (!a.backward) {
-    int m0[16], m1[16];
-#pragma unroll
-    for (int j = 0; j < 16; j++) m0[j] = m1[j] = (int)0xff800000;
-    const auto masked = [&](float(&d)[32], int tile, const int half) {
-      mask(d, tile, half);
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        int &x = m0[half * 8 + j], &y = m1[half * 8 + j];
-        x = __float_as_int(fmaxf(__int_as_float(x), fmaxf(d[4 * j], d[4 * j + 1])));
-        y = __float_as_int(fmaxf(__int_as_float(y), fmaxf(d[4 * j + 2], d[4 * j + 3])));
-      }
-    };
-    walk(tile_hi - 1, -1, tile_hi - in_hi, masked);
-    /* As integers floats compare as they should where one is positive; of negative ones some is taken, and any score of the row will
-     * do. NaN and +inf come out on top. */
-    walk(in_hi - 1, -1, in_hi - in_lo, [&](float(&d)[32], int, const int half) {
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        int &x = m0[half * 8 + j], &y = m1[half * 8 + j];
-        x = __vimax3_s32(x, __float_as_int(d[4 * j]), __float_as_int(d[4 * j + 1]));
-        y = __vimax3_s32(y, __float_as_int(d[4 * j + 2]), __float_as_int(d[4 * j + 3]));
-      }
-    });
-    walk(in_lo - 1, -1, in_lo - tile_lo, masked);
-    const auto quads = [](float x) { return quad_sum(x); };
-    float top0 = -emxi_inf(), top1 = -emxi_inf();
-#pragma unroll
-    for (int j = 0; j < 16; j++) {
-      odd0 |= m0[j] >= 0x7f800000;
-      odd1 |= m1[j] >= 0x7f800000;
-      top0 = fmaxf(top0, __int_as_float(m0[j]));
-      top1 = fmaxf(top1, __int_as_float(m1[j]));
-    }
-    top0 = quad_max(top0);
-    top1 = quad_max(top1);
-    f0 = quick_bound<16>(
-        w, c, top0, [&](int j) { return __int_as_float(m0[j]); }, quads);
-    f1 = quick_bound<16>(
-        w, c, top1, [&](int j) { return __int_as_float(m1[j]); }, quads);
-    if (top0 == -emxi_inf()) f0 = -emxi_inf(); /* negative and nothing else: not known */
-    if (top1 == -emxi_inf()) f1 = -emxi_inf();
-  } else {
-    const auto bound = [&](int lr) {
-      const float tau = *(const float *)row_of(a.tau, b, h, sp.q0 + row0 + lr);
-      if (tau != tau || tau == -emxi_inf()) return tau;
-      const float thr = (tau - 1e-5f * (1.0f + fabsf(tau))) / c;
-      return thr - 1e-5f * fabsf(thr);
-    };
-    if (live0) f0 = bound(lr0);
-    if (live1) f1 = bound(lr1);
-    odd0 = f0 != f0;
-    odd1 = f1 != f1;
-    if (f0 == -emxi_inf()) vis0 = {0, 0}, f0 = emxi_inf(); /* sees nothing */
-    if (f1 == -emxi_inf()) vis1 = {0, 0}, f1 = emxi_inf();
-  }
+  const auto bound = [&](int lr) {
+    const float tau = *(const float *)row_of(a.tau, b, h, sp.q0 + row0 + lr);
+    if (tau != tau || tau == -emxi_inf()) return tau;
+    const float thr = (tau - 1e-5f * (1.0f + fabsf(tau))) / c;
+    return thr - 1e-5f * fabsf(thr);
+  };
+  if (live0) f0 = bound(lr0);
+  if (live1) f1 = bound(lr1);
+  odd0 = f0 != f0;
+  odd1 = f1 != f1;
+  if (f0 == -emxi_inf()) vis0 = {0, 0}, f0 = emxi_inf(); /* sees nothing */
+  if (f1 == -emxi_inf()) vis1 = {0, 0}, f1 = emxi_inf();
   if (!live0) f0 = emxi_inf();
   if (!live1) f1 = emxi_inf();
   odd0 = __ballot_sync(~0u, odd0) >> (lane & ~3) & 15;
@@ -310,52 +236,11 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) fast_scan(const __grid_consta
   if (odd1) f1 = emxi_inf();
   bool positive = __all_sync(~0u, f0 > 0 && f1 > 0);
 
-  /* the second pass */
-  float *z0 = a.z + (slice_row + lr0) * CAP + part, *z1 = z0 + 8 * CAP;
   int32_t *at0 = a.pos + (slice_row + lr0) * CAP + part, *at1 = at0 + 8 * CAP;
   int n0 = 0, n1 = 0;
   bool over0 = false, over1 = false;
   const uint32_t queue = shared_address(ks + STAGES * KB) + threadIdx.x * 8, limit = queue + (QUEUE - 8) * QUEUE_STEP;
   uint32_t tail = queue;
-  /* A row with a full part, lanes 4 q .. of which have it: its bound becomes the threshold of its list, and what is below goes. */
-  const auto make_room = [&](int q, bool second) {
-    const int64_t row = slice_row + group * 64 + warp % 4 * 16 + q + (second ? 8 : 0);
-    float zz[HELD], top = -emxi_inf();
-    int32_t pp[HELD];
-    const int n = __shfl_sync(~0u, second ? n1 : n0, 4 * q + part);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-      const bool in = lane / 4 + 8 * i < n;
-      zz[i] = in ? a.z[row * CAP + lane + 32 * i] : -emxi_inf();
-      pp[i] = in ? a.pos[row * CAP + lane + 32 * i] : 0;
-      top = fmaxf(top, zz[i]);
-    }
-    top = warp_max(top);
-    const float thr = quick_bound<HELD>(
-        w, c / a.scale, top, [&](int i) { return zz[i]; }, [](float x) { return warp_sum(x); });
-    const uint32_t mine = 0x11111111u << part;
-    int kept = 0;
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-      const uint32_t keep = __ballot_sync(~0u, zz[i] > thr) & mine;
-      if (zz[i] > thr) {
-        const int to = 4 * (kept + __popc(keep & ((1u << lane) - 1))) + part;
-        a.z[row * CAP + to] = zz[i];
-        a.pos[row * CAP + to] = pp[i];
-      }
-      kept += __popc(keep);
-    }
-    __syncwarp();
-    const bool over = __any_sync(~0u, kept > FAST_ROOM - 4);
-    kept = __shfl_sync(~0u, kept, part);
-    if (lane / 4 != q) return;
-    const float raised = thr / a.scale;
-    float &f = second ? f1 : f0;
-    (second ? n1 : n0) = kept;
-    f = over ? emxi_inf() : fmaxf(f, raised - 2e-7f * fabsf(raised));
-    if (over) (second ? over1 : over0) = true;
-  };
   const auto flush = [&]() {
     for (uint32_t e = queue; __any_sync(~0u, e < tail); e += QUEUE_STEP) {
       if (e < tail) {
@@ -367,7 +252,6 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) fast_scan(const __grid_consta
         const bool second = at & 1;
         const float f = second ? f1 : f0;
         int n = second ? n1 : n0;
-        float *z = second ? z1 : z0;
         int32_t *pos = second ? at1 : at0;
 #pragma unroll
         for (int i = 0; i < 4; i++) { /* without branches: a warp's lanes differ */
@@ -375,31 +259,14 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) fast_scan(const __grid_consta
           asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.b32 [%1], %2;\n}" ::"r"(in), "l"(pos + 4 * n),
                        "r"((int32_t)(at >> 1) + 8 * (i / 2) + (i & 1))
                        : "memory");
-          if (!a.backward)
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.f32 [%1], %2;\n}" ::"r"(in), "l"(z + 4 * n),
-                         "f"(x[i] * a.scale)
-                         : "memory");
           n += in;
         }
         (second ? n1 : n0) = n;
       }
       const bool tight0 = n0 > FAST_ROOM - 4, tight1 = n1 > FAST_ROOM - 4;
-      if (!__any_sync(~0u, tight0 || tight1)) continue;
-      if (a.backward) { /* the support alone is too long */
-        if (__ballot_sync(~0u, tight0) >> (lane & ~3) & 15) over0 = true, f0 = emxi_inf(), n0 = 0;
-        if (__ballot_sync(~0u, tight1) >> (lane & ~3) & 15) over1 = true, f1 = emxi_inf(), n1 = 0;
-        continue;
-      }
-      for (int second = 0; second < 2; second++) {
-        uint32_t rest = __ballot_sync(~0u, (second ? tight1 : tight0));
-        while (rest) {
-          const int q = (__ffs(rest) - 1) / 4;
-          make_room(q, second);
-          rest &= ~(15u << 4 * q);
-        }
-      }
-      if (over0) n0 = 0;
-      if (over1) n1 = 0;
+      /* a support too long for the list */
+      if (__ballot_sync(~0u, tight0) >> (lane & ~3) & 15) over0 = true, f0 = emxi_inf(), n0 = 0;
+      if (__ballot_sync(~0u, tight1) >> (lane & ~3) & 15) over1 = true, f1 = emxi_inf(), n1 = 0;
     }
     tail = queue;
     __syncwarp();
@@ -438,9 +305,9 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) fast_scan(const __grid_consta
     mask(d, tile, half);
     filter(d, tile, half);
   };
-  walk(tile_lo, 1, in_lo - tile_lo, masked);
-  walk(in_lo, 1, in_hi - in_lo, filter);
-  walk(in_hi, 1, tile_hi - in_hi, masked);
+  walk(tile_lo, in_lo - tile_lo, masked);
+  walk(in_lo, in_hi - in_lo, filter);
+  walk(in_hi, tile_hi - in_hi, masked);
   flush();
   const auto finish = [&](int lr, key_range vis, int n, bool live, bool odd, bool over) {
     int counts = 0;
