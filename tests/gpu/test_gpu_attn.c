@@ -490,7 +490,8 @@ static void test_far(void **state) {
     double sum = 0, want = 0, size = 0;
     for (int64_t i = 0; i < p.S; i++) want += p.d_o[i * D], size += fabs(p.d_o[i * D]);
     for (int64_t j = 0; j < N; j++) sum += dv[j * D];
-    if (!(fabs(sum - want) < (size < 20 ? 3e-5 : 1e-5 * size)))
+    /* of 16 bits: a row that all keys of this level may belong to is dense, and its weights, all equal here, are rounded to the keys' type */
+    if (!(fabs(sum - want) < (c < 8 ? 3e-5 : 1e-5 * size + 0x1p-9 * fabs(want))))
       fail_msg("level %g: weights of the backward pass sum to %.9g, want %.9g", level, sum, want);
     assert_true(support[0] == N / 3);
     free(o), free(dv), free(support);
@@ -749,7 +750,8 @@ static void test_paged(void **state) {
     w.f.block_table = &tt, w.f.seqlens_k = &w.len_k;
     call(&w, EMX_PASS_FORWARD);
     double *o = get(&w.o);
-    for (int64_t i = 0; i < n_q(&p); i++) assert_true(o[i] == last_o[i]);
+    /* 16-bit keys in pages are scanned otherwise than contiguous ones: an output may round to the neighbour */
+    for (int64_t i = 0; i < n_q(&p); i++) assert_true(fabs(o[i] - last_o[i]) <= (c ? 0x1p-7 * fabs(last_o[i]) + 1e-6 : 0));
     free(o);
     /* a page that is none comes out at the next synchronisation, once */
     table[3] = M;
