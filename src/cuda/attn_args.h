@@ -40,6 +40,11 @@ typedef struct __attribute__((aligned(8))) emxi_cuda_entry {
   float x;
   int32_t at;
 } emxi_cuda_entry;
+/* A row in products of tiles: y = (alpha - 1) s - t (alpha = 1: in base 2; +inf: it has no weights there), and delta, before that is found:
+ * whether the row's dq is to be written. */
+typedef struct __attribute__((aligned(8))) emxi_cuda_edge {
+  float t, delta;
+} emxi_cuda_edge;
 
 /* What an EMXI_CUDA_FAULT_ATTN is about: its `column`. */
 enum {
@@ -51,6 +56,13 @@ enum {
   EMXI_CUDA_ATTN_FAR,
   EMXI_CUDA_ATTN_ALPHA
 };
+
+/* How the gradients of a tile of queries are found (mode): 0: row by row; else by products with tiles of keys, those that have a weight or
+ * all. DONE is added once dq has been found. */
+enum { EMXI_CUDA_TILES_SOME = 1, EMXI_CUDA_TILES_ALL = 2, EMXI_CUDA_TILES_DONE = 4 };
+enum { EMXI_CUDA_KEYS_DONE = 2 };
+/* Nonzeros of an active tile, on average, from which on products of tiles are faster than gathers: measured. */
+#define EMXI_CUDA_ATTN_MANY 40
 
 /* What a row's entry of n_list says when it is no length. */
 enum { EMXI_CUDA_ROW_DENSE = -1, EMXI_CUDA_ROW_NAN = -2 };
@@ -95,6 +107,13 @@ typedef struct emxi_cuda_attn {
   emxi_cuda_weight *weight; /* [rows, CAP] backward */
   emxi_cuda_row *row;       /* [rows] backward */
   double *share;            /* [rows] backward: of the gradient of alpha */
+  /* products of tiles; odd NULL: not for this call */
+  int32_t *odd;  /* [units] 1: has an infinity or a NaN, which products of tiles would spread */
+  int32_t *mode; /* [units, group * q_tiles] */
+  uint32_t
+      *active; /* [units, group * q_tiles, active_words] a bit: 1 << active_shift tiles of keys, from the sequence's first on */
+  int32_t active_words, active_shift;
+  emxi_cuda_edge *edge; /* [units, group * q_tiles, TILE] */
   /* entries by key: */
   int32_t block_rows;         /* query tiles of a block */
   int64_t blocks;             /* of a unit */
@@ -103,7 +122,7 @@ typedef struct emxi_cuda_attn {
   uint32_t *key_start;        /* [units, k_tiles * TILE + 1] */
   uint32_t *by_tile, *by_key; /* [units, unit_rows * CAP] places in pos and weight, relative to the unit's rows */
   float *dk, *dv;             /* [units, k_tiles * TILE, d] shares of dense rows, where has_dense */
-  int32_t *has_dense;         /* [units, k_tiles] */
+  int32_t *has_dense;         /* [units, k_tiles] 1, or EMXI_CUDA_KEYS_DONE: dk and dv have been written */
 } emxi_cuda_attn;
 
 /* Forward on sm_90a, but for dense rows: attn_sieve.cuh. sequences: of the slice, packed: 1. */
@@ -113,6 +132,14 @@ void emxi_cuda_attn_sieve_bf16(const emxi_cuda_attn *a, unsigned sequences, void
 void emxi_cuda_attn_f32(const emxi_cuda_attn *a, void *stream);
 void emxi_cuda_attn_f16(const emxi_cuda_attn *a, void *stream);
 void emxi_cuda_attn_bf16(const emxi_cuda_attn *a, void *stream);
+/* Products of tiles (attn_tiles.cuh). Forward: dense rows. Backward: dq of the tiles of queries that `mode` names, or, keys, their share of
+ * dk and dv. */
+void emxi_cuda_attn_tiles_f16(const emxi_cuda_attn *a, int keys, unsigned units, void *stream);
+void emxi_cuda_attn_tiles_bf16(const emxi_cuda_attn *a, int keys, unsigned units, void *stream);
+/* Which units have numbers alone; which tiles of queries have enough nonzeros for products of tiles, by the caller's lists (`given`) or by
+ * those that a scan found. */
+void emxi_cuda_attn_find_odd(const emxi_cuda_attn *a, unsigned units, void *stream);
+void emxi_cuda_attn_survey(const emxi_cuda_attn *a, unsigned tiles, int given, void *stream);
 /* Of rows with lists: outputs; gradients of q and weights, `given`: from the caller's lists. tiles: of queries, of the slice. */
 void emxi_cuda_attn_resolve_forward(const emxi_cuda_attn *a, unsigned tiles, void *stream);
 void emxi_cuda_attn_resolve_backward(const emxi_cuda_attn *a, unsigned tiles, int given, void *stream);

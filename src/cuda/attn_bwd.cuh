@@ -2,8 +2,10 @@
  * Dense attention, backward, from (q, k, v, tau) alone:   u = p^(2-alpha),  ds = u (dp - (sum u dp)/(sum u)),  dp_ij = do_i.v_j
  *
  *   lists       the caller's support lists, where they are what they should be; else scan_keys with the threshold known
+ *   tiles       queries whose tiles hold many nonzeros or all: attn_tiles.cuh, from the tiles that lists name; the others:
  *   resolve     a warp a row: scores and dp of the list by dot products, tau exactly, ds, dq_i = scale sum ds k: 6 D FLOP a nonzero
- *   dense       rows without a list: passes over the tiles; dq of 64 queries, or dk, dv of 64 keys, a block
+ *   dense       rows without a list that attn_tiles.cuh does not have (f32, heads past 128, alpha a head) or gave back: passes over the
+ *               tiles; dq of 64 queries, or dk, dv of 64 keys, a block
  *   count, ...  nonzeros sorted by key, each key's in the order of rows
  *   gather      a warp a key: dv_j = sum p do, dk_j = scale sum ds q, and the dense rows' share: 4 D FLOP a nonzero
  *
@@ -271,6 +273,11 @@ void attend_chunks(const emxi_cuda_attn &a, cudaStream_t stream) {
     }
     scan_keys<T><<<tiles, THREADS, with(scan_keys<T>, scan_shared<T>()), stream>>>(a);
   };
+  const auto multiply = [&](int keys) {
+    if (a.odd && tiles)
+      (dtype_of<T> == EMX_F16 ? emxi_cuda_attn_tiles_f16 : emxi_cuda_attn_tiles_bf16)(&a, keys, (unsigned)units, stream);
+  };
+  if (a.odd && tiles) emxi_cuda_attn_find_odd(&a, (unsigned)units, stream);
   if (!a.backward) {
     if (!tiles) return;
     const size_t dense = with(dense_forward<T, CHUNKS>, dense_forward_shared<T>(a.d));
@@ -281,26 +288,45 @@ void attend_chunks(const emxi_cuda_attn &a, cudaStream_t stream) {
       scan();
       emxi_cuda_attn_resolve_forward(&a, tiles, stream);
     }
+    multiply(0);
     dense_forward<T, CHUNKS><<<tiles, THREADS, dense, stream>>>(a);
     return;
   }
   const bool given = a.index.data && a.support.data;
+  const auto survey = [&](int by_given) {
+    if (!a.mode) return;
+    emxi_cuda_attn_survey(&a, tiles, by_given, stream);
+    multiply(0);
+  };
   if (a.d_alpha) (void)cudaMemsetAsync(a.share, 0, (size_t)a.rows * sizeof *a.share, stream);
   if (tiles) {
-    if (given)
+    if (given) {
+      survey(1);
       emxi_cuda_attn_resolve_backward(&a, tiles, 1, stream);
-    else
+    } else {
       (void)cudaMemsetAsync(a.todo, 1, (size_t)a.rows, stream);
+      if (a.mode) (void)cudaMemsetAsync(a.mode, 0, (size_t)(units * a.group * a.q_tiles) * sizeof *a.mode, stream);
+    }
     scan();
+    survey(0);
     emxi_cuda_attn_resolve_backward(&a, tiles, 0, stream);
     dense_queries<T, CHUNKS><<<tiles, THREADS, with(dense_queries<T, CHUNKS>, dense_queries_shared<T>()), stream>>>(a);
   }
   if (key_tiles) {
     emxi_cuda_attn_sort(&a, (unsigned)units, stream);
     dense_keys<T, CHUNKS><<<(unsigned)key_tiles, THREADS, with(dense_keys<T, CHUNKS>, dense_keys_shared<T>()), stream>>>(a);
+    multiply(1);
     emxi_cuda_attn_gather_keys(&a, (unsigned)units, stream);
   }
   if (a.d_alpha) emxi_cuda_attn_shares(&a, stream);
+}
+
+/* Whether attn_tiles.cuh has what the call asks for. Weights are y^(1/(alpha-1)), by way of log y in f32. */
+template <typename T>
+bool tiles_fit(const emxi_cuda_attn &a) {
+  return sizeof(T) == 2 && a.v.dtype == dtype_of<T> && a.q.vectors && a.k.vectors && a.v.vectors &&
+         (!a.backward || a.d_o.vectors) && a.d <= 2 * TILE && a.d % 8 == 0 && !a.block_table && !a.alphas &&
+         (a.alpha == 1.0 || a.alpha >= 1.1);
 }
 /* Whether fast_scan is there, for this device, and has what the call asks for. */
 template <typename T>
@@ -318,6 +344,7 @@ template <typename T>
 void attend(const emxi_cuda_attn &call, void *stream) {
   emxi_cuda_attn a = call;
   a.quads = scan_is_fast<T>(a);
+  if (!tiles_fit<T>(a)) a.odd = a.mode = nullptr;
   if (a.d <= TILE)
     attend_chunks<T, 1>(a, (cudaStream_t)stream);
   else if (a.d <= 2 * TILE)

@@ -6,6 +6,8 @@
 
 #define SLICE_BYTES ((int64_t)640 << 20) /* of lists, if there is more than one KV head of a sequence */
 #define COUNTS ((int64_t)1 << 24)        /* entries of the table that sorts nonzeros by key */
+#define ACTIVE_WORDS 4096                /* at most, of a tile of queries */
+#define ACTIVE ((int64_t)1 << 24)        /* words of all of them */
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t at_least_one(int64_t x) { return x < 1 ? 1 : x; }
@@ -125,6 +127,7 @@ emx_status emxi_cuda_attn_run(emx_ctx *ctx, const emxi_attn *a, emxi_arena *aren
   k.n_list = emxi_arena_take(arena, k.rows, sizeof *k.n_list);
   k.at = emxi_arena_take(arena, k.rows, sizeof *k.at);
   k.dense = emxi_arena_take(arena, units * tiles, sizeof *k.dense);
+  k.odd = emxi_arena_take(arena, units, sizeof *k.odd);
   if (!backward) {
     k.entry = emxi_arena_take(arena, k.rows * cap, sizeof *k.entry);
     k.pos = (int32_t *)k.entry;
@@ -139,6 +142,14 @@ emx_status emxi_cuda_attn_run(emx_ctx *ctx, const emxi_attn *a, emxi_arena *aren
     k.weight = emxi_arena_take(arena, k.rows * cap, sizeof *k.weight);
     k.row = emxi_arena_take(arena, k.rows, sizeof *k.row);
     k.share = emxi_arena_take(arena, a->d_alpha ? k.rows : 0, sizeof *k.share);
+    for (k.active_words = 1; k.active_words < ceil_div(ceil_div(k.k_tiles, (int64_t)1 << k.active_shift), 32);)
+      if (k.active_words < ACTIVE_WORDS && units * tiles * k.active_words <= ACTIVE / 2)
+        k.active_words *= 2;
+      else
+        k.active_shift++;
+    k.mode = emxi_arena_take(arena, units * tiles, sizeof *k.mode);
+    k.active = emxi_arena_take(arena, units * tiles * k.active_words, sizeof *k.active);
+    k.edge = emxi_arena_take(arena, units * tiles * EMXI_CUDA_ATTN_TILE, sizeof *k.edge);
     k.counts = emxi_arena_take(arena, key_tiles * k.blocks, sizeof *k.counts);
     k.tile_start = emxi_arena_take(arena, key_tiles + units, sizeof *k.tile_start);
     k.key_start = emxi_arena_take(arena, key_tiles * EMXI_CUDA_ATTN_TILE + units, sizeof *k.key_start);

@@ -4,7 +4,8 @@
  *   scan      a block of 64 queries walks the tiles of its keys from the newest to the oldest, keeps for each row a lower bound of its
  *             threshold (that of the candidates so far: docs/math.md) and lists what lies above: 2 D FLOP a visible pair
  *   resolve   a warp a row: exact tau from the list, values of the support gathered: 2 D FLOP and D elements of V a nonzero
- *   dense     rows whose list has outgrown its room, and all rows of alpha = 1: passes over the tiles until tau is exact, then P V
+ *   dense     rows whose list has outgrown its room, and all rows of alpha = 1: passes over the tiles until tau is exact, then P V; 16
+ *             bit: attn_tiles.cuh, unless there are infinities or NaN
  *
  * A row's outputs are one warp's (list) or one block's (dense), in a fixed order. Scores are sums of D products in f32; tau is solved in
  * double; on the dense path weights enter the product with V in the tiles' type, relative to the row's largest. Oracle:
@@ -188,6 +189,7 @@ __global__ void __launch_bounds__(THREADS) dense_forward(const __grid_constant__
   uint8_t *odd_values = (uint8_t *)(P + TILE * product<T>::LD); /* [TILE, D] */
   query_tile t;
   if (!tile_of_block(a, blockIdx.x, &t) || !a.dense[t.unit * (a.group * a.q_tiles) + t.tile]) return;
+  if (a.odd && !a.odd[t.unit]) return; /* attn_tiles.cuh has been there */
   const int r = threadIdx.x / 4, part = threadIdx.x % 4, lane = threadIdx.x % 32, i = t.i0 + r, D = a.d;
   const bool mine = r < t.rows && a.n_list[t.row0 + r] == EMXI_CUDA_ROW_DENSE;
   const double alpha = alpha_of(a, t.h);

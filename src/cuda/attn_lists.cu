@@ -247,6 +247,7 @@ __global__ void __launch_bounds__(THREADS, 2) resolve_backward(const __grid_cons
   const powers w = powers_of(alpha);
   const float slope = a.slopes ? a.slopes[t.h] : 0;
   const source keys = keys_of(a, a.k, t.b, t.g, t.sp), values = keys_of(a, a.v, t.b, t.g, t.sp);
+  if (GIVEN && a.mode && a.mode[t.unit * (a.group * a.q_tiles) + t.tile]) return;
   if (!GIVEN) count_dense(a, t);
   for (int r = warp; r < t.rows + t.padded; r += WARPS) {
     const int64_t row = t.row0 + r, place = t.sp.q0 + t.i0 + r;
@@ -411,6 +412,110 @@ __global__ void __launch_bounds__(THREADS, 2) resolve_backward(const __grid_cons
   }
 }
 
+/* ---- which tiles to multiply */
+
+/* A block a part of a unit. */
+constexpr int ODD_PARTS = 64;
+__global__ void __launch_bounds__(THREADS) find_odd(const __grid_constant__ emxi_cuda_attn a) {
+  const int unit = (int)(blockIdx.x / ODD_PARTS), g = a.g0 + (a.packed ? unit : unit % a.ng), chunks = a.d / 8;
+  const int b = a.packed ? 0 : a.b0 + unit / a.ng;
+  const uint32_t E = a.k.dtype == EMX_F16 ? 0x7c00 : 0x7f80; /* all ones: infinity or NaN */
+  bool odd = false;
+  const auto look = [&](const emxi_cuda_mat &m, int h, int64_t n) {
+    for (int64_t x = blockIdx.x % ODD_PARTS * (int64_t)THREADS + threadIdx.x; x < n * chunks; x += ODD_PARTS * THREADS) {
+      const uint4 w = __ldg((const uint4 *)(row_of(m, b, h, x / chunks) + x % chunks * 16));
+      const uint32_t u[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) odd |= (u[i] & E) == E || (u[i] & E << 16) == E << 16;
+    }
+  };
+  const int64_t s = a.packed ? a.rows_q : a.span[b].s, n = a.packed ? a.rows_k : a.span[b].n;
+  look(a.k, g, n);
+  look(a.v, g, n);
+  for (int h = 0; h < a.group; h++) {
+    look(a.q, g * a.group + h, s);
+    if (a.backward) look(a.d_o, g * a.group + h, s);
+  }
+  if (__syncthreads_or(odd) && threadIdx.x == 0) a.odd[unit] = 1;
+}
+
+/* Whether a tile of queries is to be multiplied, and with what. GIVEN: by the caller's lists; then by what the scan found for the rows
+ * that are todo. A row that takes part has no list and no longer is todo; GIVEN: the others are todo. */
+template <bool GIVEN>
+__global__ void __launch_bounds__(THREADS) survey(const __grid_constant__ emxi_cuda_attn a) {
+  enum { OUT, LISTED, ALL };
+  extern __shared__ uint32_t active[];
+  __shared__ int states[TILE], scratch[3];
+  query_tile t;
+  if (!tile_of_block(a, blockIdx.x, &t)) return;
+  const int64_t at = t.unit * (a.group * a.q_tiles) + t.tile;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (!GIVEN && a.mode[at]) return;
+  for (int x = threadIdx.x; x < a.active_words; x += THREADS) active[x] = 0;
+  if (threadIdx.x < 3) scratch[threadIdx.x] = 0;
+  __syncthreads();
+  const auto mark = [&](int j) { atomicOr(&active[(j / TILE >> a.active_shift) / 32], 1u << (j / TILE >> a.active_shift) % 32); };
+  for (int r = warp; !a.odd[t.unit] && r < t.rows; r += WARPS) {
+    const int64_t row = t.row0 + r, place = t.sp.q0 + t.i0 + r;
+    const float tau = *(const float *)row_of(a.tau, t.b, t.h, place);
+    int n = 0, state = OUT;
+    if (GIVEN) {
+      const key_range vis = visible(a, t.sp, t.i0 + r);
+      const int32_t *list = (const int32_t *)row_of(a.index, t.b, t.h, place);
+      n = *(const int32_t *)row_of(a.support, t.b, t.h, place);
+      if (finite(tau) && n > a.list) state = ALL;
+      if (finite(tau) && n >= 1 && n <= a.list) {
+        bool good = true;
+        for (int e = lane; e < n; e += 32) good &= list[e] >= vis.from && list[e] < vis.to;
+        state = __all_sync(EMXI_FULL, good) ? LISTED : OUT;
+        for (int e = lane; state == LISTED && e < n; e += 32) mark(list[e]);
+      }
+    } else if (a.todo[row]) {
+      n = a.n_list[row];
+      state = n >= 0 ? LISTED : n == EMXI_CUDA_ROW_DENSE && finite(tau) ? ALL : OUT;
+      const int begin = n > 0 ? a.at[row] : 0, used = n > 0 ? used_of(a, begin, n) : 0;
+      for (int i = 0; i < used; i++) {
+        const int e = entry_of(a, begin, n, i);
+        if (e >= 0) mark(a.pos[row * CAP + e]);
+      }
+    }
+    if (lane) continue;
+    states[r] = state;
+    if (state == LISTED) atomicAdd(&scratch[0], n);
+    if (state == ALL) atomicAdd(&scratch[1], 1);
+  }
+  __syncthreads();
+  int count = 0;
+  for (int x = threadIdx.x; x < a.active_words; x += THREADS) count += __popc(active[x]);
+  count = warp_sum(count);
+  if (lane == 0) atomicAdd(&scratch[2], count << a.active_shift);
+  __syncthreads();
+  /* rows whose lists are too short: few are scanned */
+  const bool all = GIVEN ? 2 * scratch[1] > t.rows : scratch[1] > 0;
+  const int mode = all                                                            ? EMXI_CUDA_TILES_ALL
+                   : scratch[0] && scratch[0] >= EMXI_CUDA_ATTN_MANY * scratch[2] ? EMXI_CUDA_TILES_SOME
+                                                                                  : 0;
+  if (threadIdx.x == 0) a.mode[at] = mode;
+  if (!mode) return;
+  for (int x = threadIdx.x; x < a.active_words; x += THREADS) a.active[at * a.active_words + x] = active[x];
+  if (threadIdx.x >= TILE) return;
+  const int r = threadIdx.x;
+  emxi_cuda_edge edge = {emxi_inf(), 1};
+  if (r < t.rows) {
+    const int64_t row = t.row0 + r;
+    const bool in = states[r] == LISTED || (all && states[r] == ALL);
+    const float tau = *(const float *)row_of(a.tau, t.b, t.h, t.sp.q0 + t.i0 + r);
+    if (in && finite(tau)) edge.t = a.alpha == 1.0 ? tau * 1.4426950408889634f : tau;
+    edge.delta = in;
+    if (in) {
+      a.n_list[row] = 0;
+      a.at[row] = 0;
+    }
+    if (GIVEN || in) a.todo[row] = !in;
+  }
+  a.edge[at * TILE + r] = edge;
+}
+
 /* ---- gradients of keys */
 
 /* Nonzeros of a block of query tiles by key tile: their numbers (added to counts), or, FILL, their places. Within a key tile they are in
@@ -427,6 +532,7 @@ __global__ void __launch_bounds__(THREADS) by_key_tile(const __grid_constant__ e
     const int head = (int)(a.packed ? unit : unit % a.ng) * a.group + (int)(at / a.q_tiles);
     query_tile t;
     if (!locate(a, a.packed ? sequence_of<false>(a, x) : a.b0 + unit / a.ng, x, head, &t) || !t.rows) continue;
+    if (!__syncthreads_or((int)threadIdx.x < t.rows && a.n_list[t.row0 + threadIdx.x] > 0)) continue;
     const int64_t shift = a.packed ? t.sp.k_tile : 0;
     const int from = visible(a, t.sp, t.i0).from / TILE / WINDOW * WINDOW, to = visible(a, t.sp, t.i0 + t.rows - 1).to;
     for (int w0 = from; w0 * TILE < to; w0 += WINDOW) {
@@ -607,6 +713,7 @@ __global__ void __launch_bounds__(THREADS, 2) gather_keys(const __grid_constant_
   const int c0 = blockIdx.x % (TILE / WARPS) * WARPS, warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = lanes_of(a.d),
             d = lane % G * 8;
   const int64_t tile = blockIdx.x / (TILE / WARPS);
+  if (a.has_dense[tile] == EMXI_CUDA_KEYS_DONE) return;
   const uint32_t *start = a.key_start + t.unit * (a.k_tiles * TILE + 1) + t.tile * TILE + c0;
   const source q = rows_of(a.q, t.b, t.g * a.group, 0), grad = rows_of(a.d_o, t.b, t.g * a.group, 0);
   const auto store = [&](int c, float(&dk)[8], float(&dv)[8]) {
@@ -701,6 +808,14 @@ extern "C" void emxi_cuda_attn_resolve_backward(const emxi_cuda_attn *a, unsigne
     (kind == 1   ? resolve_backward<false, 1>
      : kind == 2 ? resolve_backward<false, 2>
                  : resolve_backward<false, 0>)<<<tiles, THREADS, 0, (cudaStream_t)stream>>>(*a);
+}
+extern "C" void emxi_cuda_attn_find_odd(const emxi_cuda_attn *a, unsigned units, void *stream) {
+  (void)cudaMemsetAsync(a->odd, 0, units * sizeof *a->odd, (cudaStream_t)stream);
+  find_odd<<<units * ODD_PARTS, THREADS, 0, (cudaStream_t)stream>>>(*a);
+}
+extern "C" void emxi_cuda_attn_survey(const emxi_cuda_attn *a, unsigned tiles, int given, void *stream) {
+  const size_t shared = (size_t)a->active_words * sizeof *a->active;
+  (given ? survey<true> : survey<false>)<<<tiles, THREADS, shared, (cudaStream_t)stream>>>(*a);
 }
 extern "C" void emxi_cuda_attn_sort(const emxi_cuda_attn *a, unsigned units, void *s) {
   cudaStream_t stream = (cudaStream_t)s;
