@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(SETTLE_THREADS, G == 8 ? 6 : 7) settle(const _
       pos[e] = entry.at;
       top = fmaxf(top, entry.x);
     }
+    __syncwarp();
     top = top_among<G>(top);
     /* tau' relative to the top, in units of y */
     const auto solve = [&](float x, int entries, int steps, float enough) {
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(SETTLE_THREADS, G == 8 ? 6 : 7) settle(const _
         const int32_t p = pos[l + G * i];
         const bool stays = keep(s);
         const uint32_t some = __ballot_sync(EMXI_FULL, stays) >> first_lane & ((1u << G) - 1);
+        __syncwarp(); /* every lane has read */
         if (stays) {
           const int to = n + __popc(some & ((1u << l) - 1));
           z[to] = s;

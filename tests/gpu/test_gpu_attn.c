@@ -827,6 +827,7 @@ static void test_deterministic(void **state) {
     CUDA(cudaGraphInstantiate(&exec, graph, 0));
     for (int turn = 0; turn < 6; turn++) {
       for (int i = 0; i < 5; i++) CUDA(cudaMemset(outs[i]->data, 0xff, gpu_bytes(outs[i])));
+      CUDA(cudaDeviceSynchronize()); /* `stream` does not wait for the default one */
       if (turn % 2) {
         CUDA(cudaGraphLaunch(exec, stream));
       } else {
