@@ -139,9 +139,10 @@ class Ours:
         word = lambda at, kind, size: r[:, at:at + size].contiguous().view(kind)[:, 0].double()
         k, v, meta = (word(at, torch.int64, 8) for at in (32, 40, 48))
         shared = lambda x: x.view(-1, self.group).amax(1).sum().item()  # one read for the heads of a group
+        whole = r[:, 29] == 0  # EMX_PATH_ALL: every key, whatever selector was asked for
         return {"support_mean": word(16, torch.int32, 4).mean().item(), "tokens_mean": word(20, torch.int32, 4).mean().item(),
                 "delta_bound": word(4, torch.float32, 4).max().item(), "certified": (r[:, 31] & 1).double().mean().item(),
-                "bytes": (k.sum().item() if self.select.kind else shared(k)) + v.sum().item() + shared(meta)}
+                "bytes": k[~whole].sum().item() + shared(k * whole) + v.sum().item() + shared(meta)}
 
     def pages(self, most):
         """Page lists [B,H,M], -1 past the end."""
