@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  * emx bench attn: causal attention of N queries over N keys, softmax (alpha = 1) and alpha-entmax in turn in every round, forward
- * and backward. Sampled rows of the output and of the gradient of q are compared with float64. */
+ * and backward, on the CPU or a GPU. Sampled rows of the output and of the gradient of q are compared with float64. */
 #include "bench.h"
 #include "workload.h"
 
+#include "base/backend.h"
 #include "base/base.h"
 #include "base/num.h"
 #include "entmax/entmax.h"
@@ -12,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { CHECKED_HEADS = 4, CHECKED_ROWS = 6 };
+enum { CHECKED_HEADS = 4, CHECKED_ROWS = 6, DEVICE_RUNS = 5 /* calls that are timed together on a GPU */ };
 
 typedef struct options {
   cli_common common;
@@ -22,9 +23,23 @@ typedef struct options {
   int32_t dtype;
   double alpha;
   bool alibi, forward;
+  cli_device device;
   uint64_t seed;
 } options;
-enum { KEY_DATA = 1, KEY_N, KEY_HQ, KEY_HKV, KEY_D, KEY_DTYPE, KEY_ROUNDS, KEY_SEED, KEY_ALIBI, KEY_LIST, KEY_FORWARD };
+enum {
+  KEY_DATA = 1,
+  KEY_N,
+  KEY_HQ,
+  KEY_HKV,
+  KEY_D,
+  KEY_DTYPE,
+  KEY_ROUNDS,
+  KEY_SEED,
+  KEY_ALIBI,
+  KEY_LIST,
+  KEY_FORWARD,
+  KEY_DEVICE
+};
 static const struct argp_option option_table[] = {
     {"data", KEY_DATA, "W", 0, "iid (default), ar:RHO, topics[:SHIFT], outlier:C,GAIN or flat:STD", 1},
     {"n", KEY_N, "N", 0, "Tokens (default 4096)", 1},
@@ -36,6 +51,7 @@ static const struct argp_option option_table[] = {
     {"alibi", KEY_ALIBI, NULL, 0, "ALiBi slopes 1/(h+1) on the first half of the heads", 1},
     {"list", KEY_LIST, "C", 0, "Capacity of the support lists that forward saves for backward; 0: none (default 64)", 1},
     {"forward", KEY_FORWARD, NULL, 0, "No backward pass", 1},
+    {"device", KEY_DEVICE, "WHERE", 0, "cpu (default), cuda or cuda:N", 1},
     {"rounds", KEY_ROUNDS, "N", 0, "Timed rounds (default 9)", 1},
     {"seed", KEY_SEED, "S", 0, "Seed of the data (default 1)", 1},
     {0}};
@@ -52,6 +68,7 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     case 'a': o->alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
     case KEY_ALIBI: o->alibi = true; return 0;
     case KEY_LIST: o->list = cli_int(state, "--list", arg, 0, 1 << 20); return 0;
+    case KEY_DEVICE: o->device = cli_device_arg(state, arg); return 0;
     case KEY_FORWARD: o->forward = true; return 0;
     case KEY_ROUNDS: o->rounds = (int)cli_int(state, "--rounds", arg, 1, 100000); return 0;
     case KEY_SEED: o->seed = cli_seed(state, "--seed", arg); return 0;
@@ -76,8 +93,9 @@ typedef struct method {
 
 typedef struct bench {
   const options *o;
-  emx_ctx *ctx;
-  void *q, *k, *v, *work;
+  emx_ctx *ctx, *gpu;                  /* gpu NULL: the CPU is measured */
+  void *q, *k, *v, *work, *blocks[16]; /* blocks: on the GPU */
+  int n_blocks;
   float *out, *tau[2], *d_o, *d_q, *d_k, *d_v, *slopes;
   int32_t *support, *index;
   size_t work_bytes;
@@ -118,6 +136,29 @@ static emx_status fill(bench *b, const workload *w) {
   return status;
 }
 
+/* Moves a tensor to the GPU, with what the host's memory holds. */
+static emx_status upload(bench *b, emx_tensor *t) {
+  size_t bytes = emx_dtype_size(t->dtype);
+  void *p;
+  for (int d = 0; d < t->ndim; d++) bytes *= (size_t)t->shape[d];
+  EMX_TRY(b->gpu->backend->memory_alloc(b->gpu, bytes, &p));
+  b->blocks[b->n_blocks++] = p;
+  EMX_TRY(b->gpu->backend->memory_copy(b->gpu, p, t->data, bytes));
+  t->data = p;
+  t->device = b->o->device.kind;
+  t->device_index = b->o->device.index;
+  return EMX_OK;
+}
+/* What check() and density() look at, back into the host's memory. */
+static emx_status download(const bench *b, const method *m) {
+  const size_t rows = (size_t)b->o->hq * (size_t)b->o->n, q = rows * (size_t)b->o->d * sizeof(float);
+  if (!b->gpu) return EMX_OK;
+  const emxi_backend *copy = b->gpu->backend;
+  if (m->pass == EMX_PASS_BACKWARD) return copy->memory_copy(b->gpu, b->d_q, b->tdq.data, q);
+  EMX_TRY(copy->memory_copy(b->gpu, b->support, b->tsupport.data, rows * sizeof *b->support));
+  return copy->memory_copy(b->gpu, b->out, b->to.data, q);
+}
+
 static emx_status prepare(bench *b) {
   const options *o = b->o;
   const int64_t sq[4] = {1, o->hq, o->n, o->d}, sk[4] = {1, o->hkv, o->n, o->d}, si[4] = {1, o->hq, o->n, o->list};
@@ -133,6 +174,10 @@ static emx_status prepare(bench *b) {
   b->tsupport = emx_tensor_view(b->support, EMX_I32, 3, sq);
   b->tindex = emx_tensor_view(b->index, EMX_I32, 4, si);
   b->tslopes = emx_tensor_view(b->slopes, EMX_F32, 1, &sq[1]);
+  emx_tensor *placed[] = {&b->tq,  &b->tk,      &b->tv,  &b->to,  &b->ttau[0], &b->ttau[1], &b->tsupport,
+                          &b->tdo, &b->tslopes, &b->tdq, &b->tdk, &b->tdv,     &b->tindex};
+  emx_ctx *ctx = b->gpu ? b->gpu : b->ctx;
+  for (size_t i = 0; b->gpu && i < sizeof placed / sizeof *placed - !o->list; i++) EMX_TRY(upload(b, placed[i]));
   for (int a = 0; a < (o->alpha == 1 ? 1 : 2); a++)
     for (int32_t pass = EMX_PASS_FORWARD; pass <= (o->forward ? EMX_PASS_FORWARD : EMX_PASS_BACKWARD); pass++) {
       method *m = &b->methods[b->n_methods++];
@@ -152,11 +197,24 @@ static emx_status prepare(bench *b) {
       else
         m->io.d_o = &b->tdo, m->io.d_q = &b->tdq, m->io.d_k = &b->tdk, m->io.d_v = &b->tdv;
       size_t bytes;
-      EMX_TRY(emx_attn_workspace_size(b->ctx, &m->desc, &m->io, pass, &bytes));
+      EMX_TRY(emx_attn_workspace_size(ctx, &m->desc, &m->io, pass, &bytes));
       if (bytes > b->work_bytes) b->work_bytes = bytes;
     }
+  if (b->gpu) return b->gpu->backend->memory_alloc(b->gpu, b->work_bytes, &b->work);
   b->work = emxi_alloc(b->work_bytes);
   return b->work ? EMX_OK : emxi_fail(EMX_ERR_NOMEM, "no memory for %zu bytes", b->work_bytes);
+}
+
+/* Calls in a row, and what one takes; on a GPU from an idle device to an idle device. */
+static emx_status run(const bench *b, const method *m, int times, double *seconds) {
+  emx_ctx *ctx = b->gpu ? b->gpu : b->ctx;
+  EMX_TRY(emx_ctx_sync(ctx));
+  const double start = cli_seconds();
+  for (int i = 0; i < times; i++)
+    EMX_TRY((m->pass == EMX_PASS_FORWARD ? emx_attn_forward : emx_attn_backward)(ctx, &m->desc, &m->io, b->work, b->work_bytes));
+  EMX_TRY(emx_ctx_sync(ctx));
+  *seconds = (cli_seconds() - start) / times;
+  return EMX_OK;
 }
 
 /* Relative L2 error of o, or of the gradient of q, over sampled rows; memory [3,n]. */
@@ -219,11 +277,12 @@ static int report(const bench *b) {
     const double ratio = bench_ratio(base->ms, m->ms, o->rounds);
     const char *pass = m->pass == EMX_PASS_FORWARD ? "forward" : "backward";
     if (o->common.json) {
-      code = cli_json_line(json_pack("{s:s, s:s, s:I, s:i, s:i, s:i, s:s, s:s, s:f, s:b, s:I, s:f, s:f, s:f, s:o, s:f, s:f}",
-                                     "device", "cpu", "data", o->data, "n", (json_int_t)o->n, "h", o->hq, "hkv", o->hkv, "d",
-                                     o->d, "dtype", emx_dtype_name(o->dtype), "pass", pass, "alpha", m->alpha, "alibi", o->alibi,
-                                     "list", (json_int_t)(m->alpha == 1 ? 0 : o->list), "ms", t.median, "ms_min", t.min, "ms_mad",
-                                     t.mad, "vs_softmax", cli_json_real(ratio), "density", m->density, "rel_err", m->err));
+      code =
+          cli_json_line(json_pack("{s:s, s:s, s:I, s:i, s:i, s:i, s:s, s:s, s:f, s:b, s:I, s:f, s:f, s:f, s:o, s:f, s:f}",
+                                  "device", b->gpu ? "cuda" : "cpu", "data", o->data, "n", (json_int_t)o->n, "h", o->hq, "hkv",
+                                  o->hkv, "d", o->d, "dtype", emx_dtype_name(o->dtype), "pass", pass, "alpha", m->alpha, "alibi",
+                                  o->alibi, "list", (json_int_t)(m->alpha == 1 ? 0 : o->list), "ms", t.median, "ms_min", t.min,
+                                  "ms_mad", t.mad, "vs_softmax", cli_json_real(ratio), "density", m->density, "rel_err", m->err));
     } else {
       printf("%-8g %-9s %10.2f %10.2f %9.2f %11.2f %9.4f %9.1e\n", m->alpha, pass, t.median, t.min, t.mad, ratio, m->density,
              m->err);
@@ -233,6 +292,12 @@ static int report(const bench *b) {
 }
 
 static void drop(bench *b) {
+  if (b->gpu) {
+    b->gpu->backend->memory_free(b->gpu, b->work);
+    b->work = NULL;
+    for (int i = 0; i < b->n_blocks; i++) b->gpu->backend->memory_free(b->gpu, b->blocks[i]);
+    emx_ctx_destroy(b->gpu);
+  }
   void *owned[] = {b->q,   b->k,   b->v,   b->work, b->out,    b->tau[0],  b->tau[1],
                    b->d_o, b->d_q, b->d_k, b->d_v,  b->slopes, b->support, b->index};
   for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) emxi_free(owned[i]);
@@ -264,6 +329,10 @@ int bench_attn(int argc, char **argv) {
   bench b = {.o = &o};
   int code = cli_context(&o.common, &b.ctx);
   if (code) return code;
+  if (o.device.kind != EMX_DEVICE_CPU && (code = cli_context_on(&o.common, o.device, &b.gpu))) {
+    drop(&b);
+    return code;
+  }
   const size_t es = emx_dtype_size(o.dtype), rows = (size_t)o.hq * (size_t)o.n, nq = rows * (size_t)o.d,
                nk = (size_t)o.hkv * (size_t)o.n * (size_t)o.d;
   size_t total = 0;
@@ -289,15 +358,13 @@ int bench_attn(int argc, char **argv) {
   for (int round = -1; round < o.rounds; round++) /* a first round warms up, and is checked */
     for (int i = 0; i < b.n_methods; i++) {
       method *m = &b.methods[i];
-      const double start = cli_seconds();
-      if (m->pass == EMX_PASS_FORWARD)
-        CLI_TRY(emx_attn_forward(b.ctx, &m->desc, &m->io, b.work, b.work_bytes));
-      else
-        CLI_TRY(emx_attn_backward(b.ctx, &m->desc, &m->io, b.work, b.work_bytes));
+      double seconds;
+      CLI_TRY(run(&b, m, b.gpu && round >= 0 ? DEVICE_RUNS : 1, &seconds));
       if (round >= 0) {
-        m->ms[round] = 1e3 * (cli_seconds() - start);
+        m->ms[round] = 1e3 * seconds;
         continue;
       }
+      CLI_TRY(download(&b, m));
       m->err = check(&b, m, memory);
       m->density = density(&b, m->alpha);
     }

@@ -2,6 +2,7 @@
 . "$SRC/tests/cli/lib.sh"
 fails 2 'device' bench decode --device tpu
 fails 2 'device' bench decode --device cuda:x
+fails 2 'device' bench attn --device tpu
 fails 2 'device' generate -m "$MODEL" -p a --device tpu
 for refused in "--cache-save x" "--cache-load x" "--dump-qkv x" "--kv-file x"; do
   fails 2 'for the CPU' generate -m "$MODEL" -p a --device cuda $refused
@@ -17,11 +18,16 @@ if jq -e '.cuda == null' out >/dev/null; then
   run 0 info
   grep -q '^cuda      none: .*CUDA' out || die "info does not say why there is no GPU"
   fails 1 'CUDA' bench decode --device cuda --n 100
+  fails 1 'CUDA' bench attn --device cuda --n 100
   fails 1 'CUDA' generate -m "$MODEL" -p a --device cuda
   fails 1 'CUDA' eval -m "$MODEL" -f text --device cuda
 else
   run 0 bench decode --device cuda --n 3000 --rounds 2 --batch 3 --alibi --json
   holds '.device == "cuda" and .certified and .rel_err < 1e-4'
+  run 0 bench attn --device cuda --n 700 --hq 4 --hkv 2 --d 64 --alibi --rounds 2 --json
+  holds '.device == "cuda" and .ms > 0 and .rel_err < 1e-4'
+  run 0 bench attn --device cuda --n 400 --dtype bf16 --list 0 --alpha 2 --rounds 2 --json
+  holds '.device == "cuda" and .rel_err < 2e-2'
   run 0 bench decode --device cuda --n 3000 --rounds 2 --select topk,gaussian --budget 4096 --json
   holds 'select(.select == "topk") | .certified and .rel_err < 1e-4' # the budget covers the sequence
   fails 1 'SKETCH' bench decode --device cuda --n 3000 --select certified
