@@ -10,7 +10,8 @@ backward; `lists` is the capacity of the support lists that forward saves for ba
 Softmax is a different function and the speed to beat. rel_err: relative L2 distance from float64 attention, of o and dq over sampled rows,
 of dk and dv over one whole head (N up to 8192); sum_err: largest distance of the sum of p at the returned tau from one, over the sample.
 density: share of the visible 64 x 64 tiles that have a weight; support: mean number of weights a row; dense: share of rows with a support of
-more than 256. Needs PyTorch with CUDA and a libentmax built with its CUDA back end. One JSON object a line goes to --out.
+more than 256. Where package `adasplash` (AdaSplash-2, github.com/deep-spin/adasplash) can be imported it runs, too, at its defaults and outside
+graphs: it allocates and waits; its sum_err is that of its output over values of one, in bf16. Needs PyTorch with CUDA and a libentmax built with its CUDA back end. One JSON object a line goes to --out.
 """
 import argparse
 import ctypes as C
@@ -22,6 +23,12 @@ import torch
 import torch.nn.functional as F
 from decode import Library, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+try:
+    import adasplash
+except ImportError:
+    adasplash = None
 
 
 class Desc(C.Structure):
@@ -100,9 +107,9 @@ def entmax15(z):
     return (z - lo).clamp(min=0) ** 2, lo
 
 
-def check(e, n, d):
+def check(t, n, d):
     """Errors of sampled rows; of one head's dk and dv where it is small."""
-    t, scale, out = e.t, 1 / math.sqrt(d), {}
+    scale, out = 1 / math.sqrt(d), {}
     h, rows = 5, torch.randint(n, (128,), generator=torch.Generator().manual_seed(2)).cuda()
     if n <= 8192:
         rows = torch.arange(n, device="cuda")
@@ -113,7 +120,8 @@ def check(e, n, d):
         z = (q[part] @ k.T) * scale
         z.masked_fill_(torch.arange(n, device="cuda")[None] > part[:, None], -math.inf)
         p, _ = entmax15(z)
-        sums = max(sums, (((z / 2 - t["tau"][0, h, part].double()[:, None]).clamp(min=0) ** 2).sum(-1) - 1).abs().max().item())
+        if "tau" in t:
+            sums = max(sums, (((z / 2 - t["tau"][0, h, part].double()[:, None]).clamp(min=0) ** 2).sum(-1) - 1).abs().max().item())
         u, dp = p.sqrt(), d_o[part] @ v.T
         ds = u * (dp - (u * dp).sum(-1, keepdim=True) / u.sum(-1, keepdim=True)) * scale
         for name, want in (("o", p @ v), ("d_q", ds @ k)):
@@ -126,7 +134,7 @@ def check(e, n, d):
             err[name] = [(t[name][0, h].double() - want).square().sum().item(), want.square().sum().item()]
     for name, (a, b) in err.items():
         out["err_" + name] = math.sqrt(a / b) if b else None
-    out["sum_err"] = sums
+    out["sum_err"] = sums if "tau" in t else None
     return out
 
 
@@ -141,6 +149,30 @@ def density(e, n, d):
         active += z[:, :m].reshape(-1, 64, m // 64, 64).any(3).any(1).sum().item()
         visible += sum((i + x) // 64 + 1 for x in range(0, min(1024, n - i), 64))
     return active / visible
+
+
+def splash(q, k, v, d_o, backward):
+    if not backward:
+        with torch.no_grad():
+            return adasplash.adasplash2(q, k, v)
+    x = [t.detach().requires_grad_() for t in (q, k, v)]
+    y = adasplash.adasplash2(*x)
+    return y.detach(), *torch.autograd.grad(y, x, d_o)
+
+
+def rival(q, k, v, d_o, n, d):
+    """Errors of AdaSplash-2; raises what it raises."""
+    o, d_q, d_k, d_v = splash(q, k, v, d_o, True)
+    facts = check(dict(q=q, k=k, v=v, d_o=d_o, o=o, d_q=d_q, d_k=d_k, d_v=d_v), n, d)
+    facts["sum_err"] = (splash(q, k, torch.ones_like(v), d_o, False).float() - 1).abs().max().item()
+    return facts
+
+
+class Eager:
+    """Called like a graph."""
+
+    def __init__(self, f):
+        self.replay = f
 
 
 def graph_of(f):
@@ -192,7 +224,16 @@ def main():
                     for b in (False, True):
                         calls[f"entmax lists {lists}", b] = lambda e=ours[lists], b=b: e.run(b)
                 graphs = {x: graph_of(f) for x, f in calls.items()}
-                times = {x: [] for x in calls}
+                theirs = None
+                if adasplash and o.alpha == 1.5:
+                    try:
+                        theirs = rival(q, k, v, d_o, n, d)
+                    except Exception as error:  # whatever its kernels do not compile or launch with
+                        print(f"    adasplash does not run here: {str(error).splitlines()[0]}", flush=True)
+                    else:
+                        for b in (False, True):
+                            graphs["adasplash", b] = calls["adasplash", b] = Eager(lambda b=b: splash(q, k, v, d_o, b))
+                times = {x: [] for x in graphs}
                 for round in range(-2, o.rounds):
                     for x, g in graphs.items():
                         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -205,7 +246,7 @@ def main():
                 e = ours[o.lists[0]]
                 e.run(True)
                 torch.cuda.synchronize()
-                facts = dict(check(e, n, d) if o.alpha == 1.5 else {}, density=density(e, n, d),
+                facts = dict(check(e.t, n, d) if o.alpha == 1.5 else {}, density=density(e, n, d),
                              support=e.t["support"].float().mean().item(), dense=(e.t["support"] > 256).float().mean().item())
                 base = {b: statistics.median(times["cudnn", b]) for b in (False, True)}
                 for (name, b), ms in times.items():
@@ -214,9 +255,13 @@ def main():
                                ms_min=min(ms), ms_mad=statistics.median(abs(x - m) for x in ms), vs_cudnn=base[b] / m)
                     if name.startswith("entmax"):
                         row.update(facts, workspace=ours[int(name.split()[-1])].bytes)
+                    if name == "adasplash":
+                        row.update(theirs)
                     out.write(json.dumps(row) + "\n")
                     print(f"{case:11} n {n:6} d {d:4} {name:16} {row['pass']:8} {m:8.3f} ms (min {min(ms):.3f})  {base[b] / m:5.2f}x", flush=True)
                 print("   ", " ".join(f"{x} {y:.3g}" for x, y in facts.items() if y is not None), flush=True)
+                if theirs:
+                    print("    adasplash", " ".join(f"{x} {y:.3g}" for x, y in theirs.items() if y is not None), flush=True)
                 if o.profile:
                     from torch.profiler import ProfilerActivity, profile
                     for lists, e in ours.items():
