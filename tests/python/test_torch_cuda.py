@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps and losses of libentmax.torch on a GPU: against the CPU, in float64 by finite differences, on torch's streams, compiled and
-in captured graphs. Skipped where torch or the library finds no GPU."""
+"""Maps, losses and attention of libentmax.torch on a GPU: against the CPU, in float64 by finite differences or by the dense formula,
+on torch's streams, compiled and in captured graphs. Skipped where torch or the library finds no GPU."""
 import unittest
 
 import torch
@@ -128,6 +128,127 @@ class Losses(unittest.TestCase):
                 T.synchronize()
             self.assertEqual(loss.isnan().tolist(), [False, True, False])
         self.assertTrue(gradcheck(lambda x: T.entmax15_loss(x, torch.tensor([0, 2, 4], device="cuda")), (x.double().requires_grad_(),)))
+
+
+def dense(q, k, v, alpha, slopes=None, causal=True):
+    """Attention in float64 through the whole matrix; its gradients are torch's own. [B,H,S,D], [B,G,N,D]."""
+    q, k, v = (t.detach().cpu().double().requires_grad_() for t in (q, k, v))
+    group, s, n = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    far = torch.arange(s)[:, None] + n - s - torch.arange(n)
+    z = q @ k.repeat_interleave(group, 1).mT / q.shape[-1] ** 0.5
+    if slopes is not None:
+        z = z - slopes.cpu().double()[:, None, None] * far.abs()
+    if causal:
+        z = z.masked_fill(far < 0, -1e9)
+    return T.entmax(z, alpha) @ v.repeat_interleave(group, 1), (q, k, v)
+
+
+@unittest.skipIf(REASON, REASON)
+class Attention(unittest.TestCase):
+    def inputs(self, dtype=torch.float32, s=200, n=200, d=32, heads=4, kv_heads=2):
+        return [randn(2, h, rows, d, scale=1.5, grad=True, dtype=dtype, seed=seed)
+                for seed, (h, rows) in enumerate(((heads, s), (kv_heads, n), (kv_heads, n)))]
+
+    def near(self, got, want, dtype):
+        """Relative L2: f32 sums of a few hundred terms; 16 bits: results, weights and gradients are rounded to 8 or 11 bits."""
+        limit = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+        self.assertTrue(got.is_cuda)
+        error = (got.detach().cpu().double() - want.detach()).norm() / want.detach().norm()
+        self.assertLess(error.item(), limit)
+
+    def test_against_the_dense_formula(self):
+        slopes = torch.tensor([0, 0.5, 0.25, 1], device="cuda")
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for alpha in (1.0, 1.5, 2.0, 1.3):
+                for s, n, d, bias in ((200, 200, 64, None), (65, 300, 80, slopes), (1, 77, 32, slopes)):
+                    q, k, v = self.inputs(dtype, s, n, d)
+                    d_o = randn(*q.shape, dtype=dtype, seed=9)
+                    o = T.attention(q, k, v, is_causal=True, alpha=alpha, alibi_slopes=bias)
+                    self.assertEqual(o.dtype, dtype)
+                    want, exact = dense(q, k, v, alpha, bias)
+                    self.near(o, want, dtype)
+                    got = torch.autograd.grad(o, (q, k, v), d_o)
+                    for a, b in zip(got, torch.autograd.grad(want, exact, d_o.cpu().double())):
+                        if b.norm() > 0:
+                            self.near(a, b, dtype)
+
+    def test_gradient_of_alpha(self):
+        q, k, v = self.inputs(s=60, n=60)
+        alpha = torch.tensor([1.2, 1.5, 1.7, 1.9], device="cuda", requires_grad=True)
+        d_o = randn(*q.shape, seed=9)
+        T.attention(q, k, v, is_causal=True, alpha=alpha).backward(d_o)
+        parts = [t.detach().cpu().double() for t in (q, k, v)]
+        other = alpha.detach().cpu().double().requires_grad_()
+        T.attention(*parts, is_causal=True, alpha=other).backward(d_o.cpu().double())
+        torch.testing.assert_close(alpha.grad.cpu().double(), other.grad, rtol=1e-3, atol=1e-3)
+
+    def test_packed(self):
+        q, k, v = (randn(150, h, 32, grad=True, seed=h) for h in (4, 2, 2))
+        cu = torch.tensor([0, 40, 41, 130], device="cuda")
+        o = T.attention(q, k, v, is_causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu)
+        d_o = randn(*o.shape, seed=9)
+        got = torch.autograd.grad(o, (q, k, v), d_o)
+        cpu = [t.detach().cpu().double().requires_grad_() for t in (q, k, v)]
+        want = T.attention(*cpu, is_causal=True, cu_seqlens_q=cu.cpu(), cu_seqlens_k=cu.cpu())
+        self.near(o, want, torch.float32)
+        self.assertEqual(o[130:].abs().sum().item(), 0)
+        for a, b in zip(got, torch.autograd.grad(want, cpu, d_o.cpu().double())):
+            self.near(a, b, torch.float32)
+
+    def test_autocast_dtypes(self):
+        """What layers under autocast hand over: 16-bit keys with 16-bit or f32 queries."""
+        layer = torch.nn.Linear(64, 3 * 64, device="cuda")
+        x = randn(2, 100, 64)
+        with torch.autocast("cuda", torch.bfloat16):
+            q, k, v = layer(x).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+            o = T.attention(q, k, v, is_causal=True)
+        self.assertEqual(o.dtype, torch.bfloat16)
+        o.float().square().sum().backward()
+        self.assertTrue(layer.weight.grad.isfinite().all())
+        mixed = T.attention(q.detach().float(), k, v, is_causal=True)
+        self.assertEqual(mixed.dtype, torch.float32)
+        self.near(mixed, dense(q, k, v, 1.5)[0], torch.bfloat16)
+
+    def test_captured_graph_and_stream(self):
+        q, k, v = self.inputs(torch.bfloat16)
+
+        def step():
+            return torch.autograd.grad(T.attention(q * 1, k, v, is_causal=True).float().square().sum(), (q, k, v))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = step()
+        for seed in range(3):
+            with torch.no_grad():
+                q.copy_(randn(*q.shape, seed=20 + seed))
+            graph.replay()
+            for a, b in zip(got, step()):
+                self.assertTrue(torch.equal(a, b))
+
+    def test_compiled(self):
+        q, k, v = self.inputs(torch.bfloat16)
+
+        def f(q, k, v):
+            return T.attention(q * 2, k, v, is_causal=True).float().square().sum()
+        want = torch.autograd.grad(f(q, k, v), (q, k, v))
+        for mode in ("default", "reduce-overhead"):
+            compiled = torch.compile(f, fullgraph=True, mode=mode)
+            for _ in range(3):
+                got = torch.autograd.grad(compiled(q, k, v), (q, k, v))
+            for a, b in zip(got, want):
+                self.near(a, b.cpu().double(), torch.bfloat16)
+
+    def test_refusals(self):
+        q, k, v = self.inputs()
+        for call, sentence in ((lambda: T.attention(q.double(), k.double(), v.double()), "f64 runs on the CPU"),
+                               (lambda: T.attention(q, k, v, alpha=3.0), "up to 4")):
+            with self.assertRaisesRegex(L.UnsupportedError, sentence):
+                call()
 
 
 @unittest.skipIf(REASON, REASON)
