@@ -61,7 +61,8 @@ enum {
  * all. DONE is added once dq has been found. */
 enum { EMXI_CUDA_TILES_SOME = 1, EMXI_CUDA_TILES_ALL = 2, EMXI_CUDA_TILES_DONE = 4 };
 enum { EMXI_CUDA_KEYS_DONE = 2 };
-/* Nonzeros of an active tile, on average, from which on products of tiles are faster than gathers: measured. */
+/* Nonzeros of an active tile, on average, from which on products of tiles are taken for faster than gathers. Measured are 7, where gathers
+ * win, and 67 and 152, where products do (docs/performance.md); the place between is an estimate. */
 #define EMXI_CUDA_ATTN_MANY 40
 
 /* What a row's entry of n_list says when it is no length. */

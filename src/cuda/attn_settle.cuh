@@ -247,9 +247,9 @@ void sift(const emxi_cuda_attn &a, unsigned sequences, cudaStream_t stream) {
     kernel<<<(unsigned)a.q_blocks * of_block, FAST_THREADS, shared, stream>>>(a);
   };
   if (a.d <= 64)
-    scan(sieve<T, 64, SIEVE_FEW>, sieve_of<64>::SHARED);
+    scan(sieve<T, 64>, sieve_of<64>::SHARED);
   else
-    scan(sieve<T, 128, SIEVE_FEW>, sieve_of<128>::SHARED);
+    scan(sieve<T, 128>, sieve_of<128>::SHARED);
   const unsigned tiles = (unsigned)a.q_tiles * of_block;
   if (a.alphas || (a.alpha != 1.5 && a.alpha != 2.0) || a.v.dtype != dtype_of<T> || !a.v.vectors)
     emxi_cuda_attn_resolve_forward(&a, tiles, stream);

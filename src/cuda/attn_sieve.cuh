@@ -71,7 +71,7 @@ __device__ __forceinline__ float raise_bound(const powers &w, float c, float top
 }
 #endif
 
-template <typename T, int D, int FEW>
+template <typename T, int D>
 __global__ void __launch_bounds__(FAST_THREADS, 1) sieve(const __grid_constant__ emxi_cuda_attn a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int STAGES = sieve_of<D>::STAGES, KB = sieve_of<D>::STAGE_BYTES, KEYS = FAST_KEYS;
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) sieve(const __grid_constant__
     for (int i = 0; i < FAST_GROUPS; i++)
       for (int j = 0; j <= (counted - 1) / 32; j++)
         n += __popc(*(volatile uint32_t *)&marks[i][j] & (counted - 32 * j >= 32 ? ~0u : (1u << (counted - 32 * j)) - 1));
-    return 100 * n <= FEW * FAST_GROUPS * counted ? inside : even;
+    return 100 * n <= SIEVE_FEW * FAST_GROUPS * counted ? inside : even;
   };
   /* The second pass: its tiles one by one, and whether this group wants them. `settle` runs before marks are read. */
   int sampled = even, step = 0, word = -1, from = 0, upto = 0;
