@@ -31,6 +31,20 @@ def randn(*shape, scale=1.0, grad=False, dtype=torch.float32, seed=0):
     return (torch.randn(*shape, dtype=F64) * scale).to(dtype).cuda().requires_grad_(grad)
 
 
+def captured(step):
+    """A graph of step, which ran before on another stream, and what step returned in it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    return graph, got
+
+
 @unittest.skipIf(REASON, REASON)
 class Maps(unittest.TestCase):
     def close(self, a, b):
@@ -214,15 +228,7 @@ class Attention(unittest.TestCase):
 
         def step():
             return torch.autograd.grad(T.attention(q * 1, k, v, is_causal=True).float().square().sum(), (q, k, v))
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = step()
+        graph, got = captured(step)
         for seed in range(3):
             with torch.no_grad():
                 q.copy_(randn(*q.shape, seed=20 + seed))
@@ -287,16 +293,7 @@ class Streams(unittest.TestCase):
             loss = T.Entmax15Loss()(x, target) + T.entmax15(x).square().mean()
             loss.backward()
             return loss
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        x.grad = None
-        with torch.cuda.graph(graph):
-            loss = step()
+        graph, loss = captured(step)
         grad = x.grad
         for seed in range(1, 4):
             with torch.no_grad():
