@@ -476,8 +476,8 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_gradients
       const bool has = edge[i] < emxi_inf(), wanted = has || mine->delta != 0;
       const float u = quad_sum(su[i]), ud = quad_sum(sud[i]), over = u > 0 ? ud / u : 0, total = quad_sum(sum[i]);
       /* tiles that a list should have named: as much as a row by itself lets its tau be off, in units of the sum (one key of alpha 2 has a
-       * gradient of full size however small its weight); or NaN */
-      const float allowed = KIND == SOFTMAX ? 1e-3f : 1e-5f * (1 + fabsf(edge[i])) * b * u;
+       * gradient of full size however small its weight), and far from zero, where that is much, what a flat row's gradients bear; or NaN */
+      const float allowed = KIND == SOFTMAX ? 1e-3f : fminf(1e-3f, 1e-5f * (1 + fabsf(edge[i])) * b * u);
       const bool wrong = has && !(fabsf(total - 1) <= allowed);
       __syncwarp();
       if (lane % 4 == 0) {
