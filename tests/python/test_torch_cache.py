@@ -262,6 +262,11 @@ class Cache(unittest.TestCase):
                 T.KVCache(G, D, device=device)
             with self.assertRaisesRegex(L.DtypeError, "float64"):
                 T.KVCache(G, D, 100, device=device, dtype=torch.float64)
+            with self.assertRaisesRegex(L.InvalidError, "kv_memory is 'disk'; possible: device, host"):
+                T.KVCache(G, D, 100, device=device, kv_memory="disk")
+            with self.assertRaisesRegex(L.InvalidError, "kv_memory and k_pool"):
+                pool = torch.zeros(2, G, 16, D, device=device)
+                T.KVCache(G, D, device=device, pools=(pool, pool), kv_memory="host")
             cache.close()
             with self.assertRaisesRegex(L.StateError, "closed"):
                 cache.decode(seq, here)
@@ -373,6 +378,23 @@ class OnGpu(unittest.TestCase):
         self.assertTrue((b.reports["path"] == _c.PATH_LADDER).all() and b.certified.all())
         want, _, _ = reference.attention(array(q)[0], array(k)[0], array(v)[0], 1.5)
         np.testing.assert_allclose(array(b.o)[0], want, atol=2e-5)
+
+    def test_host_memory(self):
+        """Keys and values in pinned host memory: the bits of a cache on the device; of the ladder, up to the order of a sum."""
+        here = T.KVCache(G, D, 120000, device="cuda", dtype=torch.float16)
+        there = T.KVCache(G, D, 120000, device="cuda", dtype=torch.float16, kv_memory="host")
+        k, v = (torch.randn(1, G, 110000, D, dtype=torch.float16, device="cuda") for _ in "kv")
+        q = torch.randn(1, H, 1, D, device="cuda")
+        seqs = [cache.new() for cache in (here, there)]
+        for cache, seq in zip((here, there), seqs):
+            cache.append(seq, k, v)
+        for select, options in SELECTORS:
+            a, b = (cache.decode(seq, q, select=select, **options) for cache, seq in zip((here, there), seqs))
+            torch.testing.assert_close(a.o, b.o, rtol=0, atol=1e-6 if select == "certified" else 0)
+            self.assertTrue(torch.equal(a.reports["support"], b.reports["support"]))
+        self.assertTrue((b.reports["path"] == _c.PATH_LADDER).all() and b.certified.all())
+        self.assertIn("host memory", repr(there))
+        self.assertNotIn("host memory", repr(here))
 
     def test_streams(self):
         """Two caches on two streams, in step with torch's own work there."""

@@ -15,6 +15,7 @@ from . import _core
 
 __all__ = ["KVCache", "Tables", "Decoded", "DecodedSupport", "Reports", "Selection"]
 
+_MEMORIES = {"device": _c.KV_MEMORY_DEVICE, "host": _c.KV_MEMORY_HOST}
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _WORDS = {"tau": (torch.float32, 0), "delta_bound": (torch.float32, 1), "mass": (torch.float32, 2),
           "max_unread": (torch.float32, 3), "support": (torch.int32, 4), "tokens": (torch.int32, 5), "pages": (torch.int32, 6),
@@ -95,6 +96,9 @@ class KVCache(_cache.KVCache):
     memory instead of the library's, taken as it is: 4-D tensors of `dtype` with any strides, [pages,G,P,D], with layout "BNHD"
     [pages,P,G,D]; max_tokens may then be None. Pages that were written there already are described by summarize(). A contiguous
     [G,N,D] tensor is the pool k.view(G, N // P, P, D).transpose(0, 1).
+    kv_memory: "host" puts keys and values of a GPU's cache into pinned memory of the host, which the GPU reads over the bus, for
+    contexts longer than its memory holds: "certified" then fetches the few keys and values that its sketches leave, the other
+    selectors all they read. The same answers. Creation pins the whole pool, 0.4 s a GiB.
 
     On a GPU all work goes to torch's current stream and nothing waits for it; memory comes from torch, but for the cache's own.
     append() and decode() work inside torch.cuda.graph where the sequences are Tables: the graph reads seq_lens, so it may be
@@ -110,7 +114,7 @@ class KVCache(_cache.KVCache):
     def __init__(self, kv_heads: int, head_dim: int, max_tokens: int | None = None, *,
                  device: torch.device | str | int | None = None, dtype: torch.dtype | None = None, page_size: int = 16,
                  summaries: str | Sequence[str] | None = None, max_seqs: int = 64, layout: str = "BHND",
-                 pools: tuple[Tensor, Tensor] | None = None, file: str | None = None) -> None:
+                 pools: tuple[Tensor, Tensor] | None = None, file: str | None = None, kv_memory: str = "device") -> None:
         self._kv = None
         some = torch.empty(0) if device is None else torch.empty(0, device=device)
         self.device = some.device
@@ -120,18 +124,19 @@ class KVCache(_cache.KVCache):
         ctx = _core.context(some)
         if summaries is None:
             summaries = "minmax,moments,sketch,residual" if ctx.on_cpu else "minmax,moments,sketch"
-        fields = {}
+        fields = {"kv_memory": _cache._named(_MEMORIES, kv_memory, "kv_memory")}
         if pools is not None:
             for tensor, name in zip(pools, ("k", "v")):
                 if self._here(tensor, f"the pool of {name}").dtype != self.dtype:
                     raise _c.DtypeError(f"the pool of {name} is {tensor.dtype}, the cache {self.dtype}")
-            fields = {f"{name}_pool": ctypes.pointer(_core.view(tensor)) for tensor, name in zip(pools, ("k", "v"))}
+            fields |= {f"{name}_pool": ctypes.pointer(_core.view(tensor)) for tensor, name in zip(pools, ("k", "v"))}
             fields["max_pages"] = pools[0].shape[0]
             if max_tokens is None:
                 max_tokens = max(1, pools[0].shape[0] * page_size)
         if max_tokens is None:
             raise _c.InvalidError("max_tokens is None; it may be where pools are given")
         self._pools = pools  # the library borrows them
+        self._kv_memory = kv_memory
         self._open(ctx, kv_heads, head_dim, max_tokens, dtype=_NAMES[self.dtype], page_size=page_size, summaries=summaries,
                    max_seqs=max_seqs, layout=layout, file=file, **fields)
 
@@ -140,7 +145,7 @@ class KVCache(_cache.KVCache):
             _c.check(_c.lib.emx_ctx_set_stream(self._ctx.handle, torch.cuda.current_stream(self.device).cuda_stream))
 
     def _place(self):
-        return str(self.device)
+        return str(self.device) if self._kv_memory == "device" else f"{self.device}, keys and values in host memory"
 
     # ----------------------------------------------------------------------------------------------------------- tensors
 
