@@ -16,16 +16,20 @@ void emx_attn_io_init_sized(emx_attn_io *io, size_t size) {
   emxi_struct_init(io, size, &defaults, sizeof defaults);
 }
 
+/* What a dimension of one element is spaced by means nothing, and bindings put anything there: zero is aligned to whatever a kernel
+ * would like. */
+static int64_t stride_of(const emx_tensor *t, int d) { return t->shape[d] == 1 ? 0 : t->stride[d]; }
+
 /* Strides of a tensor [B,H,S(,D)], [B,S,H(,D)] or packed [T,H(,D)]. */
 static void resolve(emxi_mat *m, const emx_tensor *t, int32_t layout, bool packed) {
   *m = (emxi_mat){.data = t->data, .dtype = t->dtype};
   if (packed) {
-    m->row = t->stride[0];
-    m->head = t->stride[1];
+    m->row = stride_of(t, 0);
+    m->head = stride_of(t, 1);
   } else {
-    m->batch = t->stride[0];
-    m->head = t->stride[layout == EMX_LAYOUT_BHND ? 1 : 2];
-    m->row = t->stride[layout == EMX_LAYOUT_BHND ? 2 : 1];
+    m->batch = stride_of(t, 0);
+    m->head = stride_of(t, layout == EMX_LAYOUT_BHND ? 1 : 2);
+    m->row = stride_of(t, layout == EMX_LAYOUT_BHND ? 2 : 1);
   }
 }
 

@@ -8,11 +8,12 @@
 static int64_t at_least_one(int64_t x) { return x < 1 ? 1 : x; }
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/* Sixteen-byte reads of a row need every address to be a multiple of it. */
+/* Sixteen-byte reads of a row need every address to be a multiple of it. The stride of a single KV head or page means nothing. */
 static bool rows_are_aligned(const emx_kv *kv) {
-  const int64_t es = (int64_t)emx_dtype_size(kv->dtype);
-  return (uintptr_t)kv->k % 16 == 0 && (uintptr_t)kv->v % 16 == 0 && kv->k_page * es % 16 == 0 && kv->k_head * es % 16 == 0 &&
-         kv->k_token * es % 16 == 0 && kv->v_page * es % 16 == 0 && kv->v_head * es % 16 == 0 && kv->v_token * es % 16 == 0;
+  const int64_t es = (int64_t)emx_dtype_size(kv->dtype), heads = kv->G > 1, pages = kv->max_pages > 1;
+  return (uintptr_t)kv->k % 16 == 0 && (uintptr_t)kv->v % 16 == 0 && pages * kv->k_page * es % 16 == 0 &&
+         heads * kv->k_head * es % 16 == 0 && kv->k_token * es % 16 == 0 && pages * kv->v_page * es % 16 == 0 &&
+         heads * kv->v_head * es % 16 == 0 && kv->v_token * es % 16 == 0;
 }
 
 /* Cached tokens times head dimension below which CERTIFIED takes ALL's path. A variable for the tests alone. */

@@ -223,6 +223,20 @@ class Attention(unittest.TestCase):
         self.assertEqual(mixed.dtype, torch.float32)
         self.near(mixed, dense(q, k, v, 1.5)[0], torch.bfloat16)
 
+    def test_one_sequence_takes_the_kernels_of_two(self):
+        """A dimension of one element has any stride; it is no reason for slower kernels."""
+        def kernels(batch, heads):
+            q, k, v = (randn(batch, heads, 512, 64, grad=True, dtype=torch.bfloat16, seed=s) for s in range(3))
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                T.attention(q, k, v, is_causal=True).sum().backward()
+                torch.cuda.synchronize()
+            return {event.key for event in profile.key_averages() if "emxi_cuda_attn" in event.key}
+
+        want = kernels(2, 4)
+        self.assertTrue(want)
+        for batch, heads in ((1, 4), (2, 1), (1, 1)):
+            self.assertEqual(kernels(batch, heads), want)
+
     def test_captured_graph_and_stream(self):
         q, k, v = self.inputs(torch.bfloat16)
 
