@@ -10,8 +10,10 @@ backward; `lists` is the capacity of the support lists that forward saves for ba
 Softmax is a different function and the speed to beat. rel_err: relative L2 distance from float64 attention, of o and dq over sampled rows,
 of dk and dv over one whole head (N up to 8192); sum_err: largest distance of the sum of p at the returned tau from one, over the sample.
 density: share of the visible 64 x 64 tiles that have a weight; support: mean number of weights a row; dense: share of rows with a support of
-more than 256. Where package `adasplash` (AdaSplash-2, github.com/deep-spin/adasplash) can be imported it runs, too, at its defaults and outside
-graphs: it allocates and waits; its sum_err is that of its output over values of one, in bf16. Needs PyTorch with CUDA and a libentmax built with its CUDA back end. One JSON object a line goes to --out.
+more than 256. Where package `adasplash` (AdaSplash-2, github.com/deep-spin/adasplash) can be imported it runs, too, at its defaults and outside graphs: it
+allocates and waits, and its kernels compile and try some fifty variants, for minutes, at the first call of each shape; its sum_err is that
+of its output over values of one, in bf16. Needs PyTorch with CUDA and a libentmax built with its CUDA back end. One JSON object a line goes
+to --out.
 """
 import argparse
 import ctypes as C

@@ -6,9 +6,9 @@
 
 The model has the shape of models/text-entmax (byte vocabulary, 4 layers, width 192, 6 query heads over 3 KV heads of 32, gated layers of 512)
 or, with --shape 64 or 128, four times its width with heads of that size. The same weights and bytes for every method; bf16 autocast, AdamW,
-one step is forward, backward and the optimizer. Positions: none, so that softmax runs its fastest kernel (ALiBi would cost it that). Methods
-in turn in every round; a time is one step between events. A row: tokens/s (median), the fastest and slowest round, the loss after the
-rounds, peak memory. Weights are not trained to anything, so attention is as spread as it is at initialisation: that is entmax's worst case,
+one step is forward, backward and the optimizer. Positions are embeddings added to those of the bytes, so that softmax runs its fastest kernel
+(ALiBi would cost it that) and equal bytes are different keys. Methods in turn in every round; a time is one step between events. A row:
+tokens/s (median), the fastest and slowest round, the loss after the rounds, peak memory. Weights are not trained to anything, so attention is as spread as it is at initialisation: that is entmax's worst case,
 and --gain multiplies queries to look at sharper rows.
 """
 import argparse
@@ -47,14 +47,14 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, width, layers, *shape):
+    def __init__(self, n, width, layers, *shape):
         super().__init__()
-        self.embed = nn.Embedding(256, width)
+        self.embed, self.position = nn.Embedding(256, width), nn.Embedding(n, width)
         self.layers = nn.ModuleList(Layer(width, *shape) for _ in range(layers))
         self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, 256, bias=False)
 
     def forward(self, tokens, attend):
-        x = self.embed(tokens[:, :-1])
+        x = self.embed(tokens[:, :-1]) + self.position.weight
         for layer in self.layers:
             x = layer(x, attend)
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), tokens[:, 1:].flatten())
@@ -64,7 +64,7 @@ class Run:
     def __init__(self, attend, shape, tokens):
         torch.manual_seed(1)
         self.attend, self.tokens, self.ms = attend, tokens, []
-        self.model = Model(*shape).cuda()
+        self.model = Model(tokens.shape[1] - 1, *shape).cuda()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def step(self, keep):
