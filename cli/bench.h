@@ -7,6 +7,15 @@
 
 enum { BENCH_WARMUP = 2 };
 
+/* --n, --hq, --hkv, --d, --rounds and --seed of the benchmarks of attention, a child parser. What it starts with are the defaults.
+ * Key range 1300. */
+typedef struct bench_shape {
+  int64_t n;
+  int hq, hkv, d, rounds;
+  uint64_t seed;
+} bench_shape;
+extern const struct argp bench_shape_argp;
+
 /* Milliseconds of one method, [rounds]. */
 typedef struct bench_times {
   double median, min, mad;

@@ -18,63 +18,39 @@ enum { CHECKED_HEADS = 4, CHECKED_ROWS = 6, DEVICE_RUNS = 5 /* calls that are ti
 typedef struct options {
   cli_common common;
   const char *data;
-  int64_t n, list;
-  int hq, hkv, d, rounds;
+  bench_shape shape;
+  int64_t list;
   int32_t dtype;
   double alpha;
   bool alibi, forward;
   cli_device device;
-  uint64_t seed;
 } options;
-enum {
-  KEY_DATA = 1,
-  KEY_N,
-  KEY_HQ,
-  KEY_HKV,
-  KEY_D,
-  KEY_DTYPE,
-  KEY_ROUNDS,
-  KEY_SEED,
-  KEY_ALIBI,
-  KEY_LIST,
-  KEY_FORWARD,
-  KEY_DEVICE
-};
+enum { KEY_DATA = 1, KEY_DTYPE, KEY_ALIBI, KEY_LIST, KEY_FORWARD, KEY_DEVICE };
 static const struct argp_option option_table[] = {
     {"data", KEY_DATA, "W", 0, "iid (default), ar:RHO, topics[:SHIFT], outlier:C,GAIN or flat:STD", 1},
-    {"n", KEY_N, "N", 0, "Tokens (default 4096)", 1},
-    {"hq", KEY_HQ, "H", 0, "Query heads (default 8)", 1},
-    {"hkv", KEY_HKV, "G", 0, "KV heads (default 8)", 1},
-    {"d", KEY_D, "D", 0, "Head dimension (default 64)", 1},
     {"dtype", KEY_DTYPE, "T", 0, "Of q, k and v: f32 (default), f16 or bf16; the backward pass writes f32", 1},
     {"alpha", 'a', "A", 0, "1 to 4, backward to 2 (default 1.5)", 1},
     {"alibi", KEY_ALIBI, NULL, 0, "ALiBi slopes 1/(h+1) on the first half of the heads", 1},
     {"list", KEY_LIST, "C", 0, "Capacity of the support lists that forward saves for backward; 0: none (default 64)", 1},
     {"forward", KEY_FORWARD, NULL, 0, "No backward pass", 1},
     {"device", KEY_DEVICE, "WHERE", 0, "cpu (default), cuda or cuda:N", 1},
-    {"rounds", KEY_ROUNDS, "N", 0, "Timed rounds (default 9)", 1},
-    {"seed", KEY_SEED, "S", 0, "Seed of the data (default 1)", 1},
     {0}};
 static error_t parse(int key, char *arg, struct argp_state *state) {
   options *o = state->input;
   switch (key) {
-    case ARGP_KEY_INIT: state->child_inputs[0] = &o->common; return 0;
+    case ARGP_KEY_INIT:
+      state->child_inputs[0] = &o->shape;
+      state->child_inputs[1] = &o->common;
+      return 0;
     case KEY_DATA: o->data = arg; return 0;
-    case KEY_N: o->n = cli_int(state, "--n", arg, 1, 1 << 24); return 0;
-    case KEY_HQ: o->hq = (int)cli_int(state, "--hq", arg, 1, 4096); return 0;
-    case KEY_HKV: o->hkv = (int)cli_int(state, "--hkv", arg, 1, 4096); return 0;
-    case KEY_D: o->d = (int)cli_int(state, "--d", arg, 16, 256); return 0;
     case KEY_DTYPE: o->dtype = cli_dtype(state, "--dtype", arg, "f32, f16, bf16"); return 0;
     case 'a': o->alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
     case KEY_ALIBI: o->alibi = true; return 0;
     case KEY_LIST: o->list = cli_int(state, "--list", arg, 0, 1 << 20); return 0;
     case KEY_DEVICE: o->device = cli_device_arg(state, arg); return 0;
     case KEY_FORWARD: o->forward = true; return 0;
-    case KEY_ROUNDS: o->rounds = (int)cli_int(state, "--rounds", arg, 1, 100000); return 0;
-    case KEY_SEED: o->seed = cli_seed(state, "--seed", arg); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
-      if (o->hq % o->hkv) argp_error(state, "--hq %d is not a multiple of --hkv %d", o->hq, o->hkv);
       if (o->alpha > 2 && !o->forward) argp_error(state, "--alpha %g has no backward pass; use --forward", o->alpha);
       return 0;
   }
@@ -115,24 +91,25 @@ static void *take(size_t count, size_t size, size_t *total, bool *ok) {
 
 static emx_status fill(bench *b, const workload *w) {
   const options *o = b->o;
-  const int64_t nk = o->hkv * o->n * o->d;
+  const int64_t nk = o->shape.hkv * o->shape.n * o->shape.d;
   float *k = emxi_alloc((size_t)nk * sizeof *k), *v = emxi_alloc((size_t)nk * sizeof *v), q[256];
-  emx_status status = k && v ? workload_tensors(b->ctx, 0, o->hkv, o->n, o->d, w, k, v)
+  emx_status status = k && v ? workload_tensors(b->ctx, 0, o->shape.hkv, o->shape.n, o->shape.d, w, k, v)
                              : emxi_fail(EMX_ERR_NOMEM, "no memory for %zu bytes", 2 * (size_t)nk * sizeof *k);
   for (int64_t i = 0; i < nk && !status; i++) {
     emxi_store(b->k, o->dtype, i, (double)k[i]);
     emxi_store(b->v, o->dtype, i, (double)v[i]);
   }
-  for (int64_t i = 0; i < o->n && !status; i++)
-    for (int h = 0; h < o->hq; h++) {
+  for (int64_t i = 0; i < o->shape.n && !status; i++)
+    for (int h = 0; h < o->shape.hq; h++) {
       const int64_t at = workload_pick(w, (int)i, 0, h, i + 1); /* a key that the query sees */
-      workload_query(w, (int)i, 0, h, k + ((int64_t)(h / (o->hq / o->hkv)) * o->n + at) * o->d, o->d, q);
-      for (int x = 0; x < o->d; x++) emxi_store(b->q, o->dtype, (h * o->n + i) * o->d + x, (double)q[x]);
+      workload_query(w, (int)i, 0, h, k + ((int64_t)(h / (o->shape.hq / o->shape.hkv)) * o->shape.n + at) * o->shape.d,
+                     o->shape.d, q);
+      for (int x = 0; x < o->shape.d; x++) emxi_store(b->q, o->dtype, (h * o->shape.n + i) * o->shape.d + x, (double)q[x]);
     }
   emxi_free(k);
   emxi_free(v);
-  if (!status) emxi_normals(o->seed, 77, b->d_o, o->hq * o->n * o->d);
-  for (int h = 0; h < o->hq; h++) b->slopes[h] = o->alibi && h < (o->hq + 1) / 2 ? 1.0f / (float)(h + 1) : 0;
+  if (!status) emxi_normals(o->shape.seed, 77, b->d_o, o->shape.hq * o->shape.n * o->shape.d);
+  for (int h = 0; h < o->shape.hq; h++) b->slopes[h] = o->alibi && h < (o->shape.hq + 1) / 2 ? 1.0f / (float)(h + 1) : 0;
   return status;
 }
 
@@ -151,7 +128,7 @@ static emx_status upload(bench *b, emx_tensor *t) {
 }
 /* What check() and density() look at, back into the host's memory. */
 static emx_status download(const bench *b, const method *m) {
-  const size_t rows = (size_t)b->o->hq * (size_t)b->o->n, q = rows * (size_t)b->o->d * sizeof(float);
+  const size_t rows = (size_t)b->o->shape.hq * (size_t)b->o->shape.n, q = rows * (size_t)b->o->shape.d * sizeof(float);
   if (!b->gpu) return EMX_OK;
   const emxi_backend *copy = b->gpu->backend;
   if (m->pass == EMX_PASS_BACKWARD) return copy->memory_copy(b->gpu, b->d_q, b->tdq.data, q);
@@ -161,7 +138,8 @@ static emx_status download(const bench *b, const method *m) {
 
 static emx_status prepare(bench *b) {
   const options *o = b->o;
-  const int64_t sq[4] = {1, o->hq, o->n, o->d}, sk[4] = {1, o->hkv, o->n, o->d}, si[4] = {1, o->hq, o->n, o->list};
+  const int64_t sq[4] = {1, o->shape.hq, o->shape.n, o->shape.d}, sk[4] = {1, o->shape.hkv, o->shape.n, o->shape.d},
+                si[4] = {1, o->shape.hq, o->shape.n, o->list};
   b->tq = emx_tensor_view(b->q, o->dtype, 4, sq);
   b->tk = emx_tensor_view(b->k, o->dtype, 4, sk);
   b->tv = emx_tensor_view(b->v, o->dtype, 4, sk);
@@ -220,12 +198,13 @@ static emx_status run(const bench *b, const method *m, int times, double *second
 /* Relative L2 error of o, or of the gradient of q, over sampled rows; memory [3,n]. */
 static double check(const bench *b, const method *m, double *memory) {
   const options *o = b->o;
-  const int64_t d = o->d;
-  double err = 0, ref = 0, *z = memory, *p = memory + o->n, *g = memory + 2 * o->n;
-  for (int hh = 0; hh < CHECKED_HEADS && hh < o->hq; hh++)
+  const int64_t d = o->shape.d;
+  double err = 0, ref = 0, *z = memory, *p = memory + o->shape.n, *g = memory + 2 * o->shape.n;
+  for (int hh = 0; hh < CHECKED_HEADS && hh < o->shape.hq; hh++)
     for (int r = 0; r < CHECKED_ROWS; r++) {
-      const int h = (int)((int64_t)hh * o->hq / (o->hq < CHECKED_HEADS ? o->hq : CHECKED_HEADS));
-      const int64_t i = o->n - 1 - r * (o->n - 1) / CHECKED_ROWS, row = h * o->n + i, kv = (int64_t)(h / (o->hq / o->hkv)) * o->n;
+      const int h = (int)((int64_t)hh * o->shape.hq / (o->shape.hq < CHECKED_HEADS ? o->shape.hq : CHECKED_HEADS));
+      const int64_t i = o->shape.n - 1 - r * (o->shape.n - 1) / CHECKED_ROWS, row = h * o->shape.n + i,
+                    kv = (int64_t)(h / (o->shape.hq / o->shape.hkv)) * o->shape.n;
       double want[256] = {0}, sum_u = 0, sum_ug = 0;
       for (int64_t j = 0; j <= i; j++) {
         double dot = 0;
@@ -262,8 +241,8 @@ static double check(const bench *b, const method *m, double *memory) {
 static double density(const bench *b, double alpha) {
   const options *o = b->o;
   double total = 0;
-  for (int64_t i = 0; i < o->hq * o->n; i++) total += b->support[i];
-  return alpha == 1 ? 1 : total / ((double)o->hq * (double)o->n * ((double)o->n + 1) / 2);
+  for (int64_t i = 0; i < o->shape.hq * o->shape.n; i++) total += b->support[i];
+  return alpha == 1 ? 1 : total / ((double)o->shape.hq * (double)o->shape.n * ((double)o->shape.n + 1) / 2);
 }
 
 static int report(const bench *b) {
@@ -273,16 +252,16 @@ static int report(const bench *b) {
     printf("%-8s %-9s %10s %10s %9s %11s %9s %9s\n", "alpha", "pass", "ms", "min", "mad", "vs_softmax", "density", "rel_err");
   for (int i = 0; i < b->n_methods && !code; i++) {
     const method *m = &b->methods[i], *base = &b->methods[m->pass == EMX_PASS_FORWARD ? 0 : 1];
-    const bench_times t = bench_summary(m->ms, o->rounds);
-    const double ratio = bench_ratio(base->ms, m->ms, o->rounds);
+    const bench_times t = bench_summary(m->ms, o->shape.rounds);
+    const double ratio = bench_ratio(base->ms, m->ms, o->shape.rounds);
     const char *pass = m->pass == EMX_PASS_FORWARD ? "forward" : "backward";
     if (o->common.json) {
-      code =
-          cli_json_line(json_pack("{s:s, s:s, s:I, s:i, s:i, s:i, s:s, s:s, s:f, s:b, s:I, s:f, s:f, s:f, s:o, s:f, s:f}",
-                                  "device", b->gpu ? "cuda" : "cpu", "data", o->data, "n", (json_int_t)o->n, "h", o->hq, "hkv",
-                                  o->hkv, "d", o->d, "dtype", emx_dtype_name(o->dtype), "pass", pass, "alpha", m->alpha, "alibi",
-                                  o->alibi, "list", (json_int_t)(m->alpha == 1 ? 0 : o->list), "ms", t.median, "ms_min", t.min,
-                                  "ms_mad", t.mad, "vs_softmax", cli_json_real(ratio), "density", m->density, "rel_err", m->err));
+      code = cli_json_line(json_pack("{s:s, s:s, s:I, s:i, s:i, s:i, s:s, s:s, s:f, s:b, s:I, s:f, s:f, s:f, s:o, s:f, s:f}",
+                                     "device", b->gpu ? "cuda" : "cpu", "data", o->data, "n", (json_int_t)o->shape.n, "h",
+                                     o->shape.hq, "hkv", o->shape.hkv, "d", o->shape.d, "dtype", emx_dtype_name(o->dtype), "pass",
+                                     pass, "alpha", m->alpha, "alibi", o->alibi, "list",
+                                     (json_int_t)(m->alpha == 1 ? 0 : o->list), "ms", t.median, "ms_min", t.min, "ms_mad", t.mad,
+                                     "vs_softmax", cli_json_real(ratio), "density", m->density, "rel_err", m->err));
     } else {
       printf("%-8g %-9s %10.2f %10.2f %9.2f %11.2f %9.4f %9.1e\n", m->alpha, pass, t.median, t.min, t.mad, ratio, m->density,
              m->err);
@@ -306,7 +285,7 @@ static void drop(bench *b) {
 }
 
 int bench_attn(int argc, char **argv) {
-  static const struct argp_child children[] = {{&cli_common_argp, 0, NULL, 0}, {0}};
+  static const struct argp_child children[] = {{&bench_shape_argp, 0, NULL, 0}, {&cli_common_argp, 0, NULL, 0}, {0}};
   static const struct argp argp = {
       .options = option_table,
       .parser = parse,
@@ -318,11 +297,14 @@ int bench_attn(int argc, char **argv) {
           "this library's own softmax; density is the share of visible pairs with a weight; rel_err is the relative error of "
           "sampled rows "
           "of the output (backward: of the gradient of q) against float64. bench/cpu/attn_vs_torch.py compares with PyTorch."};
-  options o = {
-      .data = "iid", .n = 4096, .list = 64, .hq = 8, .hkv = 8, .d = 64, .rounds = 9, .dtype = EMX_F32, .alpha = 1.5, .seed = 1};
+  options o = {.data = "iid",
+               .shape = {.n = 4096, .hq = 8, .hkv = 8, .d = 64, .rounds = 9, .seed = 1},
+               .list = 64,
+               .dtype = EMX_F32,
+               .alpha = 1.5};
   cli_parse(&argp, argc, argv, &o);
   workload w;
-  if (!workload_parse(o.data, o.seed, &w)) {
+  if (!workload_parse(o.data, o.shape.seed, &w)) {
     cli_warn("--data: '%s' is none of iid, ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD", o.data);
     return CLI_USAGE;
   }
@@ -333,17 +315,17 @@ int bench_attn(int argc, char **argv) {
     drop(&b);
     return code;
   }
-  const size_t es = emx_dtype_size(o.dtype), rows = (size_t)o.hq * (size_t)o.n, nq = rows * (size_t)o.d,
-               nk = (size_t)o.hkv * (size_t)o.n * (size_t)o.d;
+  const size_t es = emx_dtype_size(o.dtype), rows = (size_t)o.shape.hq * (size_t)o.shape.n, nq = rows * (size_t)o.shape.d,
+               nk = (size_t)o.shape.hkv * (size_t)o.shape.n * (size_t)o.shape.d;
   size_t total = 0;
   bool ok = true;
   b.q = take(nq, es, &total, &ok), b.k = take(nk, es, &total, &ok), b.v = take(nk, es, &total, &ok);
   b.out = take(nq, 4, &total, &ok), b.d_o = take(nq, 4, &total, &ok), b.d_q = take(nq, 4, &total, &ok);
-  b.d_k = take(nk, 4, &total, &ok), b.d_v = take(nk, 4, &total, &ok), b.slopes = take((size_t)o.hq, 4, &total, &ok);
+  b.d_k = take(nk, 4, &total, &ok), b.d_v = take(nk, 4, &total, &ok), b.slopes = take((size_t)o.shape.hq, 4, &total, &ok);
   b.tau[0] = take(rows, 4, &total, &ok), b.tau[1] = take(rows, 4, &total, &ok), b.support = take(rows, 4, &total, &ok);
   b.index = take(rows * (size_t)o.list, 4, &total, &ok);
-  double *memory = take(3 * (size_t)o.n, sizeof(double), &total, &ok);
-  b.scale = workload_scale(&w, o.d);
+  double *memory = take(3 * (size_t)o.shape.n, sizeof(double), &total, &ok);
+  b.scale = workload_scale(&w, o.shape.d);
   if (!ok) {
     code = cli_nomem(total, "the tensors");
     goto done;
@@ -351,11 +333,11 @@ int bench_attn(int argc, char **argv) {
   CLI_TRY(fill(&b, &w));
   CLI_TRY(prepare(&b));
   for (int i = 0; i < b.n_methods; i++)
-    if (!(b.methods[i].ms = calloc((size_t)o.rounds, sizeof(double)))) {
-      code = cli_nomem((size_t)o.rounds * sizeof(double), "the times");
+    if (!(b.methods[i].ms = calloc((size_t)o.shape.rounds, sizeof(double)))) {
+      code = cli_nomem((size_t)o.shape.rounds * sizeof(double), "the times");
       goto done;
     }
-  for (int round = -1; round < o.rounds; round++) /* a first round warms up, and is checked */
+  for (int round = -1; round < o.shape.rounds; round++) /* a first round warms up, and is checked */
     for (int i = 0; i < b.n_methods; i++) {
       method *m = &b.methods[i];
       double seconds;

@@ -23,39 +23,19 @@ typedef struct options {
   cli_select select;
   const char *data[MAX_FILES], *svg;
   int n_data;
-  int64_t n;
-  int hq, hkv, d, page, batch, rounds, head; /* head: of a file; -1: all together, or EVERY_HEAD */
+  bench_shape shape;
+  int page, batch, head; /* head: of a file; -1: all together, or EVERY_HEAD */
   int32_t dtype;
   double alpha; /* 0: not given */
   bool alibi, cuda;
   int32_t device_index;
-  uint64_t seed;
 } options;
-enum {
-  KEY_DATA = 1,
-  KEY_N,
-  KEY_HQ,
-  KEY_HKV,
-  KEY_D,
-  KEY_DTYPE,
-  KEY_PAGE,
-  KEY_BATCH,
-  KEY_ROUNDS,
-  KEY_SEED,
-  KEY_ALIBI,
-  KEY_HEAD,
-  KEY_SVG,
-  KEY_DEVICE
-};
+enum { KEY_DATA = 1, KEY_DTYPE, KEY_PAGE, KEY_BATCH, KEY_ALIBI, KEY_HEAD, KEY_SVG, KEY_DEVICE };
 static const struct argp_option option_table[] = {
     {"data", KEY_DATA, "W", 0,
      "iid (default), ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD, or FILE.safetensors with q [T,H,D], k, v [N,G,D], "
      "optionally alibi_slopes [H] and alphas [H]; up to 16 files",
      1},
-    {"n", KEY_N, "N", 0, "Cached tokens (default 131072)", 1},
-    {"hq", KEY_HQ, "H", 0, "Query heads (default 8)", 1},
-    {"hkv", KEY_HKV, "G", 0, "KV heads (default 8)", 1},
-    {"d", KEY_D, "D", 0, "Head dimension (default 64)", 1},
     {"dtype", KEY_DTYPE, "T", 0, "Of the cache: bf16 (default), f16 or f32", 1},
     {"page", KEY_PAGE, "P", 0, "Tokens a page: 16 (default), 32 or 64", 1},
     {"batch", KEY_BATCH, "B", 0, "Sequences; more than one are ragged, from N down to N/2 tokens (default 1)", 1},
@@ -65,8 +45,6 @@ static const struct argp_option option_table[] = {
      1},
     {"svg", KEY_SVG, "FILE", 0, "Draw bytes and time of the last selector, of softmax's, a row a file; with --head each", 1},
     {"device", KEY_DEVICE, "WHERE", 0, "cpu (default), cuda or cuda:N", 1},
-    {"rounds", KEY_ROUNDS, "N", 0, "Timed rounds (default 9)", 1},
-    {"seed", KEY_SEED, "S", 0, "Seed of the data (default 1)", 1},
     {0}};
 static bool is_file(const char *data) {
   const size_t n = strlen(data);
@@ -76,18 +54,15 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
   options *o = state->input;
   switch (key) {
     case ARGP_KEY_INIT:
-      state->child_inputs[0] = &o->select;
-      state->child_inputs[1] = &o->common;
+      state->child_inputs[0] = &o->shape;
+      state->child_inputs[1] = &o->select;
+      state->child_inputs[2] = &o->common;
       return 0;
     case KEY_DATA:
       if (o->n_data == MAX_FILES) argp_error(state, "at most %d --data", MAX_FILES);
       o->data[o->n_data++] = arg;
       return 0;
     case KEY_SVG: o->svg = arg; return 0;
-    case KEY_N: o->n = cli_int(state, "--n", arg, 1, INT32_MAX / 2); return 0;
-    case KEY_HQ: o->hq = (int)cli_int(state, "--hq", arg, 1, 4096); return 0;
-    case KEY_HKV: o->hkv = (int)cli_int(state, "--hkv", arg, 1, 4096); return 0;
-    case KEY_D: o->d = (int)cli_int(state, "--d", arg, 16, 256); return 0;
     case KEY_DTYPE: o->dtype = cli_dtype(state, "--dtype", arg, "bf16, f16, f32"); return 0;
     case KEY_PAGE: o->page = cli_page(state, arg); return 0;
     case KEY_BATCH: o->batch = (int)cli_int(state, "--batch", arg, 1, MAX_BATCH); return 0;
@@ -100,8 +75,6 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
     }
     case KEY_ALIBI: o->alibi = true; return 0;
     case KEY_HEAD: o->head = strcmp(arg, "each") ? (int)cli_int(state, "--head", arg, 0, 4095) : EVERY_HEAD; return 0;
-    case KEY_ROUNDS: o->rounds = (int)cli_int(state, "--rounds", arg, 1, 100000); return 0;
-    case KEY_SEED: o->seed = cli_seed(state, "--seed", arg); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
       if (!o->n_data) o->data[o->n_data++] = "iid";
@@ -111,13 +84,12 @@ static error_t parse(int key, char *arg, struct argp_state *state) {
           if (o->batch > 1) argp_error(state, "--batch is %d, a file holds one sequence", o->batch);
           continue;
         }
-        if (!workload_parse(o->data[i], o->seed, &w))
+        if (!workload_parse(o->data[i], o->shape.seed, &w))
           argp_error(state, "--data is '%s', expected iid, ar:RHO, topics[:SHIFT], outlier:C,GAIN, flat:STD or FILE.safetensors",
                      o->data[i]);
         if (o->head != -1) argp_error(state, "--head needs --data FILE.safetensors");
       }
       if (o->svg && o->head != EVERY_HEAD) argp_error(state, "--svg needs --head each");
-      if (o->hq % o->hkv) argp_error(state, "--hq %d is not a multiple of --hkv %d", o->hq, o->hkv);
       return 0;
   }
   return ARGP_ERR_UNKNOWN;
@@ -585,7 +557,7 @@ static emx_status prepare(bench *b) {
   const size_t rows = (size_t)(b->B * b->H), cells = rows * (size_t)b->D;
   b->q = emxi_alloc(cells * sizeof *b->q);
   b->out = emxi_alloc(cells * sizeof *b->out);
-  b->read_s = emxi_calloc((size_t)o->rounds * sizeof *b->read_s);
+  b->read_s = emxi_calloc((size_t)o->shape.rounds * sizeof *b->read_s);
   if (o->alibi && !b->slopes) {
     b->slopes = emxi_alloc((size_t)b->H * sizeof *b->slopes);
     for (int h = 0; b->slopes && h < b->H; h++) b->slopes[h] = h < b->H / 2 ? 1.0f / (float)(h + 1) : 0;
@@ -610,7 +582,7 @@ static emx_status prepare(bench *b) {
   }
   for (int i = 0; i < b->n_methods; i++) {
     m = &b->methods[i];
-    m->ms = emxi_calloc((size_t)o->rounds * sizeof *m->ms);
+    m->ms = emxi_calloc((size_t)o->shape.rounds * sizeof *m->ms);
     m->reports = emxi_calloc(rows * sizeof *m->reports);
     m->certified = true;
     if (!m->ms || !m->reports) return emxi_fail(EMX_ERR_NOMEM, "no memory for reports");
@@ -623,7 +595,7 @@ static size_t pool_bytes(const emx_tensor *t) {
   return (size_t)(t->shape[0] * t->shape[1] * t->shape[2] * t->shape[3]) * emx_dtype_size(t->dtype);
 }
 static emx_status measure(bench *b) {
-  const int rounds = b->o->rounds;
+  const int rounds = b->o->shape.rounds;
   cli_progress progress;
   make_queries(b, 0);
   EMX_TRY(check(b));
@@ -649,7 +621,7 @@ static emx_status measure(bench *b) {
 
 static int report(bench *b) {
   const options *o = b->o;
-  const double read_gbps = 1e-9 * (double)(pool_bytes(&b->k) + pool_bytes(&b->v)) / cli_median(b->read_s, o->rounds);
+  const double read_gbps = 1e-9 * (double)(pool_bytes(&b->k) + pool_bytes(&b->v)) / cli_median(b->read_s, o->shape.rounds);
   int code = CLI_OK;
   if (!o->common.json) {
     if (b->head >= 0) printf("head %d of ", b->head);
@@ -664,8 +636,8 @@ static int report(bench *b) {
   }
   for (int i = 0; i < b->n_methods && !code; i++) {
     method *m = &b->methods[i];
-    const bench_times t = bench_summary(m->ms, o->rounds);
-    const double ratio = bench_ratio(b->methods[0].ms, m->ms, o->rounds), bytes = m->bytes / o->rounds,
+    const bench_times t = bench_summary(m->ms, o->shape.rounds);
+    const double ratio = bench_ratio(b->methods[0].ms, m->ms, o->shape.rounds), bytes = m->bytes / o->shape.rounds,
                  gbps = 1e-6 * bytes / t.median;
     const double rel_err = sqrt(m->err_sq / m->ref_sq);
     if (o->common.json) {
@@ -742,7 +714,15 @@ static int draw(const options *o, const picture *p) {
 
 /* One cache: a file's heads together or one of them, or generated data. heads: of the file. */
 static int bench_cache(const options *o, emx_ctx *ctx, const char *data, int head, int64_t *heads, picture *p) {
-  bench b = {.o = o, .data = data, .head = head, .ctx = ctx, .B = o->batch, .H = o->hq, .G = o->hkv, .D = o->d, .max_len = o->n};
+  bench b = {.o = o,
+             .data = data,
+             .head = head,
+             .ctx = ctx,
+             .B = o->batch,
+             .H = o->shape.hq,
+             .G = o->shape.hkv,
+             .D = o->shape.d,
+             .max_len = o->shape.n};
   emx_checkpoint *ck = NULL;
   int code = CLI_OK;
   b.alpha = o->alpha > 0 ? o->alpha : 1.5;
@@ -758,9 +738,9 @@ static int bench_cache(const options *o, emx_ctx *ctx, const char *data, int hea
     if (!(o->alpha > 0) && (code = qkv_alpha(data, ck, b.alpha, &b.alpha))) goto done;
     CLI_TRY(load_file(&b, ck, heads));
   } else {
-    workload_parse(data, o->seed, &b.w);
+    workload_parse(data, o->shape.seed, &b.w);
     b.scale = workload_scale(&b.w, b.D);
-    for (int i = 0; i < b.B; i++) b.lengths[i] = o->n - (b.B > 1 ? o->n / 2 * i / (b.B - 1) : 0);
+    for (int i = 0; i < b.B; i++) b.lengths[i] = o->shape.n - (b.B > 1 ? o->shape.n / 2 * i / (b.B - 1) : 0);
     CLI_TRY(make_cache(&b));
     CLI_TRY(fill_synthetic(&b));
   }
@@ -770,7 +750,7 @@ static int bench_cache(const options *o, emx_ctx *ctx, const char *data, int hea
   if (head >= 0 && head < MAX_HEADS) {
     p->n = b.max_len;
     p->bytes[p->rows][head] = last->bytes / softmax->bytes;
-    p->time[p->rows][head] = 1 / bench_ratio(softmax->ms, last->ms, o->rounds);
+    p->time[p->rows][head] = 1 / bench_ratio(softmax->ms, last->ms, o->shape.rounds);
   }
   code = report(&b);
 done:
@@ -798,7 +778,8 @@ static int bench_data(const options *o, emx_ctx *ctx, const char *data, picture 
 }
 
 int bench_decode(int argc, char **argv) {
-  static const struct argp_child children[] = {{&cli_select_argp, 0, NULL, 0}, {&cli_common_argp, 0, NULL, 0}, {0}};
+  static const struct argp_child children[] = {
+      {&bench_shape_argp, 0, NULL, 0}, {&cli_select_argp, 0, NULL, 0}, {&cli_common_argp, 0, NULL, 0}, {0}};
   static const struct argp argp = {
       .options = option_table,
       .parser = parse,
@@ -812,8 +793,11 @@ int bench_decode(int argc, char **argv) {
           "within a round; rel_err: L2 error of the first query against float64 attention of the same alpha; delta: true mass of "
           "the "
           "tokens not read, delta_bound: what the library vouches for."};
-  options o = {
-      .n = 131072, .hq = 8, .hkv = 8, .d = 64, .page = 16, .batch = 1, .rounds = 9, .dtype = EMX_BF16, .head = -1, .seed = 1};
+  options o = {.shape = {.n = 131072, .hq = 8, .hkv = 8, .d = 64, .rounds = 9, .seed = 1},
+               .page = 16,
+               .batch = 1,
+               .dtype = EMX_BF16,
+               .head = -1};
   cli_select_init(&o.select);
   cli_parse(&argp, argc, argv, &o);
 

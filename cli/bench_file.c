@@ -20,50 +20,38 @@ typedef struct options {
   cli_common common;
   cli_select select;
   const char *path, *data;
-  int64_t n, room;
-  int hq, hkv, d, page, rounds;
+  bench_shape shape;
+  int64_t room;
+  int page;
   double alpha;
   bool planes;
-  uint64_t seed;
 } options;
-enum { KEY_FILE = 1, KEY_DATA, KEY_N, KEY_HQ, KEY_HKV, KEY_D, KEY_PAGE, KEY_ROUNDS, KEY_SEED, KEY_ROOM, KEY_PLANES };
+enum { KEY_FILE = 1, KEY_DATA, KEY_PAGE, KEY_ROOM, KEY_PLANES };
 static const struct argp_option option_table[] = {
-    {"kv-file", KEY_FILE, "FILE", 0, "Where keys and values go (required). FILE must not exist, and is gone at the end", 1},
+    {"kv-file", KEY_FILE, "FILE", 0, "Where keys and values go, bf16 (required). FILE must not exist, and is gone at the end", 1},
     {"room", KEY_ROOM, "MIB", 0, "What the process may map beyond what it has at the start (default: no limit)", 1},
     {"data", KEY_DATA, "W", 0, "iid (default), ar:RHO, topics[:SHIFT], outlier:C,GAIN or flat:STD", 1},
-    {"n", KEY_N, "N", 0, "Cached tokens (default 131072)", 1},
-    {"hq", KEY_HQ, "H", 0, "Query heads (default 8)", 1},
-    {"hkv", KEY_HKV, "G", 0, "KV heads (default 8)", 1},
-    {"d", KEY_D, "D", 0, "Head dimension (default 128); the cache is bf16", 1},
     {"page", KEY_PAGE, "P", 0, "Tokens a page: 16 (default), 32 or 64", 1},
     {"alpha", 'a', "A", 0, "1 to 4 (default 1.5)", 1},
     {"planes", KEY_PLANES, NULL, 0, "Sketches without residual rows: less memory, more keys read", 1},
-    {"rounds", KEY_ROUNDS, "N", 0, "Rounds, each with a new query (default 5)", 1},
-    {"seed", KEY_SEED, "S", 0, "Seed of the data (default 1)", 1},
     {0}};
 static error_t parse(int key, char *arg, struct argp_state *state) {
   options *o = state->input;
   switch (key) {
     case ARGP_KEY_INIT:
-      state->child_inputs[0] = &o->select;
-      state->child_inputs[1] = &o->common;
+      state->child_inputs[0] = &o->shape;
+      state->child_inputs[1] = &o->select;
+      state->child_inputs[2] = &o->common;
       return 0;
     case KEY_FILE: o->path = arg; return 0;
     case KEY_ROOM: o->room = cli_int(state, "--room", arg, 1, INT64_MAX >> 21) << 20; return 0;
     case KEY_DATA: o->data = arg; return 0;
-    case KEY_N: o->n = cli_int(state, "--n", arg, 1, INT32_MAX / 2); return 0;
-    case KEY_HQ: o->hq = (int)cli_int(state, "--hq", arg, 1, 4096); return 0;
-    case KEY_HKV: o->hkv = (int)cli_int(state, "--hkv", arg, 1, 4096); return 0;
-    case KEY_D: o->d = (int)cli_int(state, "--d", arg, 16, 256); return 0;
     case KEY_PAGE: o->page = cli_page(state, arg); return 0;
     case 'a': o->alpha = cli_real(state, "--alpha", arg, 1, 4); return 0;
     case KEY_PLANES: o->planes = true; return 0;
-    case KEY_ROUNDS: o->rounds = (int)cli_int(state, "--rounds", arg, 1, 100000); return 0;
-    case KEY_SEED: o->seed = cli_seed(state, "--seed", arg); return 0;
     case ARGP_KEY_ARG: argp_error(state, "unexpected argument '%s'", arg); return 0;
     case ARGP_KEY_END:
       if (!o->path) argp_error(state, "--kv-file FILE is required");
-      if (o->hq % o->hkv) argp_error(state, "--hq %d is not a multiple of --hkv %d", o->hq, o->hkv);
       return 0;
   }
   return ARGP_ERR_UNKNOWN;
@@ -116,27 +104,27 @@ static emx_decode_io make_io(const bench *b, const method *m, const emx_tensor *
   emx_decode_io io;
   emx_decode_io_init(&io);
   io.alpha = b->o->alpha;
-  io.scale = workload_scale(&b->w, b->o->d);
+  io.scale = workload_scale(&b->w, b->o->shape.d);
   io.q = q;
   io.o = out;
   io.reports = m->reports;
   return io;
 }
 static emx_tensor view(const bench *b, float *data) {
-  return emx_tensor_view(data, EMX_F32, 4, (int64_t[4]){1, b->o->hq, 1, b->o->d});
+  return emx_tensor_view(data, EMX_F32, 4, (int64_t[4]){1, b->o->shape.hq, 1, b->o->shape.d});
 }
 
 static emx_status prepare(bench *b) {
   const options *o = b->o;
-  const size_t cells = (size_t)o->hq * (size_t)o->d;
+  const size_t cells = (size_t)o->shape.hq * (size_t)o->shape.d;
   emx_kv_opts kv;
   emx_kv_opts_init(&kv);
-  kv.kv_heads = o->hkv;
-  kv.head_dim = o->d;
+  kv.kv_heads = o->shape.hkv;
+  kv.head_dim = o->shape.d;
   kv.page_size = o->page;
   kv.file = o->path;
   kv.max_seqs = 1;
-  kv.max_pages = (o->n + o->page - 1) / o->page;
+  kv.max_pages = (o->shape.n + o->page - 1) / o->page;
   kv.summaries = cli_sketches(&o->select) & ~(o->planes ? EMX_SUMMARY_RESIDUAL : 0);
   for (int i = 0; i < o->select.n; i++) {
     if (o->select.desc[i].kind == EMX_SELECT_TOPK) kv.summaries |= EMX_SUMMARY_MINMAX;
@@ -155,13 +143,13 @@ static emx_status prepare(bench *b) {
   for (int i = 0; i < b->n_methods; i++) {
     method *m = &b->methods[i];
     size_t bytes;
-    m->ms = emxi_calloc((size_t)o->rounds * sizeof *m->ms);
-    m->bytes = emxi_calloc((size_t)o->rounds * sizeof *m->bytes);
-    m->reports = emxi_calloc((size_t)o->hq * sizeof *m->reports);
+    m->ms = emxi_calloc((size_t)o->shape.rounds * sizeof *m->ms);
+    m->bytes = emxi_calloc((size_t)o->shape.rounds * sizeof *m->bytes);
+    m->reports = emxi_calloc((size_t)o->shape.hq * sizeof *m->reports);
     m->certified = m->equal = true;
     if (!m->ms || !m->bytes || !m->reports) return emxi_fail(EMX_ERR_NOMEM, "no memory for reports");
     const emx_decode_io io = make_io(b, m, &q, &out);
-    EMX_TRY(emx_decode_workspace_size(b->ctx, b->kv, &m->select, &io, o->n, &bytes));
+    EMX_TRY(emx_decode_workspace_size(b->ctx, b->kv, &m->select, &io, o->shape.n, &bytes));
     if (bytes > b->work_bytes) b->work_bytes = bytes;
   }
   b->work = emxi_alloc(b->work_bytes);
@@ -169,7 +157,7 @@ static emx_status prepare(bench *b) {
   cli_progress progress;
   cli_progress_init(&progress, "generating");
   cli_progress_text(&progress, 0, 1, NULL);
-  const emx_status status = workload_append(b->ctx, b->kv, b->seq, 0, o->n, &b->w);
+  const emx_status status = workload_append(b->ctx, b->kv, b->seq, 0, o->shape.n, &b->w);
   cli_progress_end(&progress);
   return status;
 }
@@ -180,13 +168,13 @@ static emx_status make_queries(bench *b, int round) {
   int64_t n;
   EMX_TRY(emx_seq_block_table(b->kv, b->seq, &pages, &n));
   EMX_TRY(emxi_kv_file_begin(b->kv, "emx bench file"));
-  for (int h = 0; h < o->hq; h++) {
-    const int64_t at = workload_pick(&b->w, round, 0, h, o->n);
+  for (int h = 0; h < o->shape.hq; h++) {
+    const int64_t at = workload_pick(&b->w, round, 0, h, o->shape.n);
     char row[256 * sizeof(float)];
     float key[256];
-    emxi_kv_file_read(b->kv, false, pages[at / o->page], h / (o->hq / o->hkv), at % o->page, 1, row);
-    for (int x = 0; x < o->d; x++) key[x] = (float)emxi_load(row, b->kv->dtype, x);
-    workload_query(&b->w, round, 0, h, key, o->d, b->q + (int64_t)h * o->d);
+    emxi_kv_file_read(b->kv, false, pages[at / o->page], h / (o->shape.hq / o->shape.hkv), at % o->page, 1, row);
+    for (int x = 0; x < o->shape.d; x++) key[x] = (float)emxi_load(row, b->kv->dtype, x);
+    workload_query(&b->w, round, 0, h, key, o->shape.d, b->q + (int64_t)h * o->shape.d);
   }
   return emxi_kv_file_end(b->kv, "emx bench file");
 }
@@ -206,10 +194,10 @@ static emx_status run(bench *b, method *m, int round) {
   EMX_TRY(emx_decode(b->ctx, b->kv, &batch, &m->select, &io, b->work, b->work_bytes));
   m->ms[round] = 1e3 * (cli_seconds() - start);
   m->bytes[round] = before < 0 ? NAN : (double)(system_number("/proc/self/io", "read_bytes:") - before);
-  const size_t size = (size_t)o->hq * (size_t)o->d * sizeof *b->out;
+  const size_t size = (size_t)o->shape.hq * (size_t)o->shape.d * sizeof *b->out;
   if (m == b->methods) memcpy(b->all, b->out, size);
   m->equal &= !memcmp(b->all, b->out, size);
-  for (int h = 0; h < o->hq; h++) {
+  for (int h = 0; h < o->shape.hq; h++) {
     m->support += m->reports[h].support;
     m->keys += m->reports[h].tokens;
     m->certified &= (m->reports[h].flags & EMX_REPORT_CERTIFIED) != 0;
@@ -221,10 +209,10 @@ static emx_status run(bench *b, method *m, int round) {
 static emx_status measure(bench *b) {
   cli_progress progress;
   cli_progress_init(&progress, "measuring");
-  for (int round = 0; round < b->o->rounds; round++) {
+  for (int round = 0; round < b->o->shape.rounds; round++) {
     EMX_TRY(make_queries(b, round));
     for (int i = 0; i < b->n_methods; i++) EMX_TRY(run(b, &b->methods[i], round));
-    cli_progress_text(&progress, round + 1, b->o->rounds, NULL);
+    cli_progress_text(&progress, round + 1, b->o->shape.rounds, NULL);
   }
   cli_progress_end(&progress);
   b->peak = system_number("/proc/self/status", "VmPeak:") << 10;
@@ -235,13 +223,13 @@ static int report(bench *b) {
   const options *o = b->o;
   emx_kv_info info = {.struct_size = sizeof info};
   int code = cli_status(emx_kv_get_info(b->kv, &info));
-  const double rows = (double)o->rounds * o->hq;
+  const double rows = (double)o->shape.rounds * o->shape.hq;
   if (!code && !o->common.json) {
     printf(
         "%s, n %lld, %d/%d heads of %d, bf16, page %d: K and V %.0f MiB in the file, %.0f MiB of summaries and %.0f MiB in all "
         "mapped "
         "beyond the start",
-        o->data, (long long)o->n, o->hq, o->hkv, o->d, o->page, (double)info.bytes_kv / 1048576,
+        o->data, (long long)o->shape.n, o->shape.hq, o->shape.hkv, o->shape.d, o->page, (double)info.bytes_kv / 1048576,
         (double)info.bytes_summary / 1048576, (double)(b->peak - b->start) / 1048576);
     if (o->room) printf(" (limit %lld)", (long long)(o->room >> 20));
     printf("\n%-10s %-6s %9s %9s %12s %9s %9s %-9s %s\n", "select", "path", "ms", "min", "bytes read", "keys", "support",
@@ -249,13 +237,14 @@ static int report(bench *b) {
   }
   for (int i = 0; i < b->n_methods && !code; i++) {
     method *m = &b->methods[i];
-    const bench_times t = bench_summary(m->ms, o->rounds);
-    const double bytes = cli_median(m->bytes, o->rounds);
+    const bench_times t = bench_summary(m->ms, o->shape.rounds);
+    const double bytes = cli_median(m->bytes, o->shape.rounds);
     char label[32];
     if (o->common.json) {
-      json_t *j = json_pack("{s:s, s:s, s:I, s:i, s:i, s:i, s:s, s:i, s:f, s:s, s:s}", "device", "cpu", "data", o->data, "n",
-                            (json_int_t)o->n, "hq", o->hq, "hkv", o->hkv, "d", o->d, "dtype", "bf16", "page", o->page, "alpha",
-                            o->alpha, "select", cli_select_name(m->select.kind), "path", cli_path_name(m->path));
+      json_t *j =
+          json_pack("{s:s, s:s, s:I, s:i, s:i, s:i, s:s, s:i, s:f, s:s, s:s}", "device", "cpu", "data", o->data, "n",
+                    (json_int_t)o->shape.n, "hq", o->shape.hq, "hkv", o->shape.hkv, "d", o->shape.d, "dtype", "bf16", "page",
+                    o->page, "alpha", o->alpha, "select", cli_select_name(m->select.kind), "path", cli_path_name(m->path));
       json_t *numbers = json_pack("{s:b, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:o, s:f, s:f, s:b, s:b}", "planes", (int)o->planes,
                                   "bytes_kv", (json_int_t)info.bytes_kv, "bytes_summary", (json_int_t)info.bytes_summary, "room",
                                   (json_int_t)o->room, "mapped", (json_int_t)(b->peak - b->start), "ms", t.median, "ms_min",
@@ -274,7 +263,8 @@ static int report(bench *b) {
 }
 
 int bench_file(int argc, char **argv) {
-  static const struct argp_child children[] = {{&cli_select_argp, 0, NULL, 0}, {&cli_common_argp, 0, NULL, 0}, {0}};
+  static const struct argp_child children[] = {
+      {&bench_shape_argp, 0, NULL, 0}, {&cli_select_argp, 0, NULL, 0}, {&cli_common_argp, 0, NULL, 0}, {0}};
   static const struct argp argp = {
       .options = option_table,
       .parser = parse,
@@ -285,12 +275,13 @@ int bench_file(int argc, char **argv) {
           "ms: median over the rounds; bytes read: median, as the system counts what came from the device (0 where the file lies "
           "in "
           "memory, as on tmpfs); keys, support: a head; as all: every output has the bits of ALL's."};
-  options o = {.data = "iid", .n = 131072, .hq = 8, .hkv = 8, .d = 128, .page = 16, .rounds = 5, .alpha = 1.5, .seed = 1};
+  options o = {
+      .data = "iid", .shape = {.n = 131072, .hq = 8, .hkv = 8, .d = 128, .rounds = 5, .seed = 1}, .page = 16, .alpha = 1.5};
   cli_select_init(&o.select);
   o.select.desc[0].kind = EMX_SELECT_CERTIFIED;
   cli_parse(&argp, argc, argv, &o);
   bench b = {.o = &o};
-  if (!workload_parse(o.data, o.seed, &b.w)) {
+  if (!workload_parse(o.data, o.shape.seed, &b.w)) {
     cli_warn("--data is '%s', expected iid, ar:RHO, topics[:SHIFT], outlier:C,GAIN or flat:STD", o.data);
     return CLI_USAGE;
   }

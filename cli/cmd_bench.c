@@ -1,11 +1,37 @@
 /* SPDX-License-Identifier: Apache-2.0
- * emx bench: picks the benchmark; statistics and the read-bandwidth probe that they share. */
+ * emx bench: picks the benchmark; options, statistics and the read-bandwidth probe that they share. */
 #include "bench.h"
 
 #include "base/base.h"
 
 #include <stdlib.h>
 #include <string.h>
+
+enum { KEY_N = 1300, KEY_HQ, KEY_HKV, KEY_D, KEY_ROUNDS, KEY_SEED };
+static const struct argp_option shape_options[] = {
+    {"n", KEY_N, "N", 0, "Tokens (default 131072; attn: 4096)", 1},
+    {"hq", KEY_HQ, "H", 0, "Query heads (default 8)", 1},
+    {"hkv", KEY_HKV, "G", 0, "KV heads (default 8)", 1},
+    {"d", KEY_D, "D", 0, "Head dimension (default 64; file: 128)", 1},
+    {"rounds", KEY_ROUNDS, "N", 0, "Timed rounds (default 9; file: 5, each with a new query)", 1},
+    {"seed", KEY_SEED, "S", 0, "Seed of the data (default 1)", 1},
+    {0}};
+static error_t parse_shape(int key, char *arg, struct argp_state *state) {
+  bench_shape *s = state->input;
+  switch (key) {
+    case KEY_N: s->n = cli_int(state, "--n", arg, 1, INT32_MAX / 2); return 0;
+    case KEY_HQ: s->hq = (int)cli_int(state, "--hq", arg, 1, 4096); return 0;
+    case KEY_HKV: s->hkv = (int)cli_int(state, "--hkv", arg, 1, 4096); return 0;
+    case KEY_D: s->d = (int)cli_int(state, "--d", arg, 16, 256); return 0;
+    case KEY_ROUNDS: s->rounds = (int)cli_int(state, "--rounds", arg, 1, 100000); return 0;
+    case KEY_SEED: s->seed = cli_seed(state, "--seed", arg); return 0;
+    case ARGP_KEY_END:
+      if (s->hq % s->hkv) argp_error(state, "--hq %d is not a multiple of --hkv %d", s->hq, s->hkv);
+      return 0;
+  }
+  return ARGP_ERR_UNKNOWN;
+}
+const struct argp bench_shape_argp = {.options = shape_options, .parser = parse_shape};
 
 bench_times bench_summary(const double *ms, int rounds) {
   double *copy = malloc(((size_t)rounds + 1) * sizeof *copy);
