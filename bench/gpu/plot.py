@@ -3,6 +3,8 @@
 """Draws rows of bench/gpu/decode.py as SVG, with nothing but Python's library: time against length, and time against error.
 
     python3 bench/gpu/plot.py bench/results/decode-gpu-h100.jsonl docs/pictures/decode-gpu.svg
+
+Of a second file and later ones only the methods that those before lack, such as EntmaxKV's beside a newer build of ours.
 """
 import json
 import math
@@ -57,7 +59,11 @@ class Axes:
 
 
 def main():
-    rows = [json.loads(line) for line in open(sys.argv[1])]
+    rows = []
+    for name in sys.argv[1:-1]:
+        have = {r["method"] for r in rows}
+        with open(name) as f:
+            rows += [r for r in map(json.loads, f) if r["method"] not in have]
     rows = [r for r in rows if r["batch"] == 1]
     fastest = {}
     for r in rows:
@@ -99,7 +105,7 @@ def main():
     for i, (data, kind) in enumerate((d, MARKS[d]) for d in kinds):
         out += [mark(kind, LEFT + 8 + 130 * i, below, "#222"), text(LEFT + 20 + 130 * i, below + 4, data, "start")]
     width = len(shapes) * (LEFT + WIDTH + 20) + 10
-    with open(sys.argv[2], "w") as f:
+    with open(sys.argv[-1], "w") as f:
         f.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{below + 20}" viewBox="0 0 {width} {below + 20}" font-family="sans-serif" '
                 'fill="#222">\n<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(out) + "\n</svg>\n")
 
