@@ -7,8 +7,8 @@
 
 enum { BENCH_WARMUP = 2 };
 
-/* --n, --hq, --hkv, --d, --rounds and --seed of the benchmarks of attention, a child parser. What it starts with are the defaults.
- * Key range 1300. */
+/* --n, --hq, --hkv, --d, --rounds and --seed of the benchmarks of attention, a child parser. What it starts with are the
+ * defaults. Key range 1300. */
 typedef struct bench_shape {
   int64_t n;
   int hq, hkv, d, rounds;

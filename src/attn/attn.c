@@ -16,8 +16,8 @@ void emx_attn_io_init_sized(emx_attn_io *io, size_t size) {
   emxi_struct_init(io, size, &defaults, sizeof defaults);
 }
 
-/* What a dimension of one element is spaced by means nothing, and bindings put anything there: zero is aligned to whatever a kernel
- * would like. */
+/* What a dimension of one element is spaced by means nothing, and bindings put anything there: zero is aligned to whatever a
+ * kernel would like. */
 static int64_t stride_of(const emx_tensor *t, int d) { return t->shape[d] == 1 ? 0 : t->stride[d]; }
 
 /* Strides of a tensor [B,H,S(,D)], [B,S,H(,D)] or packed [T,H(,D)]. */
