@@ -291,6 +291,9 @@ static void test_layouts_agree(void **state) {
   table[1][3] = 0;
   lens[0] = 97;
   assert_int_equal(emx_attn_forward(ctx, &z.desc, &z.io, ws, bytes), EMX_ERR_INVALID);
+  assert_int_equal(emx_attn_workspace_size(ctx, &z.desc, &z.io, EMX_PASS_BACKWARD, &bytes), EMX_ERR_UNSUPPORTED);
+  assert_non_null(strstr(emx_last_error(), "paged keys"));
+  assert_int_equal(emx_attn_backward(ctx, &z.desc, &z.io, ws, bytes), EMX_ERR_UNSUPPORTED);
 
   /* padding: sequence 0 has 10 queries over 50 keys; it equals the short call, and rows past it are zero */
   int32_t lq[2] = {10, 40}, lk[2] = {50, 96};
