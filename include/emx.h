@@ -457,7 +457,7 @@ enum {
   EMX_SELECT_GAUSSIAN = 2, /* threshold estimated from page means and spreads (EntmaxKV's second selector, eq. 19) */
   /* Exact without reading every key: tokens whose sound score bound lies below the threshold are left out. Needs
    * EMX_SUMMARY_SKETCH. alpha = 1: with max_delta, for no weight of softmax is zero; heads without it take ALL's path. On a GPU
-   * in this version for emx_decode only, with one alpha above 1, and without max_bytes and max_delta: else UNSUPPORTED. */
+   * heads with an alpha outside 1.05 to 2 take it, too, and so do those that share their reads; no page lists of it there. */
   EMX_SELECT_CERTIFIED = 3,
   EMX_SELECT_PAGES = 4 /* emx_decode only: the caller's page lists */
 };
@@ -473,7 +473,8 @@ typedef struct emx_select_desc {
   int32_t tau_mode;  /* EMX_TAU_* */
   int32_t tau_steps; /* CORRECTED: steps; 0: 3 */
   int64_t budget;    /* TOPK: tokens per query row, in whole pages, the newest page included; at least one page */
-  /* CERTIFIED: stop a row once bytes_k + bytes_v + bytes_meta reach this; 0: none. Not where it takes ALL's path. */
+  /* CERTIFIED: stop a row once bytes_k + bytes_v + bytes_meta reach this; 0: none. Not where it takes ALL's path. On a GPU keys
+   * are chosen in four rounds, so the last round's values may exceed it. */
   int64_t max_bytes;
   double max_delta;    /* CERTIFIED: stop when delta_bound is at most this (looked at every few keys); 0: exact */
   float max_quantile;  /* GAUSSIAN: quantile of a page's maximum that is compared with the threshold; 0.995 */

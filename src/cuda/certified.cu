@@ -305,7 +305,14 @@ __global__ void account(const __grid_constant__ emxi_cuda_decode a) {
   r->tokens = (int32_t)c.tokens;
   r->pages = (int32_t)c.pages;
   r->bytes_k = (int64_t)c.tokens * ((key + 63) / 64 * 64);
-  r->max_unread = __double2float_ru((a.alpha - 1) * (double)from_ordered(c.limit));
+  const double alpha = alpha_of(a, p.h), unit = alpha > 1 ? alpha - 1 : 1;
+  r->max_unread = __double2float_ru(unit * (double)from_ordered(c.limit));
+  if (!a.cert_limit) return;
+  const emxi_cuda_limit &limit = a.cert_limit[row];
+  r->stopped_by = (uint8_t)limit.stopped;
+  r->delta_bound = fminf(__double2float_ru(limit.delta), 1.0f);
+  r->max_unread = r->tokens == p.visible ? -emxi_inf() : __double2float_ru(unit * (double)limit.far);
+  if (r->delta_bound > 0) r->flags = 0;
 }
 
 template <int DP>

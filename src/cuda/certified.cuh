@@ -158,8 +158,10 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
     }
 #pragma unroll
     for (int step = 16; step; step >>= 1) m = fmaxf(m, __shfl_xor_sync(EMXI_FULL, m, step));
-    const float fa = (float)(a.alpha - 1);
-    const float low = newton_below(a.alpha, -1.0f, 6, [&](auto add) {
+    const double alpha = alpha_of(a, place.h);
+    const bool laddered = alpha >= EMXI_CUDA_CERT_ALPHA_LEAST && alpha <= EMXI_CUDA_CERT_ALPHA_MOST;
+    const float fa = (float)(alpha - 1);
+    const float low = !laddered ? 0.0f : newton_below(alpha, -1.0f, 6, [&](auto add) {
 #pragma unroll
       for (int i = 0; i < EACH; i++) add(fa * (s[i] - m), 1.0f);
     });
@@ -168,7 +170,13 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
     /* the same in terms of true scores: listed ones are off by this at most (T2) */
     const double slack = cert_slack(query[0], (double)size, (double)it.length);
     limit = __double2float_rd((double)limit - slack);
-    if (!(limit > -emxi_inf())) limit = -emxi_inf(); /* no score, or one that is not a number */
+    if (alpha == 1.0 && a.max_delta > 0 && slack < 0.05) { /* all that lies below is worth half of max_delta at most */
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < EACH; i++) sum += s[i] > -emxi_inf() ? expf(s[i] - m) : 0.0f;
+      limit = (float)((double)m + log((double)warp_sum(sum)) + log(a.max_delta / 2) - log((double)it.length));
+    } else if (!laddered || !(limit > -emxi_inf()))
+      limit = -emxi_inf(); /* no score, or one that is not a number */
     int above = 0;
 #pragma unroll
     for (int i = 0; i < EACH; i++) above += s[i] > limit;
@@ -180,7 +188,7 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
       cert->slack = (float)slack * 1.1f; /* and what the subtraction of a float loses */
       cert->tokens = cert->pages = cert->codes = 0;
       a.wide[blockIdx.x].arrived = 0; /* as ALL's scan does, which this row's item may skip */
-      if (!(limit > -emxi_inf()) || 2 * above > groups * GROUP) atomicOr(&a.cert_flat[item], 1);
+      if (!(limit > -emxi_inf()) || (alpha > 1 && 2 * above > groups * GROUP)) atomicOr(&a.cert_flat[item], 1);
     }
   }
   for (int i = threadIdx.x; i < BINS; i += SEED_THREADS) a.cert_bins[blockIdx.x * (int64_t)BINS + i] = 0;
@@ -217,7 +225,6 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
 #pragma unroll
     for (int j = 0; j < 4; j++)
       column[i][j] = i < dims ? column_word<R>(words, it.rows, 16 * i + 8 * (j / 2) + 2 * t + j % 2) : 0;
-  const double alpha = a.alpha;
   float limit[R];
   uint32_t tokens = 0, pages = 0, codes = 0, bad = 0;
   const auto poll = [&]() {
@@ -416,7 +423,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
       }
       if (raised[r]) {
         __threadfence();
-        raise_limit(a, query[r].row, alpha, limit[r]);
+        raise_limit(a, query[r].row, alpha_of(a, head_of(a, query[r].row)), limit[r]);
       }
     }
     if (n) poll();
@@ -440,6 +447,7 @@ template <typename T, int FIXED, int R>
 void certified_any(const emxi_cuda_decode &d, cudaStream_t stream) {
   emxi_cuda_judge(&d, stream);
   launch(seed<T, FIXED>, (unsigned)(d.batch.n * d.H * d.S), SEED_THREADS, 0, stream, d.overlap, d);
+  if (d.cert_limit) return emxi_cuda_limits(&d, stream);
   launch(sieve<T, FIXED, R>, (unsigned)(d.batch.n * d.pool.G * d.blocks * d.splits), CERT_THREADS, 0, stream, d.overlap, d);
 }
 /* What comes before ALL's scan, which then does flat items only. */

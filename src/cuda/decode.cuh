@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, l = lane % L, sub = lane / L, D = FIXED ? FIXED : pool.D;
   wait_for_previous();
   const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits, block = SPARSE ? 0 : item % a.blocks;
-  if (!SPARSE && !SOFTMAX && a.cert && !a.cert_flat[item]) return;
+  if (!SPARSE && a.cert && !a.cert_flat[item]) return;
   int g = item / a.blocks % pool.G, b = item / a.blocks / pool.G;
   const int first_row = block * R, left = a.group * a.S - first_row, rows = SPARSE || left >= R ? R : left;
   int64_t length;
@@ -1131,12 +1131,12 @@ void certified(const emxi_cuda_decode &d, cudaStream_t stream); /* certified.cuh
 template <typename T>
 void decode_all(const emxi_cuda_decode &d, cudaStream_t stream) {
   const unsigned rows = (unsigned)(d.batch.n * d.H * d.S);
+  if (d.cert) certified<T>(d, stream);
   if (d.alphas || d.alpha == 1.0) {
     scan_any<T, true>(d, stream);
     launch(merge, rows, MAX_D, 0, stream, d.overlap, d);
   }
   if (!d.alphas && d.alpha == 1.0) return;
-  if (d.cert) certified<T>(d, stream);
   scan_any<T, false>(d, stream);
   launch(solve<T>, rows * (unsigned)d.parts, SOLVE_THREADS, 0, stream, d.overlap, d);
   launch(share<T>, rows * (unsigned)d.shares, SCAN_THREADS, 0, stream, d.overlap, d);

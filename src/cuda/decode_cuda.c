@@ -19,19 +19,6 @@ static bool rows_are_aligned(const emx_kv *kv) {
 /* Cached tokens times head dimension below which CERTIFIED takes ALL's path. A variable for the tests alone. */
 int64_t emxi_cuda_certified_short = (int64_t)6 << 20;
 
-static emx_status check_certified(const emxi_decode *d, const char *who) {
-  if (d->select.max_bytes > 0 || d->select.max_delta > 0)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version of CERTIFIED has no max_bytes and no max_delta", who);
-  if (d->select_only)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version has no page lists of CERTIFIED; emx_decode takes it", who);
-  if (d->per_head)
-    return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: on a GPU this version of CERTIFIED takes one alpha for all heads", who);
-  if (d->alpha == 1)
-    return emxi_fail(EMX_ERR_UNSUPPORTED,
-                     "%s: with alpha = 1 no weight is zero; CERTIFIED would need max_delta, which a GPU does not take yet", who);
-  return EMX_OK;
-}
-
 emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
   static const char who[] = "emx_decode";
   const emx_kv *kv = d->kv;
@@ -69,9 +56,14 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
                         .safety_margin = select->safety_margin,
                         .excess_margin = select->excess_margin};
   if (select->kind == EMX_SELECT_GAUSSIAN) k.page_z = (float)emxi_gauss_max_quantile((double)select->max_quantile, kv->P);
-  if (certified) EMX_TRY(check_certified(d, who));
-  /* Below, ALL reads the keys as fast; and bounds of the ladder need a convex power of moderate exponent. */
-  const bool ladder = certified && d->max_len * kv->D >= emxi_cuda_certified_short && d->alpha >= 1.05 && d->alpha <= 2;
+  if (certified && d->select_only)
+    return emxi_fail(EMX_ERR_UNSUPPORTED,
+                     "emx_select: on a GPU this version has no page lists of CERTIFIED; emx_decode takes it");
+  /* Below, ALL reads the keys as fast. Of alphas in device memory `seed` decides. */
+  const bool ladder = certified && d->max_len * kv->D >= emxi_cuda_certified_short &&
+                      (d->per_head || (d->alpha == 1 && select->max_delta > 0) ||
+                       (d->alpha >= EMXI_CUDA_CERT_ALPHA_LEAST && d->alpha <= EMXI_CUDA_CERT_ALPHA_MOST));
+  const bool limited = ladder && (select->max_bytes > 0 || select->max_delta > 0), scores = entmax || limited;
   const bool fast = k.vectors && kv->dtype != EMX_F32 && (kv->D == 32 || kv->D == 64 || kv->D == 128);
   k.rows = fast && per_head == 1 ? 1 : 4;
   if (ladder && k.rows > 4) k.rows = 4; /* its kernels take one row or four at a time */
@@ -100,8 +92,8 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   int64_t cells; /* chunks of all rows */
   if (__builtin_mul_overflow(rows, k.chunks, &cells)) cells = -1;
   if (cells > INT64_MAX / EMXI_CUDA_CHUNK) cells = -1;
-  const int64_t list = !entmax || d->select_only ? 0 : cells, segments = list < 0 ? -1 : list * EMXI_CUDA_CHUNK,
-                parts = d->select_only ? 0 : rows * splits, merged = softmax ? parts : 0, solved = entmax ? parts : 0;
+  const int64_t list = !scores || d->select_only ? 0 : cells, segments = list < 0 ? -1 : list * EMXI_CUDA_CHUNK,
+                parts = d->select_only ? 0 : rows * splits, merged = softmax ? parts : 0, solved = scores ? parts : 0;
   k.z = emxi_arena_take(arena, segments, sizeof *k.z);
   k.local = emxi_arena_take(arena, segments, sizeof *k.local);
   k.count = emxi_arena_take(arena, list, sizeof *k.count);
@@ -142,6 +134,14 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
     k.cert_bins = emxi_arena_take(arena, rows, EMXI_CUDA_BINS * sizeof *k.cert_bins);
     k.cert_size = emxi_arena_take(arena, cut, sizeof *k.cert_size);
     k.cert_flat = emxi_arena_take(arena, items, sizeof *k.cert_flat);
+    if (limited) {
+      k.max_bytes = select->max_bytes;
+      k.max_delta = select->max_delta;
+      k.cert_bound = emxi_arena_take(arena, segments, sizeof *k.cert_bound);
+      k.cert_local = emxi_arena_take(arena, segments, sizeof *k.cert_local);
+      k.cert_count = emxi_arena_take(arena, list, sizeof *k.cert_count);
+      k.cert_limit = emxi_arena_take(arena, rows, sizeof *k.cert_limit);
+    }
   }
   if (!arena->base) return EMX_OK;
   EMX_TRY(emxi_arena_check(arena, who));

@@ -30,7 +30,7 @@ enum {
   EMXI_CUDA_FAULT_ROW_ALPHA = 6,  /* maps: alpha of row */
   EMXI_CUDA_FAULT_TARGET = 7,     /* losses: target[row] */
   EMXI_CUDA_FAULT_ROW_BUDGET = 8, /* maps: budget of row */
-  EMXI_CUDA_FAULT_ATTN = 9,      /* dense attention: see attn_args.h */
+  EMXI_CUDA_FAULT_ATTN = 9,       /* dense attention: see attn_args.h */
 };
 typedef struct emxi_cuda_fault {
   int32_t code, row, column, value;
@@ -88,6 +88,9 @@ typedef struct emxi_cuda_query {
 typedef struct emxi_cuda_words {
   int32_t a[64], b[64];
 } emxi_cuda_words;
+/* Alphas whose rows CERTIFIED's kernels take; others, and 1, are ALL's: bounds of a threshold need a convex power of moderate exponent. */
+#define EMXI_CUDA_CERT_ALPHA_LEAST 1.05
+#define EMXI_CUDA_CERT_ALPHA_MOST 2.0
 /* State of a row of CERTIFIED. */
 #define EMXI_CUDA_BINS 256
 typedef struct emxi_cuda_cert {
@@ -97,6 +100,16 @@ typedef struct emxi_cuda_cert {
   uint32_t tokens, pages, codes; /* read: keys, pages, groups' codes */
   int32_t unused[26];            /* a line of its own: it is polled */
 } emxi_cuda_cert;
+
+/* The same with a limit (limits.cu), in units of scores. */
+typedef struct emxi_cuda_limit {
+  double delta;      /* when stopped: bound of the mass of what was not read */
+  float first, low;  /* at or below it is no bound that is listed; at or below it nothing has weight */
+  float cut, before; /* keys with bounds above the cut are read; above the one before they had been */
+  float far;         /* when stopped: no score that was not read is larger */
+  int32_t listed;    /* bounds */
+  int32_t stopped;   /* EMX_STOP_*; -1: not yet */
+} emxi_cuda_limit;
 
 typedef struct emxi_cuda_pool {
   char *k, *v;
@@ -238,6 +251,14 @@ typedef struct emxi_cuda_decode {
   emxi_cuda_query *cert_query; /* [rows] */
   emxi_cuda_words *cert_words; /* [rows] */
   emxi_cuda_cert *cert;        /* [rows]; NULL: not CERTIFIED */
+  /* max_bytes or max_delta (else all NULL and 0) */
+  int64_t max_bytes;
+  double max_delta;
+  int32_t cert_round;
+  float *cert_bound;           /* [rows, chunks, CHUNK] bounds of keys that may matter, in the order of their positions */
+  uint8_t *cert_local;         /* [rows, chunks, CHUNK] positions in the chunk */
+  uint8_t *cert_count;         /* [rows, chunks] */
+  emxi_cuda_limit *cert_limit; /* [rows] */
   /* the caller's lists: read with PAGES, written by emx_select */
   int32_t *io_pages, *io_n;
   float *io_bound; /* or NULL */
@@ -256,10 +277,11 @@ void emxi_cuda_launch_listed(const emxi_cuda_listed *l, void *stream);
 /* Lists of pages; after the decode, what they left out. */
 void emxi_cuda_select(const emxi_cuda_decode *d, void *stream);
 void emxi_cuda_certify(const emxi_cuda_decode *d, void *stream);
-/* CERTIFIED: sketches of pages; bounds of groups; what was read, into the reports. */
+/* CERTIFIED: sketches of pages; bounds of groups; keys within a limit; what was read, into the reports. */
 void emxi_cuda_launch_sketches(const emxi_cuda_append *a, void *stream);
 void emxi_cuda_launch_listed_sketches(const emxi_cuda_listed *l, void *stream);
 void emxi_cuda_judge(const emxi_cuda_decode *d, void *stream);
+void emxi_cuda_limits(const emxi_cuda_decode *d, void *stream);
 void emxi_cuda_account(const emxi_cuda_decode *d, void *stream);
 /* One translation unit per dtype of the cache. */
 void emxi_cuda_decode_f32(const emxi_cuda_decode *d, void *stream);

@@ -42,6 +42,9 @@ __device__ __forceinline__ row_place place_of(const emxi_cuda_decode &a, int64_t
   }
   return p;
 }
+__device__ __forceinline__ int head_of(const emxi_cuda_decode &a, int64_t row) {
+  return (int)((uint32_t)row / (uint32_t)a.S % (uint32_t)a.H);
+}
 /* The head's alpha; 0 for one out of range, which is a fault and makes the head's output NaN. */
 __device__ __forceinline__ double alpha_of(const emxi_cuda_decode &a, int h) {
   if (!a.alphas) return a.alpha;

@@ -430,8 +430,6 @@ class OnGpu(unittest.TestCase):
             cache.decode(seq, q.cpu())
         with self.assertRaisesRegex(L.UnsupportedError, "return_support"):
             cache.decode(seq, q, return_support=True)
-        with self.assertRaisesRegex(L.UnsupportedError, "max_delta"):
-            cache.decode(seq, q, select="certified", max_delta=0.1)
         with self.assertRaisesRegex(L.UnsupportedError, "emx_decode"):
             cache.select(seq, q, select="certified")
         with self.assertRaisesRegex(L.UnsupportedError, "n_new"):
