@@ -9,7 +9,8 @@ cache (a set of half a million tokens or more four times); a time is the median 
 a different function and the speed to beat; rel_err of ours is the relative L2 distance from float64 attention of the same alpha over all
 keys, all heads of the first set, delta the entmax mass of what was not read (mean over heads), delta_bound and certified what the reports say.
 bytes: what the reports count, once for the heads of a group where they share it; roof: of the rate of a large copy on the same GPU.
-topics:24 are topics shifted by 24 tokens. EntmaxKV runs beside them if it can be imported (rivals.py).
+topics:24 are topics shifted by 24 tokens. Eight ragged sequences have no counterpart in PyTorch: softmax is there one query over the same keys
+and values as one sequence, the time to stream them. EntmaxKV runs beside them if it can be imported (rivals.py).
 Needs PyTorch with CUDA and a libentmax built with its CUDA back end. One JSON object a line goes to --out, a table to standard output.
 """
 import argparse
@@ -324,10 +325,11 @@ def run(lib, data, lengths, hq, g, d, sets, rounds, seed, profile, roof):
                                 ("ours topk 1% 1.5", 1.5, TOPK), ("ours certified 1.5", 1.5, CERTIFIED)):
         ours[name] = methods[name] = [Ours(lib, *p, lengths, alpha, scale, select, max(lengths) // 100) for p in problems]
         alphas[name] = alpha
-    if len(lengths) == 1:  # PyTorch has no paged decode: contiguous copies
-        flat = [tuple(t.transpose(0, 1).reshape(1, g, -1, d)[:, :, :lengths[0]].contiguous() for t in p[:2]) for p in problems]
-        for name, kind in (("softmax cuDNN", SDPBackend.CUDNN_ATTENTION), ("softmax FlashAttention", SDPBackend.FLASH_ATTENTION)):
-            methods[name] = [softmax(kind, *f, p[2], scale) for f, p in zip(flat, problems)]
+    # PyTorch has no paged decode: contiguous copies
+    flat = [tuple(t.transpose(0, 1).reshape(1, g, -1, d)[:, :, :sum(lengths)].contiguous() for t in p[:2]) for p in problems]
+    for name, kind in (("softmax cuDNN", SDPBackend.CUDNN_ATTENTION), ("softmax FlashAttention", SDPBackend.FLASH_ATTENTION)):
+        methods[name] = [softmax(kind, *f, p[2][:1], scale) for f, p in zip(flat, problems)]
+    if len(lengths) == 1:
         for f, p in zip(flat, problems):
             for name, (call, o) in rivals.methods(*f, p[2], 1.5, scale, PAGE).items():
                 methods.setdefault(name, []).append(call)
@@ -411,7 +413,8 @@ def main():
     parser.add_argument("--out", default="gpu-decode.json")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--data", help="these data alone, separated by semicolons, and no batch")
+    parser.add_argument("--data", help="these data alone, separated by semicolons, and no batch but with --batch")
+    parser.add_argument("--batch", action="store_true", help="eight ragged sequences and nothing else")
     parser.add_argument("--profile", action="store_true", help="print what each kernel takes")
     parser.add_argument("--quick", action="store_true", help="iid and flat, 32K and 1M, no batch")
     args = parser.parse_args()
@@ -423,9 +426,11 @@ def main():
     kinds = args.data.split(";") if args.data else kinds
     ragged = [131072 - 65536 * i // 7 for i in range(8)]
     for lengths, sets in (([1 << 20], 1), ([32768], 8), (ragged, 1), ([131072], 4), ([1 << 19], 1)):
-        if (args.quick and lengths[0] in (131072, 1 << 19)) or ((args.quick or args.data) and len(lengths) > 1):
+        if (args.batch or args.quick or args.data) and args.batch != (len(lengths) > 1):
             continue
-        for data in kinds if len(lengths) == 1 else ("iid", "topics"):
+        if args.quick and lengths[0] in (131072, 1 << 19):
+            continue
+        for data in kinds if args.batch or len(lengths) == 1 else ("iid", "topics"):
             cases += [(data, lengths, 8, 8, 64, sets), (data, lengths, 32, 8, 128, sets)]
     with open(args.out, "w") as out:
         for case in cases:
