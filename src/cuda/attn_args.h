@@ -144,6 +144,8 @@ void emxi_cuda_attn_survey(const emxi_cuda_attn *a, unsigned tiles, int given, v
 /* Of rows with lists: outputs; gradients of q and weights, `given`: from the caller's lists. tiles: of queries, of the slice. */
 void emxi_cuda_attn_resolve_forward(const emxi_cuda_attn *a, unsigned tiles, void *stream);
 void emxi_cuda_attn_resolve_backward(const emxi_cuda_attn *a, unsigned tiles, int given, void *stream);
+/* The same of the caller's lists, 16 bit, alpha 1.5 or 2: attn_return.cu. */
+void emxi_cuda_attn_settle_back(const emxi_cuda_attn *a, unsigned tiles, void *stream);
 /* Nonzeros by key; gradients of keys; of alpha. */
 void emxi_cuda_attn_sort(const emxi_cuda_attn *a, unsigned units, void *stream);
 void emxi_cuda_attn_gather_keys(const emxi_cuda_attn *a, unsigned units, void *stream);

@@ -122,11 +122,11 @@ __device__ __forceinline__ void gather(const source &src, const float *weight, c
     for (int u = 0; u < N; u++) {
       const int at = min(e + u * E, n - 1);
       rows.load(u, src, pos[at], d);
-      p[u] = e + u * E < n ? weight[at] : 0.0f;
+      p[u] = weight[at];
     }
 #pragma unroll
     for (int u = 0; u < N; u++) {
-      if (!KIND && !(e + u * E < n)) break;
+      if (!(e + u * E < n)) break; /* what was loaded in its place may be infinite */
       float x[8];
       rows.take(u, src, d, D, x);
 #pragma unroll
@@ -665,21 +665,22 @@ __global__ void __launch_bounds__(THREADS) sort_by_key(const __grid_constant__ e
 template <int KIND>
 __device__ __forceinline__ void add_rows(const emxi_cuda_attn &a, const key_tile &t, const source &q, const source &grad,
                                          uint32_t from, uint32_t to, float (&dk)[8], float (&dv)[8]) {
-  constexpr int N = 4;
+  constexpr int N = 2; /* more warps gain more than more loads of each */
   const int lane = threadIdx.x % 32, G = lanes_of(a.d), d = lane % G * 8;
   const uint32_t E = 32 / G, per = (uint32_t)(a.packed ? a.rows_q : a.max_q);
-  const int64_t base = t.unit * a.unit_rows * CAP, q_head = a.q.head * bytes_of(q.dtype),
-                grad_head = a.d_o.head * bytes_of(grad.dtype);
+  const int64_t q_head = a.q.head * bytes_of(q.dtype), grad_head = a.d_o.head * bytes_of(grad.dtype);
+  const uint32_t *const by_key = a.by_key + t.unit * a.unit_rows * CAP;
+  const emxi_cuda_weight *const weight = a.weight + t.unit * a.unit_rows * CAP;
   for (uint32_t e = from + lane / G; e < to; e += N * E) {
     eights<KIND, N> x, y;
     emxi_cuda_weight w[N];
     uint32_t place[N];
 #pragma unroll
-    for (int i = 0; i < N; i++) place[i] = a.by_key[base + min(e + i * E, to - 1)];
+    for (int i = 0; i < N; i++) place[i] = by_key[min(e + i * E, to - 1)];
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const uint32_t row = place[i] / CAP, h = a.group == 1 ? 0 : row / per, at = row - h * per;
-      w[i] = a.weight[base + place[i]];
+      w[i] = weight[place[i]];
       y.load_at(i, grad.data + h * grad_head + at * grad.row, d);
       x.load_at(i, q.data + h * q_head + at * q.row, d);
     }
@@ -706,7 +707,7 @@ __device__ __forceinline__ void add_rows(const emxi_cuda_attn &a, const key_tile
 /* A warp a key; keys that many rows weigh are shared by the block's warps, an eighth of the rows each. */
 constexpr uint32_t LONG_COLUMN = 384;
 template <int KIND>
-__global__ void __launch_bounds__(THREADS, 2) gather_keys(const __grid_constant__ emxi_cuda_attn a) {
+__global__ void __launch_bounds__(THREADS, KIND ? 4 : 2) gather_keys(const __grid_constant__ emxi_cuda_attn a) {
   __shared__ float shares[WARPS][2][MAX_D];
   key_tile t;
   if (!key_tile_of(a, blockIdx.x / (TILE / WARPS), &t)) return;
@@ -715,6 +716,8 @@ __global__ void __launch_bounds__(THREADS, 2) gather_keys(const __grid_constant_
   const int64_t tile = blockIdx.x / (TILE / WARPS);
   if (a.has_dense[tile] == EMXI_CUDA_KEYS_DONE) return;
   const uint32_t *start = a.key_start + t.unit * (a.k_tiles * TILE + 1) + t.tile * TILE + c0;
+  const int real = min(WARPS, t.n - c0); /* keys that rows may weigh */
+  const uint32_t begin = start[min(max(real, 0), min(lane, WARPS))];
   const source q = rows_of(a.q, t.b, t.g * a.group, 0), grad = rows_of(a.d_o, t.b, t.g * a.group, 0);
   const auto store = [&](int c, float(&dk)[8], float(&dv)[8]) {
     if (lane >= G) return;
@@ -730,42 +733,36 @@ __global__ void __launch_bounds__(THREADS, 2) gather_keys(const __grid_constant_
     put8<KIND>(row_of(a.d_k, t.b, t.g, t.sp.k0 + t.j0 + c), a.d_k.dtype, d, a.d, dk);
     put8<KIND>(row_of(a.d_v, t.b, t.g, t.sp.k0 + t.j0 + c), a.d_v.dtype, d, a.d, dv);
   };
-  bool many = false;
-  for (int x = 0; x < WARPS; x++) {
-    const int c = c0 + x;
-    if (c >= t.all) break;
-    const uint32_t n = c < t.n ? start[x + 1] - start[x] : 0;
-    many |= n > LONG_COLUMN;
-    if (x != warp || n > LONG_COLUMN) continue;
+  const uint32_t of_lane = __shfl_down_sync(EMXI_FULL, begin, 1) - begin;
+  const bool many = __any_sync(EMXI_FULL, lane < WARPS && of_lane > LONG_COLUMN);
+  for (int x = -1; x < (many ? WARPS : 0); x++) { /* this warp's key, then those that all share */
+    const int c = x < 0 ? warp : x;
+    const uint32_t first = __shfl_sync(EMXI_FULL, begin, c), n = __shfl_sync(EMXI_FULL, of_lane, c),
+                   share = x < 0 ? n : (n + WARPS - 1) / WARPS;
+    if ((x < 0) == (n > LONG_COLUMN) || c0 + c >= t.all) continue;
+    const uint32_t from = x < 0 ? first : min(first + warp * share, first + n), to = min(from + share, first + n);
     float dk[8] = {}, dv[8] = {};
-    if (n) add_rows<KIND>(a, t, q, grad, start[x], start[x + 1], dk, dv);
-    store(c, dk, dv);
-  }
-  if (!many) return;
-  for (int x = 0; x < WARPS && c0 + x < t.n; x++) {
-    const uint32_t from = start[x], n = start[x + 1] - from, share = (n + WARPS - 1) / WARPS;
-    if (n <= LONG_COLUMN) continue;
-    float dk[8] = {}, dv[8] = {};
-    add_rows<KIND>(a, t, q, grad, min(from + warp * share, from + n), min(from + (warp + 1) * share, from + n), dk, dv);
-    if (lane < G)
+    if (from < to) add_rows<KIND>(a, t, q, grad, from, to, dk, dv);
+    if (x >= 0) {
+      if (lane < G)
 #pragma unroll
-      for (int y = 0; y < 8; y++) {
-        shares[warp][0][d + y] = dk[y];
-        shares[warp][1][d + y] = dv[y];
-      }
-    __syncthreads();
-    if (warp == x && lane < G) {
-#pragma unroll
-      for (int y = 0; y < 8; y++) {
-        dk[y] = dv[y] = 0;
-        for (int o = 0; o < WARPS; o++) {
-          dk[y] += shares[o][0][d + y];
-          dv[y] += shares[o][1][d + y];
+        for (int y = 0; y < 8; y++) {
+          shares[warp][0][d + y] = dk[y];
+          shares[warp][1][d + y] = dv[y];
         }
-      }
-      store(c0 + x, dk, dv);
+      __syncthreads();
+      if (warp == x && lane < G)
+#pragma unroll
+        for (int y = 0; y < 8; y++) {
+          dk[y] = dv[y] = 0;
+          for (int o = 0; o < WARPS; o++) {
+            dk[y] += shares[o][0][d + y];
+            dv[y] += shares[o][1][d + y];
+          }
+        }
+      __syncthreads();
     }
-    __syncthreads();
+    if (x < 0 || warp == x) store(c0 + c, dk, dv);
   }
 }
 
@@ -800,7 +797,9 @@ extern "C" void emxi_cuda_attn_resolve_forward(const emxi_cuda_attn *a, unsigned
 }
 extern "C" void emxi_cuda_attn_resolve_backward(const emxi_cuda_attn *a, unsigned tiles, int given, void *stream) {
   const int kind = kind_of(a);
-  if (given)
+  if (given && kind && a->d <= 128 && !a->alphas && (a->alpha == 1.5 || a->alpha == 2.0) && !a->slopes && !a->d_alpha)
+    emxi_cuda_attn_settle_back(a, tiles, stream);
+  else if (given)
     (kind == 1   ? resolve_backward<true, 1>
      : kind == 2 ? resolve_backward<true, 2>
                  : resolve_backward<true, 0>)<<<tiles, THREADS, 0, (cudaStream_t)stream>>>(*a);
