@@ -106,7 +106,7 @@ class KVCache(_cache.KVCache):
     libentmax.torch.synchronize(). Make the cache, and call each method once, before the capture.
 
     Not on a GPU (UnsupportedError): file, return_support, save and load (copy() to a cache on the CPU first, and from one),
-    n_new with ids, "certified" with max_bytes, max_delta, select(), alpha = 1 or one alpha a head. There is no gradient.
+    n_new with ids, select() of "certified" (decode() takes it). There is no gradient.
     Errors: as those of libentmax.KVCache; InvalidError where a tensor is on another device.
     Source: EntmaxKV (selectors), and ours (certified).
     """
