@@ -23,6 +23,11 @@ __device__ __forceinline__ char *row_of(const emxi_cuda_mat &m, int64_t b, int64
   return m.data + (b * m.batch + h * m.head + row * m.row) * bytes_of(m.dtype);
 }
 
+/* See emxi_cuda_attn.split. */
+__device__ __forceinline__ bool is_asked_for(const emxi_cuda_attn &a, int h) {
+  return !a.split || (a.split[h] != 0) == (a.sloped != 0);
+}
+
 /* A tile of queries of one head. */
 struct query_tile {
   int b, h, hh, g, unit; /* hh: head of its group; unit: of the slice */
@@ -59,7 +64,7 @@ __device__ __forceinline__ bool locate(const emxi_cuda_attn &a, int b, int64_t x
   t->unit = a.packed ? head / a.group : (b - a.b0) * a.ng + head / a.group;
   t->row0 = a.packed ? head * a.rows_q + t->sp.q0 + t->i0 : ((int64_t)(b - a.b0) * a.ng * a.group + head) * a.max_q + t->i0;
   t->tile = t->hh * a.q_tiles + x;
-  return left > 0;
+  return left > 0 && is_asked_for(a, t->h);
 }
 /* Tile of a block of a grid of tiles times heads (padded: times sequences); the last tiles of all heads come first, they see most keys. */
 __device__ __forceinline__ bool tile_of_block(const emxi_cuda_attn &a, int64_t block, query_tile *t) {
@@ -128,6 +133,10 @@ __device__ __forceinline__ const char *at_row(const source &s, int j) {
 /* ---- eight elements of a row */
 
 __device__ __forceinline__ bool finite(float x) { return fabsf(x) < emxi_inf(); }
+
+/* Above the root of what f32 makes of a sum of up to 256 squares, so far that the product of two such norms is above the product of the
+ * vectors, in whatever order f32 sums it. */
+__device__ __forceinline__ float norm_up(float squares) { return (sqrtf(squares) + 2e-18f) * 1.0002f; }
 
 /* Elements d .. d+7, zeros from D on. */
 __device__ __forceinline__ void load8(const char *row, int32_t dtype, int vectors, int d, int D, float (&x)[8]) {

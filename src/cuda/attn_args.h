@@ -77,6 +77,9 @@ typedef struct emxi_cuda_attn {
   double *d_alpha;
   float scale;
   const float *slopes;
+  /* Slopes again, or NULL: of heads without one (`sloped` 0), or with one, which alone a launch then takes. */
+  const float *split;
+  int32_t sloped;
   int64_t left, right;
   int32_t batch, heads, kv_heads, group, d;
   int64_t max_q, max_k, rows_q, rows_k;
@@ -97,6 +100,8 @@ typedef struct emxi_cuda_attn {
 
   /* workspace */
   emxi_cuda_span *span;     /* [batch] */
+  float *norms;             /* [units, k_tiles] no key of the tile is longer; NULL: not for this call */
+  float *longest;           /* [units], packed: [units, batch]: of all tiles of a sequence */
   int32_t *n_list;          /* [rows] */
   int32_t *at;              /* [rows] where the list begins */
   uint8_t *todo;            /* [rows] backward: not found in the caller's lists */
@@ -150,6 +155,8 @@ void emxi_cuda_attn_settle_back(const emxi_cuda_attn *a, unsigned tiles, void *s
 void emxi_cuda_attn_sort(const emxi_cuda_attn *a, unsigned units, void *stream);
 void emxi_cuda_attn_gather_keys(const emxi_cuda_attn *a, unsigned units, void *stream);
 void emxi_cuda_attn_shares(const emxi_cuda_attn *a, void *stream);
+/* Norms of the keys of a slice. */
+void emxi_cuda_attn_norms(const emxi_cuda_attn *a, unsigned units, void *stream);
 /* Lengths and alphas, once a call. */
 void emxi_cuda_attn_prepare(const emxi_cuda_attn *a, void *stream);
 

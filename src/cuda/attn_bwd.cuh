@@ -262,7 +262,7 @@ void attend_chunks(const emxi_cuda_attn &a, cudaStream_t stream) {
     (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     return shared;
   };
-  const auto scan = [&]() {
+  const auto scan = [&](const emxi_cuda_attn &a) {
     if constexpr (sizeof(T) == 2 && CHUNKS <= 2) {
       if (a.quads) {
         constexpr int D = CHUNKS * TILE;
@@ -273,49 +273,67 @@ void attend_chunks(const emxi_cuda_attn &a, cudaStream_t stream) {
     }
     scan_keys<T><<<tiles, THREADS, with(scan_keys<T>, scan_shared<T>()), stream>>>(a);
   };
-  const auto multiply = [&](int keys) {
+  const auto multiply = [&](const emxi_cuda_attn &a, int keys) {
     if (a.odd && tiles)
       (dtype_of<T> == EMX_F16 ? emxi_cuda_attn_tiles_f16 : emxi_cuda_attn_tiles_bf16)(&a, keys, (unsigned)units, stream);
   };
+  /* Heads with and without a slope one after the other, where the scan differs: lists of both kinds share their memory. */
+  const auto for_kinds = [&](auto f) {
+    emxi_cuda_attn k = a;
+    if (!a.split) return f(k);
+    k.slopes = nullptr;
+    k.norms = nullptr;
+    k.quads = 1;
+    f(k);
+    k = a;
+    k.sloped = 1;
+    f(k);
+  };
   if (a.odd && tiles) emxi_cuda_attn_find_odd(&a, (unsigned)units, stream);
+  if (a.norms && tiles) emxi_cuda_attn_norms(&a, (unsigned)units, stream);
   if (!a.backward) {
     if (!tiles) return;
     const size_t dense = with(dense_forward<T, CHUNKS>, dense_forward_shared<T>(a.d));
-    if (a.quads) {
-      (sizeof(T) == 2 && dtype_of<T> == EMX_F16 ? emxi_cuda_attn_sieve_f16 : emxi_cuda_attn_sieve_bf16)(
-          &a, a.packed ? 1 : (unsigned)a.nb, stream);
-    } else {
-      scan();
-      emxi_cuda_attn_resolve_forward(&a, tiles, stream);
-    }
-    multiply(0);
-    dense_forward<T, CHUNKS><<<tiles, THREADS, dense, stream>>>(a);
+    for_kinds([&](const emxi_cuda_attn &a) {
+      if (a.quads) {
+        (sizeof(T) == 2 && dtype_of<T> == EMX_F16 ? emxi_cuda_attn_sieve_f16 : emxi_cuda_attn_sieve_bf16)(
+            &a, a.packed ? 1 : (unsigned)a.nb, stream);
+      } else {
+        scan(a);
+        emxi_cuda_attn_resolve_forward(&a, tiles, stream);
+      }
+      multiply(a, 0);
+      dense_forward<T, CHUNKS><<<tiles, THREADS, dense, stream>>>(a);
+    });
     return;
   }
   const bool given = a.index.data && a.support.data;
-  const auto survey = [&](int by_given) {
+  const auto survey = [&](const emxi_cuda_attn &a, int by_given) {
     if (!a.mode) return;
     emxi_cuda_attn_survey(&a, tiles, by_given, stream);
-    multiply(0);
+    multiply(a, 0);
   };
   if (a.d_alpha) (void)cudaMemsetAsync(a.share, 0, (size_t)a.rows * sizeof *a.share, stream);
   if (tiles) {
-    if (given) {
-      survey(1);
-      emxi_cuda_attn_resolve_backward(&a, tiles, 1, stream);
-    } else {
+    if (!given) {
       (void)cudaMemsetAsync(a.todo, 1, (size_t)a.rows, stream);
       if (a.mode) (void)cudaMemsetAsync(a.mode, 0, (size_t)(units * a.group * a.q_tiles) * sizeof *a.mode, stream);
     }
-    scan();
-    survey(0);
-    emxi_cuda_attn_resolve_backward(&a, tiles, 0, stream);
-    dense_queries<T, CHUNKS><<<tiles, THREADS, with(dense_queries<T, CHUNKS>, dense_queries_shared<T>()), stream>>>(a);
+    for_kinds([&](const emxi_cuda_attn &a) {
+      if (given) {
+        survey(a, 1);
+        emxi_cuda_attn_resolve_backward(&a, tiles, 1, stream);
+      }
+      scan(a);
+      survey(a, 0);
+      emxi_cuda_attn_resolve_backward(&a, tiles, 0, stream);
+      dense_queries<T, CHUNKS><<<tiles, THREADS, with(dense_queries<T, CHUNKS>, dense_queries_shared<T>()), stream>>>(a);
+    });
   }
   if (key_tiles) {
     emxi_cuda_attn_sort(&a, (unsigned)units, stream);
     dense_keys<T, CHUNKS><<<(unsigned)key_tiles, THREADS, with(dense_keys<T, CHUNKS>, dense_keys_shared<T>()), stream>>>(a);
-    multiply(1);
+    multiply(a, 1);
     emxi_cuda_attn_gather_keys(&a, (unsigned)units, stream);
   }
   if (a.d_alpha) emxi_cuda_attn_shares(&a, stream);
@@ -328,13 +346,12 @@ bool tiles_fit(const emxi_cuda_attn &a) {
          (!a.backward || a.d_o.vectors) && a.d <= 2 * TILE && a.d % 8 == 0 && !a.block_table && !a.alphas &&
          (a.alpha == 1.0 || a.alpha >= 1.1);
 }
-/* Whether fast_scan is there, for this device, and has what the call asks for. */
+/* Whether fast_scan is there, for this device, and has what the call asks for of heads without a slope. */
 template <typename T>
 bool scan_is_fast(const emxi_cuda_attn &a) {
   if constexpr (sizeof(T) == 2) {
     cudaFuncAttributes f;
-    const bool fits =
-        a.d <= 128 && a.d % 8 == 0 && a.q.vectors && a.k.vectors && !a.block_table && !a.slopes && a.scale > 0 && a.max_q > TILE;
+    const bool fits = a.d <= 128 && a.d % 8 == 0 && a.q.vectors && a.k.vectors && !a.block_table && a.scale > 0 && a.max_q > TILE;
     return fits && !cudaFuncGetAttributes(&f, fast_scan<T, 64>) && f.ptxVersion == 90;
   }
   return false;
@@ -344,6 +361,7 @@ template <typename T>
 void attend(const emxi_cuda_attn &call, void *stream) {
   emxi_cuda_attn a = call;
   a.quads = scan_is_fast<T>(a);
+  if (a.quads && a.slopes) a.split = a.slopes, a.quads = 0;
   if (!tiles_fit<T>(a)) a.odd = a.mode = nullptr;
   if (a.d <= TILE)
     attend_chunks<T, 1>(a, (cudaStream_t)stream);

@@ -128,6 +128,9 @@ emx_status emxi_cuda_attn_run(emx_ctx *ctx, const emxi_attn *a, emxi_arena *aren
   k.at = emxi_arena_take(arena, k.rows, sizeof *k.at);
   k.dense = emxi_arena_take(arena, units * tiles, sizeof *k.dense);
   k.odd = emxi_arena_take(arena, units, sizeof *k.odd);
+  k.norms = emxi_arena_take(arena, a->slopes ? units * k.k_tiles : 0, sizeof *k.norms);
+  k.longest = emxi_arena_take(arena, a->slopes ? units * (packed ? a->batch : 1) : 0, sizeof *k.longest);
+  if (!a->slopes) k.norms = NULL;
   if (!backward) {
     k.entry = emxi_arena_take(arena, k.rows * cap, sizeof *k.entry);
     k.pos = (int32_t *)k.entry;

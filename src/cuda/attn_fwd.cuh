@@ -101,9 +101,28 @@ __global__ void __launch_bounds__(THREADS) scan_keys(const __grid_constant__ emx
   const source q = rows_of(a.q, t.b, t.h, t.sp.q0), keys = keys_of(a, a.k, t.b, t.g, t.sp);
   const int first = t.rows ? visible(a, t.sp, t.i0).from / TILE * TILE : 0,
             end = t.rows ? visible(a, t.sp, t.i0 + t.rows - 1).to : 0;
+  /* No score of the row with keys of a tile, no longer than k_norm, is larger: by Cauchy and Schwarz, and the bias is that of the nearest
+   * (a negative slope: of the farthest). docs/numerics.md has the factor. */
+  float q_norm = 0;
+  for (int d = part * 8; a.norms && real && d < a.d; d += 32) {
+    float y[8];
+    load8(at_row(q, t.i0 + r), q.dtype, q.vectors, d, a.d, y);
+#pragma unroll
+    for (int e = 0; e < 8; e++) q_norm = fmaf(y[e], y[e], q_norm);
+  }
+  q_norm = norm_up(quad_sum(q_norm)) * fabsf(a.scale);
+  const auto most = [&](int j0, float k_norm) {
+    const int before = at - (j0 + TILE - 1), after = j0 - at, near = max(0, max(before, after)), far = max(at - j0, -before);
+    return fmaf(-slope, (float)(slope < 0 ? far : near), q_norm * k_norm);
+  };
+  const float *const norms = a.norms ? a.norms + t.unit * a.k_tiles + (a.packed ? t.sp.k_tile : 0) : nullptr;
+  const float longest = a.norms ? a.longest[a.packed ? t.unit * a.batch + t.b : t.unit] : 0;
   bool held = false;
   for (int j0 = (end - 1) / TILE * TILE; end > 0 && j0 >= first; j0 -= TILE) {
-    if (!__syncthreads_or(busy)) break;
+    /* of tiles before the row's position the nearest has the largest bias */
+    const bool over = norms && slope > 0 && j0 + TILE - 1 <= at && most(j0, longest) <= thr;
+    if (!__syncthreads_or(busy && !over)) break;
+    if (norms && !__syncthreads_or(busy && !(most(j0, norms[j0 / TILE]) <= thr))) continue;
     dots<T>(S, A, B, q, t.i0, t.i0 + t.rows, keys, j0, end, a.d, held);
     held = true;
     const scored x = scores_of(a, S, slope, at, vis, j0);

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Lengths, block tables and alphas of an attention call lie in device memory: they are checked there, once a call, by one block. What cannot
  * be is a fault that the next synchronising call reports; its sequence counts as empty, its head's results are NaN. */
-#include "attn_args.h"
-#include "device.cuh"
+#include "attn.cuh"
 
 namespace {
 
@@ -65,8 +64,36 @@ __global__ void __launch_bounds__(256) prepare(const __grid_constant__ emxi_cuda
   }
 }
 
+/* Block = tile of keys, four threads a key. */
+__global__ void __launch_bounds__(THREADS) find_norms(const __grid_constant__ emxi_cuda_attn a) {
+  __shared__ int largest;
+  key_tile t;
+  if (!key_tile_of(a, blockIdx.x, &t)) return;
+  const int r = threadIdx.x / 4;
+  const source keys = keys_of(a, a.k, t.b, t.g, t.sp);
+  float sum = 0;
+  for (int d = threadIdx.x % 4 * 8; r < t.n && d < a.d; d += 32) {
+    float x[8];
+    load8(at_row(keys, t.j0 + r), keys.dtype, keys.vectors, d, a.d, x);
+#pragma unroll
+    for (int e = 0; e < 8; e++) sum = fmaf(x[e], x[e], sum);
+  }
+  sum = norm_up(quad_sum(sum));
+  if (threadIdx.x == 0) largest = 0;
+  __syncthreads();
+  atomicMax(&largest, __float_as_int(sum < emxi_inf() ? sum : emxi_inf())); /* none is negative: the order of the integers */
+  __syncthreads();
+  if (threadIdx.x) return;
+  a.norms[blockIdx.x] = __int_as_float(largest);
+  atomicMax((int *)&a.longest[a.packed ? t.unit * a.batch + t.b : t.unit], largest);
+}
+
 } // namespace
 
+extern "C" void emxi_cuda_attn_norms(const emxi_cuda_attn *a, unsigned units, void *stream) {
+  (void)cudaMemsetAsync(a->longest, 0, (a->packed ? (size_t)units * a->batch : units) * sizeof *a->longest, (cudaStream_t)stream);
+  if (units && a->k_tiles) find_norms<<<(unsigned)(units * a->k_tiles), THREADS, 0, (cudaStream_t)stream>>>(*a);
+}
 extern "C" void emxi_cuda_attn_prepare(const emxi_cuda_attn *a, void *stream) {
   prepare<<<1, 256, 0, (cudaStream_t)stream>>>(*a);
 }

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) sieve(const __grid_constant__
   const emxi_cuda_span sp = a.span[b];
   const int head = (int)(rest % heads), h = a.g0 * a.group + head,
             row0 = (int)((block - (a.packed ? sp.q_block : 0)) * FAST_ROWS);
-  if (row0 >= sp.s) return;
+  if (row0 >= sp.s || !is_asked_for(a, h)) return;
   const int64_t slice_row = (a.packed ? head * a.rows_q + sp.q0 : ((int64_t)(b - a.b0) * heads + head) * a.max_q) + row0;
   const double alpha = alpha_of(a, h);
   const bool good = alpha_is_good(alpha) && alpha != 1.0;

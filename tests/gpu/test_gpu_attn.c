@@ -22,9 +22,11 @@ typedef struct problem {
   int32_t len_q[4], len_k[4];
   int64_t list;
   bool no_backward;
-  int clusters; /* of 128 neighbouring queries and keys each, far apart */
-  bool mixed;   /* rows of all kinds: queries of three sizes, forty of each in turn */
-  bool spoil;   /* backward is given lists that lack most of the support */
+  int clusters;            /* of 128 neighbouring queries and keys each, far apart */
+  bool mixed;              /* rows of all kinds: queries of three sizes, forty of each in turn */
+  bool spoil;              /* backward is given lists that lack most of the support */
+  const float *own_slopes; /* [H], with alibi */
+  bool heavy;              /* keys here and there are ten times as long */
   uint64_t seed;
   /* values as the tensors' dtype has them, in double; results */
   double *q, *k, *v, *d_o, *o, *tau, *support, *d_q, *d_k, *d_v, *d_alpha;
@@ -62,6 +64,8 @@ static void make(problem *p) {
   p->q = normals(p, 0, n_q(p), 1);
   for (int64_t i = 0; p->mixed && i < n_q(p); i++) p->q[i] *= (double[]){1, 0x1p-6, 2}[i / p->D % p->S / 40 % 3];
   p->k = normals(p, 1, n_k(p), p->spread);
+  for (int64_t i = 0; p->heavy && i < n_k(p); i++)
+    if (i / p->D % 97 == 5) p->k[i] *= 8;
   p->v = normals(p, 2, n_k(p), 1);
   p->d_o = normals(p, 3, n_q(p), 1);
   if (p->clusters) {
@@ -70,7 +74,7 @@ static void make(problem *p) {
   }
   p->o = take(n_q(p)), p->d_q = take(n_q(p)), p->d_k = take(n_k(p)), p->d_v = take(n_k(p));
   p->tau = take(p->B * p->H * p->S), p->support = take(p->B * p->H * p->S), p->d_alpha = take(p->H);
-  for (int h = 0; h < p->H; h++) p->slopes[h] = h % 3 == 0 ? 0 : 1.0f / (float)(h + 1);
+  for (int h = 0; h < p->H; h++) p->slopes[h] = p->own_slopes ? p->own_slopes[h] : h % 3 == 0 ? 0 : 1.0f / (float)(h + 1);
 }
 static void release(problem *p) {
   free(p->q), free(p->k), free(p->v), free(p->d_o), free(p->o), free(p->d_q), free(p->d_k), free(p->d_v), free(p->tau),
@@ -556,6 +560,33 @@ static void test_flat(void **state) {
   }
 }
 
+/* ALiBi: tiles beyond a row's reach are passed over. Heads without a slope beside others, slopes of any size and sign, keys that are long
+ * enough to matter from afar, and rows that see keys on both sides. */
+static void test_reach(void **state) {
+  (void)state;
+  static const float slopes[][8] = {{0.5f, 0.25f, 0.125f, 0.0625f, 0, 0, 0, 0},
+                                    {0, 1e-6f, 0.004f, 0.02f, 4, 1000, -0.01f, -2e-4f},
+                                    {0.3f, 0, 0.1f, 0, 0.03f, 0, 0.01f, 0}};
+  static const double alphas[] = {1.5, 2, 1.5, 1.25, 1};
+  for (int c = 0; c < 30; c++) {
+    problem p = usual;
+    p.H = 8, p.G = c % 2 ? 4 : 2, p.S = c % 5 == 4 ? 70 : 330, p.N = c % 3 ? 450 : p.S,
+    p.D = c % 4 == 0   ? 64
+          : c % 4 == 1 ? 32
+          : c % 4 == 2 ? 128
+                       : 18;
+    p.dtype = c % 3 == 0   ? EMX_BF16
+              : c % 3 == 1 ? EMX_F16
+                           : EMX_F32,
+    p.alpha = alphas[c % 5], p.alibi = true, p.own_slopes = slopes[c / 5 % 3];
+    p.causal = c % 4 < 2, p.heavy = c % 2, p.spread = c % 7 == 6 ? 0.05 : 1, p.seed = (uint64_t)c + 300;
+    p.list = p.alpha == 1 || c % 3 == 2 ? 0 : 64;
+    if (c % 8 == 5) p.left = 200;
+    if (c % 8 == 6) p.right = 90;
+    check(&p);
+  }
+}
+
 /* Many tiles of keys, of which most hold nothing for a row: what may be passed over must not be missed. */
 static void test_sieve(void **state) {
   (void)state;
@@ -580,6 +611,7 @@ static void test_sieve(void **state) {
     p = usual;
     p.H = p.G = 1, p.S = 200, p.N = 3500, p.D = 64, p.dtype = EMX_BF16, p.clusters = c % 2 ? 8 : 0, p.no_backward = true;
     if (c % 3 == 2) p.alpha = 1.3;
+    if (c % 4 == 3) p.alibi = true, p.own_slopes = (const float[]){0.01f};
     make(&p);
     const int64_t at = c < 11 ? 317 * c : c == 11 ? 3310 : c == 12 ? 3400 : 3499;
     p.k[at * p.D + 3] = NAN;
@@ -693,15 +725,16 @@ static void test_packed(void **state) {
   (void)state;
   enum { B = 4, H = 4, G = 2, D = 32, TQ = 300, TK = 420 };
   static const double cu_q[B + 1] = {0, 70, 70, 199, 290}, cu_k[B + 1] = {0, 64, 100, 301, 400};
-  for (int c = 0; c < 4; c++) {
+  for (int c = 0; c < 8; c++) { /* from 4 on: with slopes */
     problem p = usual;
-    p.B = 1, p.H = H, p.G = G, p.D = D, p.S = TQ, p.N = TK, p.dtype = c % 2 ? EMX_BF16 : EMX_F32, p.spread = c < 2 ? 2 : 0.01;
+    p.B = 1, p.H = H, p.G = G, p.D = D, p.S = TQ, p.N = TK, p.dtype = c % 2 ? EMX_BF16 : EMX_F32, p.spread = c % 4 < 2 ? 2 : 0.01;
     make(&p); /* as [T,H,D] */
     const int64_t sq[3] = {TQ, H, D}, sk[3] = {TK, G, D}, five = B + 1;
     emx_attn_desc desc;
     emx_attn_desc_init(&desc);
     emx_tensor q = put(p.q, p.dtype, 3, sq), k = put(p.k, p.dtype, 3, sk), v = put(p.v, p.dtype, 3, sk),
-               d_o = put(p.d_o, p.dtype, 3, sq), tq = put(cu_q, EMX_I32, 1, &five), tk = put(cu_k, EMX_I32, 1, &five), out[2][5];
+               d_o = put(p.d_o, p.dtype, 3, sq), slopes = put((const double[H]){0, 0.5, 0.02, 0.125}, EMX_F32, 1, &p.H),
+               tq = put(cu_q, EMX_I32, 1, &five), tk = put(cu_k, EMX_I32, 1, &five), out[2][5];
     for (int way = 0; way < 2; way++) {
       for (int i = 0; i < 5; i++) {
         out[way][i] = put(NULL, i == 4 ? EMX_F32 : p.dtype, i == 4 ? 2 : 3, i == 2 || i == 3 ? sk : sq);
@@ -727,6 +760,7 @@ static void test_packed(void **state) {
         }
         w.f.q = &t[0], w.f.k = &t[1], w.f.v = &t[2], w.f.tau = &t[8];
         if (!way) w.f.cu_seqlens_q = &tq, w.f.cu_seqlens_k = &tk;
+        if (c >= 4) w.f.alibi_slopes = &slopes;
         w.b = w.f;
         w.f.o = &t[4];
         w.b.d_o = &t[3], w.b.d_q = &t[5], w.b.d_k = &t[6], w.b.d_v = &t[7];
@@ -745,7 +779,8 @@ static void test_packed(void **state) {
       free(x), free(y);
       gpu_free(out[0][i].data), gpu_free(out[1][i].data);
     }
-    gpu_free(q.data), gpu_free(k.data), gpu_free(v.data), gpu_free(d_o.data), gpu_free(tq.data), gpu_free(tk.data);
+    gpu_free(q.data), gpu_free(k.data), gpu_free(v.data), gpu_free(d_o.data), gpu_free(tq.data), gpu_free(tk.data),
+        gpu_free(slopes.data);
     release(&p);
   }
 }
@@ -895,12 +930,12 @@ int main(int argc, char **argv) {
   const int missing = gpu_missing();
   if (missing) return missing;
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_reference),     cmocka_unit_test(test_catalogue), cmocka_unit_test(test_tiles),
-      cmocka_unit_test(test_short),         cmocka_unit_test(test_long),      cmocka_unit_test(test_windows),
-      cmocka_unit_test(test_alphas),        cmocka_unit_test(test_lengths),   cmocka_unit_test(test_far),
-      cmocka_unit_test(test_flat),          cmocka_unit_test(test_sieve),     cmocka_unit_test(test_ties),
-      cmocka_unit_test(test_nonfinite),     cmocka_unit_test(test_packed),    cmocka_unit_test(test_paged),
-      cmocka_unit_test(test_deterministic), cmocka_unit_test(test_refusals)};
+      cmocka_unit_test(test_reference), cmocka_unit_test(test_catalogue),     cmocka_unit_test(test_tiles),
+      cmocka_unit_test(test_short),     cmocka_unit_test(test_long),          cmocka_unit_test(test_windows),
+      cmocka_unit_test(test_alphas),    cmocka_unit_test(test_lengths),       cmocka_unit_test(test_far),
+      cmocka_unit_test(test_flat),      cmocka_unit_test(test_sieve),         cmocka_unit_test(test_reach),
+      cmocka_unit_test(test_ties),      cmocka_unit_test(test_nonfinite),     cmocka_unit_test(test_packed),
+      cmocka_unit_test(test_paged),     cmocka_unit_test(test_deterministic), cmocka_unit_test(test_refusals)};
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   free(last_o), free(last_dk);
   emx_ctx_destroy(gpu);
