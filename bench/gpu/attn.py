@@ -47,8 +47,10 @@ class Io(C.Structure):
 class Entmax:
     """One shape's calls and their tensors."""
 
-    def __init__(self, lib, q, k, v, d_o, alpha, lists):
+    def __init__(self, lib, q, k, v, d_o, alpha, lists, slopes=None):
         self.lib, self.t = lib, dict(q=q, k=k, v=v, d_o=d_o)
+        if slopes is not None:
+            self.t["alibi_slopes"] = slopes
         rows = q.shape[:3]
         new = lambda like: torch.empty_like(like)
         self.t.update(o=new(q), d_q=new(q), d_k=new(k), d_v=new(v), tau=torch.empty(rows, dtype=torch.float32, device="cuda"),
@@ -57,9 +59,10 @@ class Entmax:
             self.t["support_index"] = torch.empty(*rows, lists, dtype=torch.int32, device="cuda")
         self.desc = lib.init("emx_attn_desc", Desc)
         self.desc.alpha = alpha
-        index = ["support_index"] if lists else []
+        bias = ["alibi_slopes"] if slopes is not None else []
+        index = bias + ["support_index"] if lists else bias
         self.io = [self.make(["q", "k", "v", "o", "tau", "support"] + index),
-                   self.make(["q", "k", "v", "tau", "d_o", "d_q", "d_k", "d_v"] + (["support"] + index if lists else []))]
+                   self.make(["q", "k", "v", "tau", "d_o", "d_q", "d_k", "d_v"] + (["support"] + index if lists else bias))]
         sizes = []
         for p in range(2):
             n = C.c_size_t()
@@ -120,6 +123,8 @@ def check(t, n, d):
     dk, dv, sums = torch.zeros_like(k), torch.zeros_like(v), 0.0
     for part in rows.split(1024):
         z = (q[part] @ k.T) * scale
+        if "alibi_slopes" in t:
+            z -= t["alibi_slopes"][h].double() * (part[:, None] - torch.arange(n, device="cuda")[None]).abs()
         z.masked_fill_(torch.arange(n, device="cuda")[None] > part[:, None], -math.inf)
         p, _ = entmax15(z)
         if "tau" in t:
@@ -145,8 +150,11 @@ def density(e, n, d):
     q, k, tau = e.t["q"][0, 5].float(), e.t["k"][0, 5].float(), e.t["tau"][0, 5]
     active = visible = 0
     for i in range(0, n, 1024):
-        z = (q[i:i + 1024] @ k.T) / math.sqrt(d) / 2 > tau[i:i + 1024, None]
-        z &= torch.arange(n, device="cuda")[None] <= torch.arange(i, min(i + 1024, n), device="cuda")[:, None]
+        before = torch.arange(i, min(i + 1024, n), device="cuda")[:, None] - torch.arange(n, device="cuda")[None]
+        z = (q[i:i + 1024] @ k.T) / math.sqrt(d)
+        if "alibi_slopes" in e.t:
+            z -= e.t["alibi_slopes"][5] * before
+        z = (z / 2 > tau[i:i + 1024, None]) & (before >= 0)
         m = n // 64 * 64
         active += z[:, :m].reshape(-1, 64, m // 64, 64).any(3).any(1).sum().item()
         visible += sum((i + x) // 64 + 1 for x in range(0, min(1024, n - i), 64))
@@ -199,9 +207,14 @@ def main():
     p.add_argument("--lists", type=int, nargs="+", default=[0, 128])
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--alpha", type=float, default=1.5)
+    p.add_argument("--slopes", choices=["none", "alibi", "nape"], default="none",
+                   help="of ours: 2^-1 to 2^-8, nape: in half of the heads; softmax has none, for PyTorch would want a mask of n x n")
     p.add_argument("--profile", action="store_true", help="and the time of each kernel")
     o = p.parse_args()
     lib = Library(o.lib)
+    slopes = None if o.slopes == "none" else torch.exp2(-1 - 7 * torch.arange(16, device="cuda") / 15)
+    if o.slopes == "nape":
+        slopes[::2] = 0
     out = open(o.out, "w")
     for n in o.n:
         for d in o.d:
@@ -222,7 +235,7 @@ def main():
                     for b in (False, True):
                         calls[name, b] = lambda backend=backend, b=b: softmax(backend, b)
                 for lists in o.lists:
-                    ours[lists] = Entmax(lib, q, k, v, d_o, o.alpha, lists)
+                    ours[lists] = Entmax(lib, q, k, v, d_o, o.alpha, lists, slopes)
                     for b in (False, True):
                         calls[f"entmax lists {lists}", b] = lambda e=ours[lists], b=b: e.run(b)
                 graphs = {x: graph_of(f) for x, f in calls.items()}
@@ -253,7 +266,7 @@ def main():
                 base = {b: statistics.median(times["cudnn", b]) for b in (False, True)}
                 for (name, b), ms in times.items():
                     m = statistics.median(ms)
-                    row = dict(data=case, n=n, d=d, h=16, dtype="bf16", method=name, **{"pass": "fwd+bwd" if b else "fwd"}, ms=m,
+                    row = dict(data=case, n=n, d=d, h=16, dtype="bf16", slopes=o.slopes, method=name, **{"pass": "fwd+bwd" if b else "fwd"}, ms=m,
                                ms_min=min(ms), ms_mad=statistics.median(abs(x - m) for x in ms), vs_cudnn=base[b] / m)
                     if name.startswith("entmax"):
                         row.update(facts, workspace=ours[int(name.split()[-1])].bytes)
