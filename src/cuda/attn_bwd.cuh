@@ -255,7 +255,9 @@ __global__ void __launch_bounds__(THREADS) dense_keys(const __grid_constant__ em
 
 /* One slice. */
 template <typename T, int CHUNKS>
-void attend_chunks(const emxi_cuda_attn &a, cudaStream_t stream) {
+void attend_chunks(const emxi_cuda_attn &call, cudaStream_t stream) {
+  emxi_cuda_attn a = call; /* for what is not split */
+  a.split = nullptr;
   const int64_t heads = (int64_t)a.ng * a.group, units = a.packed ? a.ng : (int64_t)a.nb * a.ng, key_tiles = units * a.k_tiles;
   const unsigned tiles = (unsigned)(a.q_tiles * heads * (a.packed ? 1 : a.nb));
   const auto with = [](auto kernel, size_t shared) {
@@ -279,13 +281,13 @@ void attend_chunks(const emxi_cuda_attn &a, cudaStream_t stream) {
   };
   /* Heads with and without a slope one after the other, where the scan differs: lists of both kinds share their memory. */
   const auto for_kinds = [&](auto f) {
-    emxi_cuda_attn k = a;
-    if (!a.split) return f(k);
+    emxi_cuda_attn k = call;
+    if (!k.split) return f(k);
     k.slopes = nullptr;
     k.norms = nullptr;
     k.quads = 1;
     f(k);
-    k = a;
+    k = call;
     k.sloped = 1;
     f(k);
   };
