@@ -2,7 +2,8 @@
  * Dense attention, forward:   o_i = sum_j p_ij v_j,  p_i = alpha-entmax(scale q_i.k + bias)
  *
  *   scan      a block of 64 queries walks the tiles of its keys from the newest to the oldest, keeps for each row a lower bound of its
- *             threshold (that of the candidates so far: docs/math.md) and lists what lies above: 2 D FLOP a visible pair
+ *             threshold (that of the candidates so far: docs/math.md) and lists what lies above: 2 D FLOP a visible pair. With slopes
+ *             it passes over tiles that are out of every row's reach: norms of keys bound their scores
  *   resolve   a warp a row: exact tau from the list, values of the support gathered: 2 D FLOP and D elements of V a nonzero
  *   dense     rows whose list has outgrown its room, and all rows of alpha = 1: passes over the tiles until tau is exact, then P V; 16
  *             bit: attn_tiles.cuh, unless there are infinities or NaN

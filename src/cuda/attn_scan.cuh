@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  * Candidates of every row, backward, on sm_90a, and what attn_sieve.cuh (forward) has in common with it: 16-bit q and k, head dims up to
- * 128, no ALiBi. What scan_keys does elsewhere.
+ * 128, heads without an ALiBi slope. What scan_keys does elsewhere.
  *
  * A block has 192 queries of a head: three warpgroups hold 64 each in registers and multiply them (wgmma) with tiles of 128 keys, which a
  * fourth copies through a ring in shared memory. The threshold is known: positions above it, less what rounding may hide, are listed.
