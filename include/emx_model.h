@@ -114,7 +114,7 @@ typedef struct emx_session_opts {
   int32_t kv_dtype;     /* EMX_BF16 (default), EMX_F16, EMX_F32 */
   int32_t page_size;    /* 16 */
   int32_t summaries;    /* EMX_SUMMARY_*; default both */
-  int32_t chunk;        /* tokens per prefill chunk; 512 */
+  int32_t chunk;        /* tokens per prefill chunk; 0 (default): 512, on a GPU 8192 */
   int32_t max_sessions; /* forks that may exist at the same time; 16 */
   int64_t max_tokens;   /* 4096; of the whole pool: shared pages count once. Beyond the machine's memory: NOMEM with the bytes */
   /* K and V of every layer in a scratch file of this name (emx_kv_opts.file; the name must be free), the summaries in memory:

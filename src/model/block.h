@@ -35,6 +35,8 @@ typedef struct emxi_blocks {
   emx_status (*begin)(emx_ctx *ctx, void *state, const emxi_block *b, const float *embed, const int32_t *tokens);
   /* q (turned, and times theta), k (turned) and v of x. */
   emx_status (*before)(emx_ctx *ctx, void *state, const emxi_block *b);
+  /* q [m,H*D] rounded to 16 bits, as [H,m,D]. NULL on the CPU. */
+  emx_status (*round_queries)(emx_ctx *ctx, void *state, const emxi_block *b, int64_t m, int32_t dtype, void *to);
   /* x += W_o a, then x += W_down(silu(W_gate rms(x)) * W_up rms(x)). */
   emx_status (*after)(emx_ctx *ctx, void *state, const emxi_block *b);
   /* h = rms(x) w */

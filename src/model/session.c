@@ -3,7 +3,8 @@
  *
  * Sessions that come from one another by fork share a pool: the caches, and the activations of one call, which is why a call
  * holds the context's lock from its beginning to its end. A call that fails truncates every layer to where it was.
- * Queries stay f32 over a cache of any dtype, in prefill and in decode alike, so both compute the same scores.
+ * Queries stay f32 over a cache of any dtype, in prefill and in decode alike, so both compute the same scores; only prefill on
+ * a GPU rounds them where keys have 16 bits (attend_rounded).
  *
  * Caches and activations are in the memory of the context's device. Where that is a GPU, the host enqueues a whole token, and
  * waits once, when it fetches the reports and the logits. */
@@ -16,6 +17,8 @@
 #include <time.h>
 
 enum { NLL_ROWS = 64 }; /* rows of logits at a time */
+/* Tokens of a chunk: as many as fill the device with rows. On a GPU fewer than MANY_QUERIES are left to the decoder. */
+enum { CPU_CHUNK = 512, GPU_CHUNK = 8192, MANY_QUERIES = 256 };
 
 typedef struct session_pool {
   emx_model *model;
@@ -67,7 +70,6 @@ void emx_session_opts_init_sized(emx_session_opts *opts, size_t size) {
   const emx_session_opts defaults = {.kv_dtype = EMX_BF16,
                                      .page_size = 16,
                                      .summaries = EMX_SUMMARY_MINMAX | EMX_SUMMARY_MOMENTS,
-                                     .chunk = 512,
                                      .max_sessions = 16,
                                      .max_tokens = 4096};
   emxi_struct_init(opts, size, &defaults, sizeof defaults);
@@ -230,7 +232,8 @@ static emx_status create_pool(emx_model *model, const emx_session_opts *o, sessi
   p->max_tokens = o->max_tokens;
   p->in_file = o->kv_file != NULL;
   p->on_gpu = model->ctx->device != EMX_DEVICE_CPU;
-  p->chunk = o->chunk < o->max_tokens ? o->chunk : o->max_tokens;
+  p->chunk = o->chunk ? o->chunk : p->on_gpu ? GPU_CHUNK : CPU_CHUNK;
+  if (p->chunk > o->max_tokens) p->chunk = o->max_tokens;
   p->block.config = c;
   p->block.scaled = emxi_scaled_heads(c);
   emx_kv_opts kv;
@@ -372,8 +375,8 @@ emx_status emx_session_create(emx_model *model, const emx_session_opts *opts, em
   if (opts->max_tokens < 1 || opts->max_tokens > INT32_MAX / 2)
     return emxi_fail(EMX_ERR_INVALID, "emx_session_create: max_tokens is %lld, expected 1..%d", (long long)opts->max_tokens,
                      INT32_MAX / 2);
-  if (opts->chunk < 1 || opts->chunk > 1 << 16)
-    return emxi_fail(EMX_ERR_INVALID, "emx_session_create: chunk is %d, expected 1..%d", opts->chunk, 1 << 16);
+  if (opts->chunk < 0 || opts->chunk > 1 << 16)
+    return emxi_fail(EMX_ERR_INVALID, "emx_session_create: chunk is %d, expected 0..%d", opts->chunk, 1 << 16);
   if (opts->max_sessions < 1 || opts->max_sessions > 1 << 16)
     return emxi_fail(EMX_ERR_INVALID, "emx_session_create: max_sessions is %d, expected 1..%d", opts->max_sessions, 1 << 16);
   EMXI_LOCKED(model->ctx, create(model, opts, out));
@@ -597,6 +600,44 @@ static emx_status attend_file(emx_session *s, int32_t l, const emx_kv_batch *bat
   return EMX_OK;
 }
 
+/* attend_prefill on a GPU over a 16-bit cache: keys and values in one piece, and queries rounded to the type of the keys, as
+ * the products of tensor cores want them. */
+static emx_status attend_rounded(emx_session *s, int32_t l, const emx_kv_batch *batch, const tensors *t, int64_t m,
+                                 int64_t length) {
+  session_pool *p = s->pool;
+  emx_ctx *ctx = p->model->ctx;
+  emx_kv *kv = p->kv[l];
+  const int64_t H = p->model->config.num_heads, G = kv->G, D = kv->D, total = length + m;
+  const size_t es = emx_dtype_size(kv->dtype);
+  emx_attn_desc desc;
+  emx_attn_io io;
+  describe(p, t, &desc, &io);
+  emx_tensor q = device_view(p, NULL, kv->dtype, 4, (int64_t[]){1, H, m, D}),
+             k = device_view(p, NULL, kv->dtype, 4, (int64_t[]){1, G, total, D}), v = k;
+  io.q = &q;
+  io.k = &k;
+  io.v = &v;
+  size_t size;
+  EMX_TRY(emx_attn_workspace_size(ctx, &desc, &io, EMX_PASS_FORWARD, &size));
+  void *work;
+  for (int placed = 0; placed < 2; placed++) {
+    emxi_arena arena;
+    emxi_arena_init(&arena, placed ? p->attn_work : NULL, placed ? p->attn_size : 0);
+    work = emxi_arena_take(&arena, (int64_t)size, 1);
+    q.data = emxi_arena_take(&arena, H * m * D, es);
+    k.data = emxi_arena_take(&arena, G * total * D, es);
+    v.data = emxi_arena_take(&arena, G * total * D, es);
+    /* without the memory for it: a few queries at a time */
+    if (!placed && (arena.overflow || grow_device(ctx, &p->attn_work, &p->attn_size, emxi_arena_total(&arena))))
+      return attend_by_decoder(s, l, batch, m, length);
+  }
+  EMX_TRY(emx_kv_append(ctx, kv, batch, &t->k, &t->v, NULL));
+  const emxi_kv_read read = {.kv = kv, .seq = s->seqs[l], .n = total, .k = k.data, .v = v.data, .who = "session"};
+  EMX_TRY(ctx->backend->kv_read(ctx, &read));
+  EMX_TRY(p->model->blocks->round_queries(ctx, p->model->blocks_state, &p->block, m, kv->dtype, q.data));
+  return emx_attn_forward(ctx, &desc, &io, work, size);
+}
+
 /* Appends k, v [m] to layer l and attends densely from q [m] into a. */
 static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t length) {
   session_pool *p = s->pool;
@@ -605,6 +646,8 @@ static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t l
   emx_kv_batch_init(&batch);
   batch.batch = 1;
   batch.seqs = &s->seqs[l];
+  if (p->on_gpu && p->kv_dtype != EMX_F32 && m >= MANY_QUERIES && (p->alphas || p->model->config.entmax_alpha <= 2))
+    return attend_rounded(s, l, &batch, &t, m, length);
   if (p->on_gpu) return attend_by_decoder(s, l, &batch, m, length);
   if (p->in_file) return attend_file(s, l, &batch, &t, m, length);
   EMX_TRY(emx_kv_append(p->model->ctx, p->kv[l], &batch, &t.k, &t.v, NULL));

@@ -16,7 +16,7 @@
 
 #include <unistd.h>
 
-enum { N = 300, V = 50 };
+enum { N = 700, V = 50 };
 static char folder[] = "/tmp/emx_gpu_model_XXXXXX";
 static const char *shipped = EMX_SOURCE "/models";
 static int32_t tokens[N];
@@ -70,12 +70,12 @@ static void near(const float *a, const float *b, int n, double tolerance, const 
 static double tolerance_of(int32_t dtype) { return dtype == EMX_F32 ? 1e-3 : dtype == EMX_F16 ? 5e-3 : 2e-2; }
 
 static void compare(const emx_model_config *c, int32_t dtype, const char *what) {
-  static const int64_t cuts[] = {1, 38, 40, 167, 230}; /* prefills end there; the rest is decoded */
+  static const int64_t cuts[] = {1, 38, 40, 167, 660}; /* prefills end there; the rest is decoded */
   pair p;
   float logits[2][V], nll[2][N];
   const double tolerance = tolerance_of(dtype);
   make(c);
-  pair_open(&p, folder, dtype, 64, 0, N);
+  pair_open(&p, folder, dtype, 300, 0, N); /* 300 queries over a 16-bit cache: dense attention */
   int64_t n = 0;
   for (size_t i = 0; i < sizeof cuts / sizeof *cuts; n = cuts[i++]) {
     for (int d = 0; d < 2; d++) OK(emx_session_prefill(p.s[d], tokens + n, cuts[i] - n, nll[d] + n, logits[d], NULL, NULL));
@@ -114,9 +114,9 @@ static void test_positions_and_scales(void **state) {
       c.attn_scale_type = scale < 4 ? scale : EMX_ATTN_SCALE_FOCAL;
       c.focal_learned = scale == 4;
       snprintf(what, sizeof what, "position %d, scale %d", positions[p], scale);
-      compare(&c, EMX_F32, what);
+      compare(&c, scale % 2 ? EMX_BF16 : EMX_F32, what);
     }
-  print_message("f32 caches: logits at most %.2g apart\n", worst);
+  print_message("f32 and bf16 caches: logits at most %.2g apart\n", worst);
 }
 
 static void test_alphas_and_shapes(void **state) {

@@ -514,7 +514,7 @@ static void test_bad_options(void **state) {
   assert_int_equal(emx_session_create(model, &o, &s), EMX_ERR_INVALID);
   o = good, o.max_tokens = INT64_MAX;
   assert_int_equal(emx_session_create(model, &o, &s), EMX_ERR_INVALID);
-  o = good, o.chunk = 0;
+  o = good, o.chunk = -1;
   assert_int_equal(emx_session_create(model, &o, &s), EMX_ERR_INVALID);
   o = good, o.max_sessions = 0;
   assert_int_equal(emx_session_create(model, &o, &s), EMX_ERR_INVALID);

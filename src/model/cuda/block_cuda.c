@@ -295,6 +295,16 @@ static emx_status before_attention(emx_ctx *ctx, layers *s, const emxi_block *b)
 }
 static emx_status cuda_before(emx_ctx *ctx, void *state, const emxi_block *b) { ON_DEVICE(before_attention(ctx, state, b)); }
 
+static emx_status rounded(emx_ctx *ctx, const emxi_block *b, int64_t m, int32_t dtype, void *to) {
+  const emxi_cuda_round r = {b->q, to, b->q_row, m, b->config->num_heads, b->config->head_dim, dtype};
+  emxi_cuda_launch_round(&r, ctx->stream);
+  return EMX_OK;
+}
+static emx_status cuda_round_queries(emx_ctx *ctx, void *state, const emxi_block *b, int64_t m, int32_t dtype, void *to) {
+  (void)state;
+  ON_DEVICE(rounded(ctx, b, m, dtype, to));
+}
+
 static emx_status after_attention(emx_ctx *ctx, layers *s, const emxi_block *b) {
   const emx_model_config *c = b->config;
   const emxi_layer *w = b->w;
@@ -400,6 +410,7 @@ const emxi_blocks emxi_blocks_cuda = {.merged = true,
                                       .close = cuda_close,
                                       .begin = cuda_begin,
                                       .before = cuda_before,
+                                      .round_queries = cuda_round_queries,
                                       .after = cuda_after,
                                       .norm = cuda_norm,
                                       .head = cuda_head,

@@ -73,6 +73,13 @@ __global__ void turn(const __grid_constant__ emxi_cuda_turn a) {
   }
 }
 
+__global__ void round_queries(const __grid_constant__ emxi_cuda_round a) {
+  const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, wide = (int64_t)a.heads * a.d;
+  if (i >= a.m * wide) return;
+  const int64_t t = i / wide, head = i % wide / a.d;
+  store_any((char *)a.to, a.dtype, (head * a.m + t) * a.d + i % a.d, a.q[t * a.row + i % wide]);
+}
+
 __global__ void swiglu(const __grid_constant__ emxi_cuda_glu a) {
   wait_for_previous();
   const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
@@ -143,6 +150,10 @@ void emxi_cuda_launch_norm(const emxi_cuda_norm *a, bool overlap, void *stream) 
 void emxi_cuda_launch_turn(const emxi_cuda_turn *a, bool overlap, void *stream) {
   launch(turn, blocks_of(a->m * (a->heads + (a->rope ? a->kv_heads : 0)), WARPS), 32 * WARPS, 0, (cudaStream_t)stream, overlap,
          *a);
+}
+void emxi_cuda_launch_round(const emxi_cuda_round *a, void *stream) {
+  const int64_t all = a->m * a->heads * a->d;
+  round_queries<<<(unsigned)((all + 255) / 256), 256, 0, (cudaStream_t)stream>>>(*a);
 }
 void emxi_cuda_launch_glu(const emxi_cuda_glu *a, bool overlap, void *stream) {
   launch(swiglu, blocks_of(a->m * a->f, 256), 256, 0, (cudaStream_t)stream, overlap, *a);

@@ -37,6 +37,13 @@ typedef struct emxi_cuda_turn {
   bool rope;
   double rope_theta, focal;
 } emxi_cuda_turn;
+/* to [heads,m,d], EMX_BF16 or EMX_F16, of q [m,heads,d] */
+typedef struct emxi_cuda_round {
+  const float *q;
+  void *to;
+  int64_t row, m;
+  int32_t heads, d, dtype;
+} emxi_cuda_round;
 /* gate [m,f] = silu(gate) * up */
 typedef struct emxi_cuda_glu {
   float *gate;
@@ -62,6 +69,7 @@ void emxi_cuda_launch_step(const emxi_cuda_step *a, void *stream);
 void emxi_cuda_launch_embed(const emxi_cuda_embed *a, void *stream);
 void emxi_cuda_launch_norm(const emxi_cuda_norm *a, bool overlap, void *stream);
 void emxi_cuda_launch_turn(const emxi_cuda_turn *a, bool overlap, void *stream);
+void emxi_cuda_launch_round(const emxi_cuda_round *a, void *stream);
 void emxi_cuda_launch_glu(const emxi_cuda_glu *a, bool overlap, void *stream);
 void emxi_cuda_launch_product(const emxi_cuda_product *a, bool overlap, void *stream);
 
