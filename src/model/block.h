@@ -25,6 +25,15 @@ typedef struct emxi_block {
   bool stepped;    /* m = 1: the token and its position are tokens[0] and tokens[1] at the time when the work runs */
 } emxi_block;
 
+typedef struct emxi_block_parts {
+  int64_t m, n;                /* queries, keys */
+  int32_t dtype;               /* EMX_F16, EMX_BF16 */
+  const void *from_k, *from_v; /* [G,n,D] */
+  void *q;                     /* [H,m,2D] q rounded, and the rest of it rounded */
+  void *k, *v;                 /* [G,n,2D] k twice; v and zeros */
+  float *o;                    /* [H,m,2D], of which the first half means something */
+} emxi_block_parts;
+
 typedef struct emxi_blocks {
   /* q, k, v, z of a token lie next to each other in this order, and so do gate and up: one matrix product makes them. */
   bool merged;
@@ -35,8 +44,9 @@ typedef struct emxi_blocks {
   emx_status (*begin)(emx_ctx *ctx, void *state, const emxi_block *b, const float *embed, const int32_t *tokens);
   /* q (turned, and times theta), k (turned) and v of x. */
   emx_status (*before)(emx_ctx *ctx, void *state, const emxi_block *b);
-  /* q [m,H*D] rounded to 16 bits, as [H,m,D]. NULL on the CPU. */
-  emx_status (*round_queries)(emx_ctx *ctx, void *state, const emxi_block *b, int64_t m, int32_t dtype, void *to);
+  /* Dense attention by 16-bit products, heads of 2 D: q, k and v for it; a of its o. NULL on the CPU. */
+  emx_status (*part)(emx_ctx *ctx, void *state, const emxi_block *b, const emxi_block_parts *parts);
+  emx_status (*join)(emx_ctx *ctx, void *state, const emxi_block *b, const emxi_block_parts *parts);
   /* x += W_o a, then x += W_down(silu(W_gate rms(x)) * W_up rms(x)). */
   emx_status (*after)(emx_ctx *ctx, void *state, const emxi_block *b);
   /* h = rms(x) w */

@@ -3,8 +3,7 @@
  *
  * Sessions that come from one another by fork share a pool: the caches, and the activations of one call, which is why a call
  * holds the context's lock from its beginning to its end. A call that fails truncates every layer to where it was.
- * Queries stay f32 over a cache of any dtype, in prefill and in decode alike, so both compute the same scores; only prefill on
- * a GPU rounds them where keys have 16 bits (attend_rounded).
+ * Queries stay f32 over a cache of any dtype, in prefill and in decode alike, so both compute the same scores.
  *
  * Caches and activations are in the memory of the context's device. Where that is a GPU, the host enqueues a whole token, and
  * waits once, when it fetches the reports and the logits. */
@@ -600,42 +599,50 @@ static emx_status attend_file(emx_session *s, int32_t l, const emx_kv_batch *bat
   return EMX_OK;
 }
 
-/* attend_prefill on a GPU over a 16-bit cache: keys and values in one piece, and queries rounded to the type of the keys, as
- * the products of tensor cores want them. */
-static emx_status attend_rounded(emx_session *s, int32_t l, const emx_kv_batch *batch, const tensors *t, int64_t m,
-                                 int64_t length) {
+/* attend_prefill on a GPU over a 16-bit cache, by products of tensor cores, which take 16-bit numbers alone. A query is the sum
+ * of two of them, so a head has twice its width: both parts of q, beside k twice, and v beside zeros. */
+static emx_status attend_in_parts(emx_session *s, int32_t l, const emx_kv_batch *batch, const tensors *t, int64_t m,
+                                  int64_t length) {
   session_pool *p = s->pool;
   emx_ctx *ctx = p->model->ctx;
   emx_kv *kv = p->kv[l];
-  const int64_t H = p->model->config.num_heads, G = kv->G, D = kv->D, total = length + m;
-  const size_t es = emx_dtype_size(kv->dtype);
+  const int64_t H = p->model->config.num_heads, G = kv->G, D = kv->D, n = length + m;
+  const int32_t type = kv->dtype;
+  const size_t es = emx_dtype_size(type);
   emx_attn_desc desc;
   emx_attn_io io;
   describe(p, t, &desc, &io);
-  emx_tensor q = device_view(p, NULL, kv->dtype, 4, (int64_t[]){1, H, m, D}),
-             k = device_view(p, NULL, kv->dtype, 4, (int64_t[]){1, G, total, D}), v = k;
-  io.q = &q;
-  io.k = &k;
-  io.v = &v;
+  desc.scale = (float)(1 / sqrt((double)D));
+  emx_tensor q = device_view(p, NULL, type, 4, (int64_t[]){1, H, m, 2 * D}), o = q,
+             k = device_view(p, NULL, type, 4, (int64_t[]){1, G, n, 2 * D}), v = k;
+  o.dtype = EMX_F32;
+  io.q = &q, io.k = &k, io.v = &v, io.o = &o;
   size_t size;
   EMX_TRY(emx_attn_workspace_size(ctx, &desc, &io, EMX_PASS_FORWARD, &size));
+  emxi_block_parts parts = {.m = m, .n = n, .dtype = type};
+  emxi_kv_read read = {.kv = kv, .seq = s->seqs[l], .n = n, .who = "session"};
   void *work;
   for (int placed = 0; placed < 2; placed++) {
     emxi_arena arena;
     emxi_arena_init(&arena, placed ? p->attn_work : NULL, placed ? p->attn_size : 0);
     work = emxi_arena_take(&arena, (int64_t)size, 1);
-    q.data = emxi_arena_take(&arena, H * m * D, es);
-    k.data = emxi_arena_take(&arena, G * total * D, es);
-    v.data = emxi_arena_take(&arena, G * total * D, es);
+    read.k = emxi_arena_take(&arena, G * n * D, es);
+    read.v = emxi_arena_take(&arena, G * n * D, es);
+    parts.q = q.data = emxi_arena_take(&arena, 2 * H * m * D, es);
+    parts.k = k.data = emxi_arena_take(&arena, 2 * G * n * D, es);
+    parts.v = v.data = emxi_arena_take(&arena, 2 * G * n * D, es);
+    parts.o = o.data = emxi_arena_take(&arena, 2 * H * m * D, sizeof(float));
     /* without the memory for it: a few queries at a time */
     if (!placed && (arena.overflow || grow_device(ctx, &p->attn_work, &p->attn_size, emxi_arena_total(&arena))))
       return attend_by_decoder(s, l, batch, m, length);
   }
+  parts.from_k = read.k, parts.from_v = read.v;
+  const emxi_blocks *blocks = p->model->blocks;
   EMX_TRY(emx_kv_append(ctx, kv, batch, &t->k, &t->v, NULL));
-  const emxi_kv_read read = {.kv = kv, .seq = s->seqs[l], .n = total, .k = k.data, .v = v.data, .who = "session"};
   EMX_TRY(ctx->backend->kv_read(ctx, &read));
-  EMX_TRY(p->model->blocks->round_queries(ctx, p->model->blocks_state, &p->block, m, kv->dtype, q.data));
-  return emx_attn_forward(ctx, &desc, &io, work, size);
+  EMX_TRY(blocks->part(ctx, p->model->blocks_state, &p->block, &parts));
+  EMX_TRY(emx_attn_forward(ctx, &desc, &io, work, size));
+  return blocks->join(ctx, p->model->blocks_state, &p->block, &parts);
 }
 
 /* Appends k, v [m] to layer l and attends densely from q [m] into a. */
@@ -646,8 +653,9 @@ static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t l
   emx_kv_batch_init(&batch);
   batch.batch = 1;
   batch.seqs = &s->seqs[l];
-  if (p->on_gpu && p->kv_dtype != EMX_F32 && m >= MANY_QUERIES && (p->alphas || p->model->config.entmax_alpha <= 2))
-    return attend_rounded(s, l, &batch, &t, m, length);
+  const emx_model_config *c = &p->model->config;
+  if (p->on_gpu && p->kv_dtype != EMX_F32 && m >= MANY_QUERIES && c->head_dim <= 64 && (p->alphas || c->entmax_alpha <= 2))
+    return attend_in_parts(s, l, &batch, &t, m, length);
   if (p->on_gpu) return attend_by_decoder(s, l, &batch, m, length);
   if (p->in_file) return attend_file(s, l, &batch, &t, m, length);
   EMX_TRY(emx_kv_append(p->model->ctx, p->kv[l], &batch, &t.k, &t.v, NULL));

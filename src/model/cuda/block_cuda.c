@@ -295,14 +295,41 @@ static emx_status before_attention(emx_ctx *ctx, layers *s, const emxi_block *b)
 }
 static emx_status cuda_before(emx_ctx *ctx, void *state, const emxi_block *b) { ON_DEVICE(before_attention(ctx, state, b)); }
 
-static emx_status rounded(emx_ctx *ctx, const emxi_block *b, int64_t m, int32_t dtype, void *to) {
-  const emxi_cuda_round r = {b->q, to, b->q_row, m, b->config->num_heads, b->config->head_dim, dtype};
-  emxi_cuda_launch_round(&r, ctx->stream);
+static emxi_cuda_parts parts_of(const emxi_block *b, const emxi_block_parts *p) {
+  const emx_model_config *c = b->config;
+  return (emxi_cuda_parts){.from_q = b->q,
+                           .from_k = p->from_k,
+                           .from_v = p->from_v,
+                           .q = p->q,
+                           .k = p->k,
+                           .v = p->v,
+                           .o = p->o,
+                           .a = b->a,
+                           .q_row = b->q_row,
+                           .m = p->m,
+                           .n = p->n,
+                           .heads = c->num_heads,
+                           .kv_heads = c->num_kv_heads,
+                           .d = c->head_dim,
+                           .dtype = p->dtype};
+}
+static emx_status parted(emx_ctx *ctx, const emxi_block *b, const emxi_block_parts *p) {
+  const emxi_cuda_parts x = parts_of(b, p);
+  emxi_cuda_launch_part(&x, ctx->stream);
   return EMX_OK;
 }
-static emx_status cuda_round_queries(emx_ctx *ctx, void *state, const emxi_block *b, int64_t m, int32_t dtype, void *to) {
+static emx_status cuda_part(emx_ctx *ctx, void *state, const emxi_block *b, const emxi_block_parts *p) {
   (void)state;
-  ON_DEVICE(rounded(ctx, b, m, dtype, to));
+  ON_DEVICE(parted(ctx, b, p));
+}
+static emx_status joined(emx_ctx *ctx, const emxi_block *b, const emxi_block_parts *p) {
+  const emxi_cuda_parts x = parts_of(b, p);
+  emxi_cuda_launch_join(&x, ctx->stream);
+  return EMX_OK;
+}
+static emx_status cuda_join(emx_ctx *ctx, void *state, const emxi_block *b, const emxi_block_parts *p) {
+  (void)state;
+  ON_DEVICE(joined(ctx, b, p));
 }
 
 static emx_status after_attention(emx_ctx *ctx, layers *s, const emxi_block *b) {
@@ -410,7 +437,8 @@ const emxi_blocks emxi_blocks_cuda = {.merged = true,
                                       .close = cuda_close,
                                       .begin = cuda_begin,
                                       .before = cuda_before,
-                                      .round_queries = cuda_round_queries,
+                                      .part = cuda_part,
+                                      .join = cuda_join,
                                       .after = cuda_after,
                                       .norm = cuda_norm,
                                       .head = cuda_head,

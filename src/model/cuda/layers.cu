@@ -73,11 +73,38 @@ __global__ void turn(const __grid_constant__ emxi_cuda_turn a) {
   }
 }
 
-__global__ void round_queries(const __grid_constant__ emxi_cuda_round a) {
-  const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x, wide = (int64_t)a.heads * a.d;
-  if (i >= a.m * wide) return;
-  const int64_t t = i / wide, head = i % wide / a.d;
-  store_any((char *)a.to, a.dtype, (head * a.m + t) * a.d + i % a.d, a.q[t * a.row + i % wide]);
+/* Element i of [heads,rows,d], and where it lies in [heads,rows,2d]. */
+struct part_place {
+  int64_t head, row, e, wide;
+};
+__device__ __forceinline__ part_place part_place_of(int64_t i, int64_t rows, int64_t d) {
+  const int64_t e = i % d, x = i / d;
+  return {x / rows, x % rows, e, x * 2 * d + e};
+}
+__global__ void part_queries(const __grid_constant__ emxi_cuda_parts a) {
+  const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+  if (i >= a.m * a.heads * a.d) return;
+  const part_place p = part_place_of(i, a.m, a.d);
+  const float x = a.from_q[p.row * a.q_row + p.head * a.d + p.e];
+  store_any((char *)a.q, a.dtype, p.wide, x);
+  const float first = load_any((const char *)a.q, a.dtype, p.wide);
+  store_any((char *)a.q, a.dtype, p.wide + a.d, fabsf(first) < INFINITY ? x - first : 0.0f);
+}
+__global__ void part_keys(const __grid_constant__ emxi_cuda_parts a) {
+  const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+  if (i >= a.n * a.kv_heads * a.d) return;
+  const part_place p = part_place_of(i, a.n, a.d);
+  const uint16_t k = ((const uint16_t *)a.from_k)[i];
+  ((uint16_t *)a.k)[p.wide] = k;
+  ((uint16_t *)a.k)[p.wide + a.d] = k;
+  ((uint16_t *)a.v)[p.wide] = ((const uint16_t *)a.from_v)[i];
+  ((uint16_t *)a.v)[p.wide + a.d] = 0;
+}
+__global__ void join_outputs(const __grid_constant__ emxi_cuda_parts a) {
+  const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+  if (i >= a.m * a.heads * a.d) return;
+  const part_place p = part_place_of(i, a.m, a.d);
+  a.a[(p.row * a.heads + p.head) * a.d + p.e] = a.o[p.wide];
 }
 
 __global__ void swiglu(const __grid_constant__ emxi_cuda_glu a) {
@@ -151,9 +178,13 @@ void emxi_cuda_launch_turn(const emxi_cuda_turn *a, bool overlap, void *stream) 
   launch(turn, blocks_of(a->m * (a->heads + (a->rope ? a->kv_heads : 0)), WARPS), 32 * WARPS, 0, (cudaStream_t)stream, overlap,
          *a);
 }
-void emxi_cuda_launch_round(const emxi_cuda_round *a, void *stream) {
-  const int64_t all = a->m * a->heads * a->d;
-  round_queries<<<(unsigned)((all + 255) / 256), 256, 0, (cudaStream_t)stream>>>(*a);
+void emxi_cuda_launch_part(const emxi_cuda_parts *a, void *stream) {
+  const auto blocks = [&](int64_t rows, int64_t heads) { return (unsigned)((rows * heads * a->d + 255) / 256); };
+  part_queries<<<blocks(a->m, a->heads), 256, 0, (cudaStream_t)stream>>>(*a);
+  part_keys<<<blocks(a->n, a->kv_heads), 256, 0, (cudaStream_t)stream>>>(*a);
+}
+void emxi_cuda_launch_join(const emxi_cuda_parts *a, void *stream) {
+  join_outputs<<<(unsigned)((a->m * a->heads * a->d + 255) / 256), 256, 0, (cudaStream_t)stream>>>(*a);
 }
 void emxi_cuda_launch_glu(const emxi_cuda_glu *a, bool overlap, void *stream) {
   launch(swiglu, blocks_of(a->m * a->f, 256), 256, 0, (cudaStream_t)stream, overlap, *a);

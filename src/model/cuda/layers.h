@@ -37,13 +37,16 @@ typedef struct emxi_cuda_turn {
   bool rope;
   double rope_theta, focal;
 } emxi_cuda_turn;
-/* to [heads,m,d], EMX_BF16 or EMX_F16, of q [m,heads,d] */
-typedef struct emxi_cuda_round {
-  const float *q;
-  void *to;
-  int64_t row, m;
-  int32_t heads, d, dtype;
-} emxi_cuda_round;
+/* emxi_block_parts: part makes q, k, v of from_q [m, heads d] (q_row floats apart), from_k and from_v; join a [m, heads d] of o. */
+typedef struct emxi_cuda_parts {
+  const float *from_q;
+  const void *from_k, *from_v;
+  void *q, *k, *v;
+  const float *o;
+  float *a;
+  int64_t q_row, m, n;
+  int32_t heads, kv_heads, d, dtype;
+} emxi_cuda_parts;
 /* gate [m,f] = silu(gate) * up */
 typedef struct emxi_cuda_glu {
   float *gate;
@@ -69,7 +72,8 @@ void emxi_cuda_launch_step(const emxi_cuda_step *a, void *stream);
 void emxi_cuda_launch_embed(const emxi_cuda_embed *a, void *stream);
 void emxi_cuda_launch_norm(const emxi_cuda_norm *a, bool overlap, void *stream);
 void emxi_cuda_launch_turn(const emxi_cuda_turn *a, bool overlap, void *stream);
-void emxi_cuda_launch_round(const emxi_cuda_round *a, void *stream);
+void emxi_cuda_launch_part(const emxi_cuda_parts *a, void *stream);
+void emxi_cuda_launch_join(const emxi_cuda_parts *a, void *stream);
 void emxi_cuda_launch_glu(const emxi_cuda_glu *a, bool overlap, void *stream);
 void emxi_cuda_launch_product(const emxi_cuda_product *a, bool overlap, void *stream);
 
