@@ -37,7 +37,7 @@ typedef struct emxi_cuda_turn {
   bool rope;
   double rope_theta, focal;
 } emxi_cuda_turn;
-/* emxi_block_parts: part makes q, k, v of from_q [m, heads d] (q_row floats apart), from_k and from_v; join a [m, heads d] of o. */
+/* emxi_block_parts: part makes q, k, v of from_q [m, heads d] (q_row floats apart) and of from_k, from_v; join makes a of o. */
 typedef struct emxi_cuda_parts {
   const float *from_q;
   const void *from_k, *from_v;
