@@ -654,7 +654,8 @@ static emx_status attend_prefill(emx_session *s, int32_t l, int64_t m, int64_t l
   batch.batch = 1;
   batch.seqs = &s->seqs[l];
   const emx_model_config *c = &p->model->config;
-  if (p->on_gpu && p->kv_dtype != EMX_F32 && m >= MANY_QUERIES && c->head_dim <= 64 && (p->alphas || c->entmax_alpha <= 2))
+  if (p->on_gpu && p->kv_dtype != EMX_F32 && m >= MANY_QUERIES && c->head_dim <= 64 &&
+      (p->alphas || (c->entmax_alpha > 1 && c->entmax_alpha <= 2)))
     return attend_in_parts(s, l, &batch, &t, m, length);
   if (p->on_gpu) return attend_by_decoder(s, l, &batch, m, length);
   if (p->in_file) return attend_file(s, l, &batch, &t, m, length);
