@@ -10,14 +10,14 @@
 #include "base/num.h"
 #include "entmax/entmax.h"
 
-enum { DATA_IID, DATA_AR, DATA_TOPIC, DATA_FLAT, DATA_EQUAL, DATA_NEEDLE, DATA_OUTLIER, DATA_HUGE, DATA_KINDS };
+enum { DATA_IID, DATA_AR, DATA_TOPIC, DATA_FLAT, DATA_EQUAL, DATA_NEEDLE, DATA_OUTLIER, DATA_HUGE, DATA_WIDE, DATA_KINDS };
 
 typedef struct decode_case {
   /* set by the caller; zero means the default */
   int32_t B, H, G, S, D, P, dtype, layout, summaries, data, q_dtype, o_dtype;
   int64_t len[4];
   double alpha;
-  float scale;
+  float scale, gain;     /* gain: of DATA_WIDE's channels, default 50 */
   int32_t kv_memory;     /* of emx_kv_opts, for the cache on a GPU */
   bool alibi, in_decode; /* in_decode: the last S tokens go in through emx_decode */
   const char *file;      /* of emx_kv_opts */
@@ -65,6 +65,7 @@ static inline float *case_value(const decode_case *c, int b, int g, int64_t j) {
 /* Keys of one head. `toward` is a query of the head, so that needles and topics have something to be found by. */
 static inline void case_keys(const decode_case *c, uint64_t stream, const float *toward, float *k, int64_t n) {
   const int D = c->D;
+  const float gain = c->gain > 0 ? c->gain : 50, small = 4 / sqrtf(15 + gain * gain);
   float *z = case_take(sizeof(float) * (size_t)(n * D));
   emxi_normals(c->seed, stream, z, n * D);
   for (int64_t j = 0; j < n; j++)
@@ -78,6 +79,7 @@ static inline void case_keys(const decode_case *c, uint64_t stream, const float 
         case DATA_NEEDLE: *out = j % 97 == 50 ? 3.0f * toward[d] : 0.01f * x; break; /* one among fifteen tiny ones */
         case DATA_OUTLIER: *out = d == 3 ? 40.0f + 0.5f * x : x; break;
         case DATA_HUGE: *out = 100.0f * x; break;
+        case DATA_WIDE: *out = (d % 16 == 3 ? gain : 1.0f) * x * small; break; /* scores deviate by 1 */
         default: *out = x;
       }
     }

@@ -4,17 +4,108 @@
 
 namespace {
 
+/* ---- weights of channels. A warp, one head; lane l has dimensions l + 32 e. */
+
+constexpr int LANE_DIMS = MAX_D / 32, LESSONS = 16;
+constexpr float LARGEST_KEY = 1e15f;
+
+/* From the first 16 keys of a page; false, and weights of 1, where one of them is odd or half of the channels do not spread. How far a channel
+ * spreads is the distance of the fourth key from either end: up to three odd keys do not matter. As on the CPU a channel counts as far out
+ * beyond four times the median of all, and then gets half of its own: the step of the codes hardly grows, and |q'| halves. */
+__device__ __noinline__ bool learn_weights(const emxi_cuda_pool &p, int64_t page, int head, int lane, float *weight) {
+  const int es = p.dtype == EMX_F32 ? 4 : 2;
+  const char *keys = p.k + (page * p.k_page + head * p.k_head) * es;
+  float spread[LANE_DIMS];
+  bool odd = false;
+#pragma unroll
+  for (int e = 0; e < LANE_DIMS; e++) {
+    spread[e] = -1; /* not a channel */
+    if (lane + 32 * e >= p.D) continue;
+    float x[GROUP];
+#pragma unroll
+    for (int t = 0; t < GROUP; t++) {
+      x[t] = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e);
+      odd |= !(fabsf(x[t]) <= LARGEST_KEY);
+    }
+#pragma unroll
+    for (int size = 2; size <= GROUP; size *= 2) /* bitonic sort */
+#pragma unroll
+      for (int far = size / 2; far; far /= 2)
+#pragma unroll
+        for (int i = 0; i < GROUP; i++)
+          if (!(i & far)) {
+            const float low = fminf(x[i], x[i + far]), high = fmaxf(x[i], x[i + far]);
+            x[i] = i & size ? high : low;
+            x[i + far] = i & size ? low : high;
+          }
+    spread[e] = x[GROUP - 4] - x[3];
+  }
+  if (__any_sync(EMXI_FULL, odd)) return false;
+  int usual = 0; /* the bits of the largest number above which half of the channels are, or that they are: the median */
+  for (int bit = 30; bit >= 0; bit--) {
+    const int next = usual | 1 << bit;
+    int n = 0;
+#pragma unroll
+    for (int e = 0; e < LANE_DIMS; e++)
+      n += __popc(__ballot_sync(EMXI_FULL, spread[e] >= 0 && __float_as_int(spread[e]) >= next));
+    if (2 * n >= p.D) usual = next;
+  }
+  const float median = __int_as_float(usual);
+  if (!(median > 0)) return false;
+#pragma unroll
+  for (int e = 0; e < LANE_DIMS; e++)
+    if (spread[e] > 4 * median) /* the power of two nearest to half of it, by its logarithm */
+      weight[lane + 32 * e] = fminf(__int_as_float(__float_as_int(spread[e] / median * 0.70710678f) & 0x7f800000), 0x1p20f);
+  return true;
+}
+/* What a launch may learn from: pages that it completes, in an order of their own; with `tokens` only those that hold P. */
+struct lesson {
+  const int32_t *pages, *tokens;
+  int64_t n;
+};
+/* 1 / weights of a head, and whether some weight is above 1. Where the head has none yet every warp of the launch finds the same ones, from the
+ * first page that tells, and all of them store them; a warp that sees some of them there already finds them for itself. So neither the number of
+ * tokens in a call nor the order of blocks matters, unless the first pages tell nothing. */
+template <typename F>
+__device__ bool open_weights(const emxi_cuda_pool &p, int head, int lane, F lessons, float *inverse) {
+  float *weights = p.sketch.weights + (int64_t)head * p.sketch.dp;
+  bool open = false, weighted = false;
+#pragma unroll
+  for (int d = lane; d < MAX_D; d += 32) {
+    inverse[d] = d < p.D ? __ldcg(weights + d) : 1.0f;
+    open |= inverse[d] == 0;
+  }
+  if (__any_sync(EMXI_FULL, open)) {
+    const lesson from = lessons();
+    for (int d = lane; d < MAX_D; d += 32) inverse[d] = 1;
+    for (int64_t i = 0; i < from.n && i < LESSONS; i++) {
+      const int32_t page = from.pages[i];
+      if ((uint32_t)page >= (uint32_t)p.max_pages || (from.tokens && from.tokens[i] != p.P)) continue;
+      if (!learn_weights(p, page, head, lane, inverse)) continue;
+      for (int d = lane; d < p.D; d += 32) __stcg(weights + d, inverse[d]);
+      break;
+    }
+  }
+#pragma unroll
+  for (int d = lane; d < MAX_D; d += 32) {
+    weighted |= inverse[d] > 1;
+    inverse[d] = 1 / inverse[d];
+  }
+  return __any_sync(EMXI_FULL, weighted);
+}
+
 /* ---- sketches */
 
-constexpr int LANE_DIMS = MAX_D / 32;
-
 /* A warp, 16 keys of (page, head): read six times, once from memory. Lane l has dimensions l + 32 e. */
-__device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, int index, int lane) {
+template <typename F>
+__device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, int index, int lane, F lessons) {
   constexpr int E = LANE_DIMS, TRIES = 6;
   const int es = p.dtype == EMX_F32 ? 4 : 2, D = p.D, dp = p.sketch.dp;
   const char *keys = p.k + (page * p.k_page + head * p.k_head + (int64_t)index * GROUP * p.k_token) * es;
   const int64_t at = (page * p.G + head) * (p.P / GROUP) + index;
-  float mean[E];
+  __shared__ float weights[8][MAX_D];
+  float mean[E], *inverse = weights[threadIdx.x / 32];
+  const bool weighted = open_weights(p, head, lane, lessons, inverse);
   bool odd = false;
   float size = 0;
 #pragma unroll
@@ -25,8 +116,8 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
     for (int e = 0; e < E; e++) {
       if (lane + 32 * e >= D) continue;
       const float x = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e);
-      odd |= !(fabsf(x) <= 1e15f);
-      mean[e] += x / GROUP;
+      odd |= !(fabsf(x) <= LARGEST_KEY);
+      mean[e] += x * inverse[lane + 32 * e] / GROUP;
       square = fmaf(x, x, square);
     }
     size = fmaxf(size, warp_sum(square));
@@ -56,7 +147,7 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
 #pragma unroll
     for (int e = 0; e < E; e++) {
       if (lane + 32 * e >= D) continue;
-      const float x = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e) - centre[e];
+      const float x = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e) * inverse[lane + 32 * e] - centre[e];
       here = fmaf(x, x, here);
     }
     here = warp_sum(here);
@@ -71,7 +162,7 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
 #pragma unroll
   for (int i = 0; i < TRIES; i++) worst[i] = 0;
   const auto step_of = [&](int i) {
-    return spread * ((float)(6 + i) * 0.04f);
+    return spread * ((float)(6 + i) * 0.05f);
   }; /* products alone: the same wherever it is worked out */
   const auto code_of = [&](float x, float step) { return step > 0 ? fminf(fmaxf(rintf(x / step + 7.5f), 0.0f), 15.0f) : 0.0f; };
   for (int t = 0; t < GROUP; t++) {
@@ -81,7 +172,7 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
 #pragma unroll
     for (int e = 0; e < E; e++) {
       if (lane + 32 * e >= D) continue;
-      const float x = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e) - centre[e];
+      const float x = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e) * inverse[lane + 32 * e] - centre[e];
 #pragma unroll
       for (int i = 0; i < TRIES; i++) {
         const float step = step_of(i), left = x - (code_of(x, step) - 7.5f) * step;
@@ -105,50 +196,68 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
     for (int e = 0; e < E; e++) {
       const int d = lane + 32 * e;
       if (32 * e >= dp) continue;
-      const float x = d < D ? load_any(keys, p.dtype, t * p.k_token + d) - centre[e] : 0.0f;
+      const float x = d < D ? load_any(keys, p.dtype, t * p.k_token + d) * inverse[lane + 32 * e] - centre[e] : 0.0f;
       const int code = (int)code_of(x, out.step), above = __shfl_down_sync(EMXI_FULL, code, 4);
       if (lane % 8 < 4)
         p.sketch.codes[at * (GROUP / 2) * dp + e / 2 * 512 + (t % 8 * 4 + lane / 8) * 16 + (e % 2 * 2 + t / 8) * 4 + lane % 8] =
             (uint8_t)(code | above << 4);
     }
+  if (weighted) out.norm_c = -out.norm_c;
   if (!(out.size < 1e18f) || !(out.radius < 1e18f) || !(out.error < 1e18f)) out = {};
   if (lane == 0) p.sketch.group[at] = out;
 }
-__device__ void sketch_page(const emxi_cuda_pool &p, int64_t page, bool complete) {
+template <typename F>
+__device__ void sketch_page(const emxi_cuda_pool &p, int64_t page, bool complete, F lessons) {
   const int per = p.P / GROUP;
   for (int i = threadIdx.x / 32; i < p.G * per; i += blockDim.x / 32)
     if (complete)
-      sketch_group(p, page, i / per, i % per, threadIdx.x % 32);
+      sketch_group(p, page, i / per, i % per, threadIdx.x % 32, lessons);
     else if (threadIdx.x % 32 == 0)
       p.sketch.group[page * p.G * per + i] = {};
 }
 
+/* Entry b of an append: its table, length before, and tokens; NULL: nothing is appended. */
+__device__ const int32_t *appended(const emxi_cuda_append &a, int b, int64_t *length, int64_t *n) {
+  const int32_t *table = batch_entry(a.batch, b, length);
+  if (!table) return nullptr;
+  *n = a.n ? a.n[b] : a.t;
+  if (*n <= 0 || *n > a.t || (a.batch.lengths && *length + *n > a.batch.limit)) return nullptr; /* append_tokens has said so */
+  return table;
+}
 /* Grid: (pages that an entry's tokens may touch, entries). */
-__global__ void append_sketches(const __grid_constant__ emxi_cuda_append a) {
+__global__ void __launch_bounds__(256, 3) append_sketches(const __grid_constant__ emxi_cuda_append a) {
   const emxi_cuda_pool &p = a.pool;
   const int b = blockIdx.y;
-  int64_t length;
-  const int32_t *table = batch_entry(a.batch, b, &length);
+  int64_t length, n;
+  const int32_t *table = appended(a, b, &length, &n);
   if (!table) return;
-  const int64_t n = a.n ? a.n[b] : a.t;
-  if (n <= 0 || n > a.t || (a.batch.lengths && length + n > a.batch.limit)) return; /* append_tokens has said so */
   const int64_t i = (length >> p.shift) + blockIdx.x;
   if (i << p.shift >= length + n) return;
   const int64_t page = table_page(a.batch, p, table, b, i);
   if (page != table[i]) return;
-  sketch_page(p, page, (i + 1) << p.shift <= length + n);
+  sketch_page(p, page, (i + 1) << p.shift <= length + n,
+              [&]() -> lesson { /* pages of the first entry that completes one */
+                                for (int other = 0; other < a.batch.n; other++) {
+                                  int64_t before, more;
+                                  const int32_t *pages = appended(a, other, &before, &more);
+                                  if (!pages) continue;
+                                  const int64_t first = before >> p.shift, complete = ((before + more) >> p.shift) - first;
+                                  if (complete > 0) return {pages + first, nullptr, complete};
+                                }
+                                return {};
+              });
 }
-__global__ void listed_sketches(const __grid_constant__ emxi_cuda_listed l) {
+__global__ void __launch_bounds__(256, 3) listed_sketches(const __grid_constant__ emxi_cuda_listed l) {
   const int32_t page = l.pages[blockIdx.x], tokens = l.tokens ? l.tokens[blockIdx.x] : l.pool.P;
   if ((uint32_t)page >= (uint32_t)l.pool.max_pages || tokens < 0 || tokens > l.pool.P) return; /* listed_summaries says so */
-  sketch_page(l.pool, page, tokens == l.pool.P);
+  sketch_page(l.pool, page, tokens == l.pool.P, [&]() -> lesson { return {l.pages, l.tokens, l.n}; });
 }
 
 /* ---- judge */
 
 /* No score of a key of this group is larger, as docs/numerics.md derives; *mid: estimate by the centre. dot: 254 a + b with the centre. */
 __device__ __forceinline__ float group_bound(const cert_query &q, float4 head, float size, int dot, int64_t first, float *mid) {
-  const float step = head.x, c = head.y, radius = head.z;
+  const float step = head.x, c = fabsf(head.y), radius = head.z;
   *mid = q.s2 * step * (float)dot;
   float loose = __fmaf_ru(q.norm, radius, __fmaf_ru(q.e2, c, __fmaf_ru(q.slack_k, size, q.slack_0)));
   loose = __fmaf_ru(0x1p-21f, fabsf(*mid), loose);
@@ -247,7 +356,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
       float up;
       if (first >= q.visible) {
         up = -emxi_inf();
-      } else if (!(norm[i] > 0) || !(q.norm * norm[i] < 1e37f)) {
+      } else if (!(norm[i] > 0) || (head[i].y < 0) != (q.weighted != 0) || !(q.norm * norm[i] < 1e37f)) {
         up = emxi_inf();
       } else {
         float value;
@@ -296,7 +405,7 @@ __global__ void account(const __grid_constant__ emxi_cuda_decode a) {
   emx_report *r = (emx_report *)(a.reports + row * a.report_stride);
   const emxi_cuda_cert &c = a.cert[row];
   const int64_t key = (int64_t)a.pool.D * (a.pool.dtype == EMX_F32 ? 4 : 2), dp = a.pool.sketch.dp;
-  const int64_t judged = (p.visible + GROUP - 1) / GROUP * (dp + 32);
+  const int64_t judged = (p.visible + GROUP - 1) / GROUP * (dp + 32) + 4 * (int64_t)a.pool.D;
   r->bytes_meta += judged;
   if (a.cert_flat[item]) return;
   r->path = EMX_PATH_LADDER;

@@ -59,11 +59,14 @@ typedef struct emxi_cuda_summaries {
  *   codes    4 bits a coordinate of a key, (code - 7.5) step from the centre: [Dp/64][32 lanes][4 words], what a lane of a warp gives to
  *            integer tensor products of 16 keys: word w of lane l is of key l/4 + 8 (w%2), dimensions 32 (w/2) + 8 (l%4) and 7 more of
  *            the 64; byte i has dimension i below and i + 4 above
- * radius and error are about the centre and the codes as rounded. Dp is D padded to 64, 128 or 256. */
+ * radius and error are about the centre and the codes as rounded. Dp is D padded to 64, 128 or 256.
+ * All of these, but for size, are of k / w with weights w of the channels of a KV head, powers of two from 1 up: a channel whose keys
+ * spread far more than the others' has one above 1, so that it does not set the step of all codes. The first complete page whose keys say
+ * how they spread sets a head's weights for good; a sketch that was made before, under weights of 1, is no sketch afterwards. */
 #define EMXI_CUDA_GROUP 16
 #define EMXI_CUDA_SKETCH_PADDED(d) ((d) <= 64 ? 64 : (d) <= 128 ? 128 : 256)
 typedef struct emxi_cuda_group {
-  float step_c, norm_c; /* norm_c >= the norm of the centre */
+  float step_c, norm_c; /* |norm_c| >= the norm of the centre; below zero: some weight is above 1 */
   float radius, error;  /* >= the distance of a key to the centre; to its codes */
   float size;           /* >= the norm of every key */
   float step;
@@ -73,9 +76,10 @@ typedef struct emxi_cuda_sketch {
   emxi_cuda_group *group; /* [M,G,P/16] or NULL */
   int8_t *centre;         /* [M,G,P/16,Dp] */
   uint8_t *codes;         /* [M,G,P/16,8 Dp] */
+  float *weights;         /* [G,Dp]; 0: not set yet */
   int32_t dp;
 } emxi_cuda_sketch;
-/* A query q' = scale q in the terms of the sketches, q' = s1 a + s2 b + rest with 8-bit integers a, b. */
+/* A query in the terms of the sketches: q' = scale w q = s1 a + s2 b + rest with 8-bit integers a, b. */
 typedef struct emxi_cuda_query {
   float s2, e2;          /* s1 = 254 s2; e2 >= |q' - s1 a - s2 b| */
   float norm, norm_down; /* >= |q'|, <= |q'| */
@@ -83,6 +87,8 @@ typedef struct emxi_cuda_query {
   double slope;
   int32_t sum, size; /* of 254 a + b; of the absolute values */
   int32_t row, visible;
+  int32_t weighted; /* some weight is above 1 */
+  int32_t unused;
 } emxi_cuda_query;
 /* a and b, zero from D on, as words of four dimensions. */
 typedef struct emxi_cuda_words {

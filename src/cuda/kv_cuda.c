@@ -22,7 +22,9 @@ emxi_cuda_pool emxi_cuda_pool_of(const emx_kv *kv) {
       .dtype = kv->dtype,
       .max_pages = (int32_t)kv->max_pages,
       .sum = {kv->minmax, kv->codes, (emxi_cuda_tail *)kv->tails},
-      .sketch = {(emxi_cuda_group *)kv->sketch_group, kv->sketch_centre, kv->sketch_codes, EMXI_CUDA_SKETCH_PADDED(kv->D)}};
+      .sketch = {(emxi_cuda_group *)kv->sketch_group, kv->sketch_centre, kv->sketch_codes, kv->sketch_weights,
+                 EMXI_CUDA_SKETCH_PADDED(kv->D)},
+  };
 }
 
 emxi_cuda_batch emxi_cuda_batch_of(const emx_kv *kv, const emx_kv_batch *batch, int32_t first, int32_t n) {

@@ -24,18 +24,26 @@ using cert_words = emxi_cuda_words;
 __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64_t row, int64_t visible, cert_query *out,
                            cert_words *words) {
   const int lane = threadIdx.x % 32, D = a.pool.D;
-  double w[8], top = 0, square = 0;
+  const float *weights = a.pool.sketch.weights + (int64_t)(h / a.group) * a.pool.sketch.dp;
+  double w[8], top = 0, square = 0, plain = 0; /* plain: without weights */
+  bool weighted = false;
 #pragma unroll
   for (int e = 0; e < 8; e++) {
     const int d = lane + 32 * e;
     w[e] =
         d < D ? (double)(load_any(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + d) * a.scale) : 0;
+    const float weight = d < D ? fmaxf(__ldg(weights + d), 1.0f) : 1.0f; /* 0: not set */
+    weighted |= weight > 1;
+    plain += w[e] * w[e];
+    w[e] *= (double)weight;
     top = fmax(top, fabs(w[e]));
     square += w[e] * w[e];
   }
 #pragma unroll
   for (int step = 16; step; step >>= 1) top = fmax(top, __shfl_xor_sync(EMXI_FULL, top, step));
   square = warp_sum_double(square);
+  plain = warp_sum_double(plain);
+  weighted = __any_sync(EMXI_FULL, weighted);
   /* s2 far above the smallest normal float; a query below it counts as an error of zero */
   const double s1 = top < 1e-25 ? 0 : top / 127, s2 = s1 / 254;
   double two = 0;
@@ -58,19 +66,20 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
   sum = __reduce_add_sync(EMXI_FULL, sum);
   size = __reduce_add_sync(EMXI_FULL, size);
   if (lane) return;
-  const double norm = sqrt(square) * (1 + 1e-12) + 1e-150;
+  const double norm = sqrt(square) * (1 + 1e-12) + 1e-150, bare = sqrt(plain) * (1 + 1e-12) + 1e-150;
   out->s2 = (float)s2;
   out->norm = round_up(norm);
   out->norm_down = __double2float_rd(sqrt(square) * (1 - 1e-12));
   out->e2 = round_up(sqrt(two) * (1 + 1e-12) + 0x1p-48 * norm);
   /* a computed score's own error, scale * q included; products and elements below the normal floats may be lost */
-  out->slack_k = round_up((2 * D + 8) * 0x1p-24 * 1.01 * norm + sqrt((double)D) * 0x1p-126);
-  out->slack_0 = round_up(1e-35 + norm * sqrt((double)D) * 0x1p-124);
+  out->slack_k = round_up((2 * D + 8) * 0x1p-24 * 1.01 * bare + sqrt((double)D) * 0x1p-126);
+  out->slack_0 = round_up(1e-35 + bare * sqrt((double)D) * 0x1p-124);
   out->slope = a.slopes ? (double)a.slopes[h] : 0;
   out->sum = sum;
   out->size = size;
   out->row = (int32_t)row;
   out->visible = (int32_t)visible;
+  out->weighted = weighted;
 }
 /* Error of the score of a key of this norm at a position. */
 __device__ __forceinline__ double cert_slack(const cert_query &q, double norm, double distance) {

@@ -53,6 +53,9 @@ static bool pinned(const emx_kv_opts *opts, const emx_ctx *ctx) {
   return opts->kv_memory == EMX_KV_MEMORY_HOST && ctx->device != EMX_DEVICE_CPU;
 }
 
+/* Row length of sketches on a GPU: EMXI_CUDA_SKETCH_PADDED of src/cuda/kernels.h. */
+static int64_t sketch_padded(int64_t D) { return D <= 64 ? 64 : D <= 128 ? 128 : 256; }
+
 /* Carves the two blocks, or counts them: one code path for the size query and for creation. */
 static void carve(emx_kv *kv, const emx_kv_opts *opts, const emx_ctx *ctx, emxi_arena *device, emxi_arena *host) {
   const size_t es = emx_dtype_size(kv->dtype);
@@ -80,10 +83,11 @@ static void carve(emx_kv *kv, const emx_kv_opts *opts, const emx_ctx *ctx, emxi_
   if (!gpu) kv->marks = take(device, M, G, 1, 1);
   if (!gpu) emxi_sketch_carve(kv, device, host);
   if (kv->summaries & EMX_SUMMARY_SKETCH && gpu) {
-    const int64_t groups = G * (kv->P / 16), dp = D <= 64 ? 64 : D <= 128 ? 128 : 256;
+    const int64_t groups = G * (kv->P / 16), dp = sketch_padded(D);
     kv->sketch_group = take(device, M, groups, 8, sizeof(float));
     kv->sketch_centre = take(device, M, groups, dp, 1);
     kv->sketch_codes = take(device, M, groups, 8 * dp, 1);
+    kv->sketch_weights = take(device, G, dp, 1, sizeof(float));
   }
   kv->bytes_summary = (int64_t)(device->used - before);
   if (gpu) kv->device_tables = take(device, kv->max_seqs, M, 1, sizeof(int32_t));
@@ -175,6 +179,15 @@ static emx_status check_pool(const emx_ctx *ctx, const emx_kv *kv, const emx_ten
   return EMX_OK;
 }
 
+/* Zeros in device memory. */
+static emx_status clear(emx_ctx *ctx, void *to, size_t bytes, const char *who) {
+  void *zeros = emxi_calloc(bytes);
+  if (!zeros) return emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", who, bytes);
+  const emx_status status = ctx->backend->memory_copy(ctx, to, zeros, bytes);
+  emxi_free(zeros);
+  return status;
+}
+
 static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
   static const char who[] = "emx_kv_create";
   size_t device_bytes, host_bytes, pinned_bytes;
@@ -262,11 +275,11 @@ static emx_status create(emx_ctx *ctx, const emx_kv_opts *opts, emx_kv **out) {
   for (size_t i = 0; i < M; i++) kv->free_list[i] = (int32_t)(M - 1 - i); /* page 0 first */
   kv->n_free = kv->max_pages;
   if (kv->tails) { /* nothing is described yet */
-    const size_t bytes = M * (size_t)kv->G * 4 * sizeof(float);
-    void *zeros = emxi_calloc(bytes);
-    status = zeros ? ctx->backend->memory_copy(ctx, kv->tails, zeros, bytes)
-                   : emxi_fail(EMX_ERR_NOMEM, "%s: no memory for %zu bytes", who, bytes);
-    emxi_free(zeros);
+    const size_t heads = M * (size_t)kv->G;
+    status = clear(ctx, kv->tails, heads * 4 * sizeof(float), who);
+    if (!status && kv->sketch_group) status = clear(ctx, kv->sketch_group, heads * (size_t)(kv->P / 16) * 8 * sizeof(float), who);
+    if (!status && kv->sketch_weights)
+      status = clear(ctx, kv->sketch_weights, (size_t)kv->G * (size_t)sketch_padded(kv->D) * sizeof(float), who);
     if (status) {
       emx_kv_destroy(kv);
       return status;

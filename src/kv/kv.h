@@ -69,6 +69,7 @@ struct emx_kv {
   float *sketch_group;
   int8_t *sketch_centre;
   uint8_t *sketch_codes;
+  float *sketch_weights;
 
   /* Host side. */
   int32_t *sum_tokens; /* [M] */

@@ -14,6 +14,9 @@ static const int32_t dims[] = {64, 128, 80, 33, 16, 256, 96, 32}, dtypes[] = {EM
 static const double alphas[] = {1.5, 2, 1.25, 4. / 3, 1.75};
 static int64_t problems = 60, longest = 9000, seed = 1, many = 20000;
 static int64_t rows_done, ladders, halves, near_tau, fewest_chunks; /* with a weight, of a row on the ladder */
+static int64_t sparse, missed; /* rows of few weights; of which the ladder reads half of the keys or more */
+/* Little enough has weight for the ladder to pay. */
+static bool is_sparse(const emx_report *r, int64_t n) { return (int64_t)r->support * 64 < n; }
 
 /* Results of ALL on the device, to be compared with. */
 typedef struct outputs {
@@ -44,6 +47,8 @@ static void check_row(const decode_case *c, const outputs *all, double *s, doubl
   assert_true(r->path == EMX_PATH_LADDER || r->path == EMX_PATH_ALL);
   ladders += r->path == EMX_PATH_LADDER;
   halves += 2 * (int64_t)r->tokens < n;
+  sparse += is_sparse(r, n);
+  missed += is_sparse(r, n) && (r->path != EMX_PATH_LADDER || 2 * (int64_t)r->tokens >= n);
   const double tau = case_reference(c, b, h, q, NULL, s, p, o, &support);
   for (int64_t j = 0; j < n; j++) m = fmax(m, fabs(s[j]));
   const double band = 2e-6 * m * (c->data == DATA_OUTLIER || c->data == DATA_HUGE ? 8 : 1);
@@ -298,7 +303,7 @@ static void test_changes(void **state) {
                      .summaries = EMX_SUMMARY_SKETCH,
                      .len = {3000 + 7 * i},
                      .alpha = alphas[i % 5],
-                     .data = i % 2 ? DATA_IID : DATA_AR,
+                     .data = (int[]){DATA_AR, DATA_IID, DATA_WIDE}[i % 3],
                      .seed = 900 + (uint64_t)i};
     gpu_case g;
     gpu_open(&g, &c);
@@ -329,6 +334,205 @@ static void test_changes(void **state) {
   emxi_cuda_certified_short = usual;
 }
 
+/* Channels far out, of several gains: without weights of their own nine keys of ten would be read. */
+static void test_wide_channels(void **state) {
+  (void)state;
+  static const float gains[] = {50, 20, 8, 1000};
+  const int64_t usual = emxi_cuda_certified_short;
+  emxi_cuda_certified_short = 64;
+  rows_done = sparse = missed = 0;
+  for (int i = 0; i < 16; i++) {
+    decode_case c = {.G = 1 + i % 2,
+                     .H = (1 + i % 2) * (i % 3 ? 1 : 4),
+                     .D = dims[i % 8],
+                     .P = sizes[i % 3],
+                     .dtype = dtypes[i / 2 % 3],
+                     .layout = i % 5 == 4,
+                     .summaries = EMX_SUMMARY_SKETCH,
+                     .len = {12000 + 7 * i},
+                     .alpha = (double[]){1.5, 2, 1.75}[i % 3],
+                     .kv_memory = i % 4 == 3 ? EMX_KV_MEMORY_HOST : EMX_KV_MEMORY_DEVICE,
+                     .data = DATA_WIDE,
+                     .gain = gains[i / 4],
+                     .seed = 300 + (uint64_t)i};
+    const int64_t before = missed;
+    run(&c);
+    if (missed > before) printf("gain %g, D %d, alpha %g: %lld\n", (double)c.gain, c.D, c.alpha, (long long)(missed - before));
+  }
+  emxi_cuda_certified_short = usual;
+  printf("channels far out: %lld rows, %lld sparse, half of the keys or more read in %lld of those\n", (long long)rows_done,
+         (long long)sparse, (long long)missed);
+  assert_true(2 * sparse > rows_done && 10 * missed <= sparse);
+}
+
+/* The weights of a cache's channels in device memory; and its groups' records and codes. */
+typedef struct sketches {
+  size_t weight_bytes, group_bytes, code_bytes;
+  float *weights;
+  char *groups, *codes, *centres;
+} sketches;
+static sketches fetch_sketches(const emx_kv *kv, int64_t groups) {
+  const size_t dp = EMXI_CUDA_SKETCH_PADDED(kv->D), n = (size_t)groups * (size_t)kv->G;
+  sketches s = {.weight_bytes = sizeof(float) * (size_t)kv->G * dp, .group_bytes = n * 32, .code_bytes = n * 8 * dp};
+  s.weights = case_take(s.weight_bytes);
+  s.groups = case_take(s.group_bytes);
+  s.codes = case_take(s.code_bytes);
+  s.centres = case_take(s.code_bytes / 8);
+  OK(emx_ctx_sync(gpu));
+  gpu_fetch(s.weights, kv->sketch_weights, s.weight_bytes);
+  gpu_fetch(s.groups, kv->sketch_group, s.group_bytes);
+  gpu_fetch(s.codes, kv->sketch_codes, s.code_bytes);
+  gpu_fetch(s.centres, kv->sketch_centre, s.code_bytes / 8);
+  return s;
+}
+static void same_sketches(const sketches *want, const emx_kv *kv, int64_t groups) {
+  sketches s = fetch_sketches(kv, groups);
+  assert_memory_equal(s.weights, want->weights, want->weight_bytes);
+  assert_memory_equal(s.groups, want->groups, want->group_bytes);
+  assert_memory_equal(s.codes, want->codes, want->code_bytes);
+  assert_memory_equal(s.centres, want->centres, want->code_bytes / 8);
+  free(s.weights), free(s.groups), free(s.codes), free(s.centres);
+}
+/* Whatever way the keys come, the weights and sketches are the same: all at once, in pieces, from another cache, by emx_kv_summarize. */
+static void test_weights(void **state) {
+  (void)state;
+  for (int i = 0; i < 8; i++) {
+    decode_case c = {.G = 1 + i % 3,
+                     .D = dims[i],
+                     .P = sizes[i % 3],
+                     .dtype = dtypes[i % 3],
+                     .summaries = EMX_SUMMARY_SKETCH,
+                     .len = {640},
+                     .kv_memory = i % 2 ? EMX_KV_MEMORY_HOST : EMX_KV_MEMORY_DEVICE,
+                     .data = i == 7 ? DATA_IID : DATA_WIDE,
+                     .seed = 400 + (uint64_t)i};
+    gpu_case g;
+    gpu_open(&g, &c);
+    const int64_t dp = EMXI_CUDA_SKETCH_PADDED(c.D), groups = c.len[0] / 16;
+    sketches want = fetch_sketches(g.kv, groups);
+    for (int head = 0; head < c.G; head++)
+      for (int d = 0; d < dp; d++) {
+        const float weight = want.weights[head * dp + d];
+        if (d >= c.D)
+          assert_true(weight == 0);
+        else if (c.data == DATA_WIDE && d % 16 == 3)
+          assert_true(weight == 16 || weight == 32 || weight == 64 || weight == 8);
+        else
+          assert_true(weight == 1);
+      }
+    const int64_t step[3] = {1, 37, c.len[0]};
+    int32_t seq;
+    for (int way = 0; way < 5; way++) {
+      emx_kv *other = gpu_cache(&c, c.len[0] / c.P + 4, 2);
+      if (way < 3) {
+        OK(emx_seq_create(other, &seq));
+        for (int64_t at = 0; at < c.len[0]; at += step[way])
+          gpu_append(&c, other, seq, 0, at, c.len[0] - at < step[way] ? c.len[0] - at : step[way]);
+      } else {
+        OK(emx_seq_copy(way == 3 ? g.kv : c.kv, way == 3 ? g.seqs[0] : c.seqs[0], other, &seq));
+      }
+      same_sketches(&want, other, groups);
+      if (way == 2) { /* what was known is lost: zeros; and what is there is made again */
+        float *none = case_take(want.weight_bytes);
+        int32_t list[640 / 16];
+        for (int p = 0; p < 640 / 16; p++) list[p] = p;
+        const int64_t n = c.len[0] / c.P;
+        const emx_tensor host = emx_tensor_view(list, EMX_I32, 1, &n), pages = gpu_tensor(&host);
+        OK(gpu->backend->memory_copy(gpu, other->sketch_weights, none, want.weight_bytes));
+        OK(emx_kv_summarize(gpu, other, &pages, NULL));
+        same_sketches(&want, other, groups);
+        OK(emx_kv_summarize(gpu, other, &pages, NULL));
+        same_sketches(&want, other, groups);
+        gpu_free(pages.data);
+        free(none);
+      }
+      emx_kv_destroy(other);
+    }
+    free(want.weights), free(want.groups), free(want.codes), free(want.centres);
+    gpu_close(&g);
+  }
+}
+
+/* First pages that say nothing of the others, or something else. */
+static void test_odd_beginnings(void **state) {
+  (void)state;
+  const int64_t usual = emxi_cuda_certified_short;
+  emxi_cuda_certified_short = 64;
+  for (int i = 0; i < 15; i++) {
+    const int kind = i % 5;
+    decode_case c = {.B = 2,
+                     .G = 1 + i % 2,
+                     .H = 2 + 2 * (i % 2),
+                     .D = dims[i % 3],
+                     .P = sizes[i % 3],
+                     .dtype = dtypes[i / 5 % 3],
+                     .summaries = EMX_SUMMARY_SKETCH,
+                     .len = {9000 + i, 700},
+                     .alpha = alphas[i % 2],
+                     .kv_memory = i == 8 ? EMX_KV_MEMORY_HOST : EMX_KV_MEMORY_DEVICE,
+                     .data = DATA_WIDE,
+                     .seed = 500 + (uint64_t)i};
+    gpu_case g;
+    gpu_open(&g, &c);
+    emx_kv_destroy(g.kv); /* the same once more, with other keys */
+    g.kv = gpu_cache(&c, 9800 / c.P + 6, 5);
+    for (int b = 0; b < 2; b++) OK(emx_seq_create(g.kv, &g.seqs[b]));
+    int64_t first = 10 * c.P + 5; /* tokens of the first call */
+    for (int head = 0; head < c.G; head++) {
+      if (kind == 0) /* nothing but zeros */
+        memset(case_key(&c, 0, head, 0), 0, sizeof(float) * (size_t)(first * c.D));
+      if (kind == 1) { /* most channels are constant, in more pages than are looked at */
+        first = 700;
+        for (int64_t j = 0; j < first; j++)
+          for (int d = 0; d < c.D; d++)
+            if (d % 16 >= 6) case_key(&c, 0, head, j)[d] = 0.5f;
+      }
+      if (kind == 2) case_key(&c, 1, head, 3)[0] = head ? INFINITY : NAN;
+      if (kind == 3) /* later other channels are far out */
+        for (int64_t j = 100; j < c.len[0]; j++)
+          for (int d = 3; d + 4 < c.D; d += 16) {
+            float *k = case_key(&c, 0, head, j), x = k[d];
+            k[d] = k[d + 4];
+            k[d + 4] = x;
+          }
+      if (kind == 4) /* one key of the first page is far larger */
+        for (int d = 0; d < c.D; d++) case_key(&c, 0, head, 2)[d] *= d % 2 ? 16 : -16;
+    }
+    if (kind == 2) {
+      gpu_append(&c, g.kv, g.seqs[1], 1, 0, c.P);
+      gpu_append(&c, g.kv, g.seqs[0], 0, 0, first);
+      gpu_append(&c, g.kv, g.seqs[1], 1, c.P, 700 - c.P);
+    } else {
+      gpu_append(&c, g.kv, g.seqs[0], 0, 0, first);
+      gpu_append(&c, g.kv, g.seqs[1], 1, 0, 700);
+    }
+    for (int64_t at = first; at < c.len[0]; at += 3000)
+      gpu_append(&c, g.kv, g.seqs[0], 0, at, c.len[0] - at < 3000 ? c.len[0] - at : 3000);
+    emx_select_desc d = case_desc(EMX_SELECT_ALL, 0);
+    gpu_decode_by(&g, &d);
+    const outputs all = keep(&c);
+    d.kind = EMX_SELECT_CERTIFIED;
+    gpu_decode_by(&g, &d);
+    double *s = case_take(sizeof(double) * (size_t)(c.max_len + 1)), *p = case_take(sizeof(double) * (size_t)(c.max_len + 1));
+    for (int h = 0; h < c.H; h++) {
+      check_row(&c, &all, s, p, 0, h, 0);
+      if (kind == 2)
+        assert_true(c.reports[c.H + h].flags == all.reports[c.H + h].flags &&
+                    c.reports[c.H + h].support == all.reports[c.H + h].support);
+      else
+        check_row(&c, &all, s, p, 1, h, 0);
+      const emx_report *r = &c.reports[h];
+      if (!is_sparse(r, c.len[0])) continue;
+      assert_int_equal(r->path, EMX_PATH_LADDER);
+      if (kind == 1) assert_true(r->tokens >= 700 / c.P * c.P); /* their sketches are of other weights: they are read */
+      if (kind == 0 || kind == 1 || kind == 2) assert_true(2 * (int64_t)r->tokens < c.len[0]);
+    }
+    free(s), free(p), free(all.o), free(all.reports);
+    gpu_close(&g);
+  }
+  emxi_cuda_certified_short = usual;
+}
+
 static void test_refused(void **state) {
   (void)state;
   emx_kv_opts o;
@@ -351,8 +555,9 @@ int main(int argc, char **argv) {
   const int missing = gpu_missing();
   if (missing) return missing;
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_refused), cmocka_unit_test(test_changes), cmocka_unit_test(test_random),
-      cmocka_unit_test(test_many),    cmocka_unit_test(test_wide),    cmocka_unit_test(test_alphas),
+      cmocka_unit_test(test_refused),       cmocka_unit_test(test_changes),        cmocka_unit_test(test_weights),
+      cmocka_unit_test(test_wide_channels), cmocka_unit_test(test_odd_beginnings), cmocka_unit_test(test_random),
+      cmocka_unit_test(test_many),          cmocka_unit_test(test_wide),           cmocka_unit_test(test_alphas),
   };
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   emx_ctx_destroy(gpu);
