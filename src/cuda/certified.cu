@@ -11,7 +11,7 @@ constexpr float LARGEST_KEY = 1e15f;
 
 /* From the first 16 keys of a page; false, and weights of 1, where one of them is odd or half of the channels do not spread. How far a channel
  * spreads is the distance of the fourth key from either end: up to three odd keys do not matter. As on the CPU a channel counts as far out
- * beyond four times the median of all, and then gets half of its own: the step of the codes hardly grows, and |q'| halves. */
+ * beyond four times the median of all; its weight is what it spreads beyond that median, so that in k / w it spreads like the others. */
 __device__ __noinline__ bool learn_weights(const emxi_cuda_pool &p, int64_t page, int head, int lane, float *weight) {
   const int es = p.dtype == EMX_F32 ? 4 : 2;
   const char *keys = p.k + (page * p.k_page + head * p.k_head) * es;
@@ -54,8 +54,8 @@ __device__ __noinline__ bool learn_weights(const emxi_cuda_pool &p, int64_t page
   if (!(median > 0)) return false;
 #pragma unroll
   for (int e = 0; e < LANE_DIMS; e++)
-    if (spread[e] > 4 * median) /* the power of two nearest to half of it, by its logarithm */
-      weight[lane + 32 * e] = fminf(__int_as_float(__float_as_int(spread[e] / median * 0.70710678f) & 0x7f800000), 0x1p20f);
+    if (spread[e] > 4 * median) /* the nearest power of two, by its logarithm */
+      weight[lane + 32 * e] = fminf(__int_as_float(__float_as_int(spread[e] / median * 1.4142135f) & 0x7f800000), 0x1p20f);
   return true;
 }
 /* What a launch may learn from: pages that it completes, in an order of their own; with `tokens` only those that hold P. */
@@ -141,22 +141,37 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
     if (d < dp) p.sketch.centre[at * dp + d] = (int8_t)(d < D ? code : 0);
   }
   out.norm_c = root_up(warp_sum(square), D);
-  float far = 0, total = 0;
+  float top = 0, top_far = 0, total = 0;
   for (int t = 0; t < GROUP; t++) {
-    float here = 0;
+    float here = 0, there = 0;
 #pragma unroll
     for (int e = 0; e < E; e++) {
       if (lane + 32 * e >= D) continue;
       const float x = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e) * inverse[lane + 32 * e] - centre[e];
-      here = fmaf(x, x, here);
+      if (inverse[lane + 32 * e] < 1)
+        there = fmaf(x, x, there);
+      else
+        here = fmaf(x, x, here);
     }
     here = warp_sum(here);
-    far = fmaxf(far, here);
-    total += here;
+    if (weighted) there = warp_sum(there);
+    top = fmaxf(top, here);
+    top_far = fmaxf(top_far, there);
+    total += here + there;
   }
   /* differences were rounded, and centres when they became floats */
-  out.radius = __fadd_ru(root_up(far, D), __fmul_ru(0x1p-22f, out.norm_c));
+  out.radius = __fadd_ru(root_up(top, D), __fmul_ru(0x1p-22f, out.norm_c));
+  out.radius_far = __fadd_ru(root_up(top_far, D), __fmul_ru(0x1p-22f, out.norm_c));
 
+  /* The best of some steps: what the codes leave counts by what a query has there if its elements are alike. */
+  float emphasis = 1;
+  if (weighted) {
+    float squares = 0, n = 0;
+#pragma unroll
+    for (int e = 0; e < E; e++)
+      if (inverse[lane + 32 * e] < 1) squares += 1 / (inverse[lane + 32 * e] * inverse[lane + 32 * e]), n += 1;
+    emphasis = warp_sum(squares) / fmaxf((float)D - warp_sum(n), 1.0f);
+  }
   const float spread = sqrtf(total / (float)(GROUP * D));
   float worst[TRIES];
 #pragma unroll
@@ -172,11 +187,12 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
 #pragma unroll
     for (int e = 0; e < E; e++) {
       if (lane + 32 * e >= D) continue;
-      const float x = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e) * inverse[lane + 32 * e] - centre[e];
+      const float x = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e) * inverse[lane + 32 * e] - centre[e],
+                  weigh = inverse[lane + 32 * e] < 1 ? emphasis : 1.0f;
 #pragma unroll
       for (int i = 0; i < TRIES; i++) {
         const float step = step_of(i), left = x - (code_of(x, step) - 7.5f) * step;
-        error[i] = fmaf(left, left, error[i]);
+        error[i] = fmaf(left * weigh, left, error[i]);
       }
     }
 #pragma unroll
@@ -186,24 +202,33 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
 #pragma unroll
   for (int i = 1; i < TRIES; i++)
     if (worst[i] < worst[best]) best = i;
-  float least = worst[0];
-#pragma unroll
-  for (int i = 1; i < TRIES; i++) least = fminf(least, worst[i]);
   out.step = step_of(best);
-  out.error = __fadd_ru(root_up(least, D), __fmul_ru(0x1p-21f, out.norm_c + out.radius + 8 * sqrtf((float)D) * out.step));
-  for (int t = 0; t < GROUP; t++)
+  top = top_far = 0;
+  for (int t = 0; t < GROUP; t++) {
+    float here = 0, there = 0;
 #pragma unroll
     for (int e = 0; e < E; e++) {
       const int d = lane + 32 * e;
       if (32 * e >= dp) continue;
-      const float x = d < D ? load_any(keys, p.dtype, t * p.k_token + d) * inverse[lane + 32 * e] - centre[e] : 0.0f;
+      const float x = d < D ? load_any(keys, p.dtype, t * p.k_token + d) * inverse[d] - centre[e] : 0.0f;
       const int code = (int)code_of(x, out.step), above = __shfl_down_sync(EMXI_FULL, code, 4);
+      const float left = d < D ? x - ((float)code - 7.5f) * out.step : 0.0f;
+      if (inverse[d] < 1)
+        there = fmaf(left, left, there);
+      else
+        here = fmaf(left, left, here);
       if (lane % 8 < 4)
         p.sketch.codes[at * (GROUP / 2) * dp + e / 2 * 512 + (t % 8 * 4 + lane / 8) * 16 + (e % 2 * 2 + t / 8) * 4 + lane % 8] =
             (uint8_t)(code | above << 4);
     }
+    top = fmaxf(top, warp_sum(here));
+    if (weighted) top_far = fmaxf(top_far, warp_sum(there));
+  }
+  const float lost = __fmul_ru(0x1p-21f, out.norm_c + out.radius + out.radius_far + 8 * sqrtf((float)D) * out.step);
+  out.error = __fadd_ru(root_up(top, D), lost);
+  out.error_far = __fadd_ru(root_up(top_far, D), lost);
   if (weighted) out.norm_c = -out.norm_c;
-  if (!(out.size < 1e18f) || !(out.radius < 1e18f) || !(out.error < 1e18f)) out = {};
+  if (!(out.size < 1e18f) || !(out.radius + out.radius_far < 1e18f) || !(out.error + out.error_far < 1e18f)) out = {};
   if (lane == 0) p.sketch.group[at] = out;
 }
 template <typename F>
@@ -257,9 +282,10 @@ __global__ void __launch_bounds__(256, 3) listed_sketches(const __grid_constant_
 
 /* No score of a key of this group is larger, as docs/numerics.md derives; *mid: estimate by the centre. dot: 254 a + b with the centre. */
 __device__ __forceinline__ float group_bound(const cert_query &q, float4 head, float size, int dot, int64_t first, float *mid) {
-  const float step = head.x, c = fabsf(head.y), radius = head.z;
+  const float step = head.x, c = fabsf(head.y);
   *mid = q.s2 * step * (float)dot;
-  float loose = __fmaf_ru(q.norm, radius, __fmaf_ru(q.e2, c, __fmaf_ru(q.slack_k, size, q.slack_0)));
+  float loose = __fmaf_ru(q.norm, head.z, __fmaf_ru(q.e2, c, __fmaf_ru(q.slack_k, size, q.slack_0)));
+  if (q.far > 0) loose = __fmaf_ru(q.far, head.w, loose);
   loose = __fmaf_ru(0x1p-21f, fabsf(*mid), loose);
   if (q.slope == 0) return __fadd_ru(*mid, loose);
   const double near = (double)(first + GROUP < q.visible ? first + GROUP : q.visible) - (double)q.visible,
@@ -356,7 +382,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
       float up;
       if (first >= q.visible) {
         up = -emxi_inf();
-      } else if (!(norm[i] > 0) || (head[i].y < 0) != (q.weighted != 0) || !(q.norm * norm[i] < 1e37f)) {
+      } else if (!(norm[i] > 0) || (head[i].y < 0) != (q.far > 0) || !((q.norm + q.far) * norm[i] < 1e37f)) {
         up = emxi_inf();
       } else {
         float value;

@@ -281,11 +281,11 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
         for (int i = 1; i < STEP; i++)
           if (my_j == i) my_group = g[i], my_place = place[i];
         const float u = __shfl_sync(EMXI_FULL, bound, my_row * CHUNK_GROUPS + (my_group < 0 ? 0 : my_group));
-        float4 head = make_float4(0, 0, 0, 0);
-        float2 tail = make_float2(0, 0); /* size, step */
+        float2 radius = make_float2(0, 0);
+        float4 tail = make_float4(0, 0, 0, 0); /* size, step, error */
         if (my_group >= 0) {
-          head = __ldg((const float4 *)(pool.sketch.group + my_place));
-          tail = __ldg((const float2 *)&pool.sketch.group[my_place].size);
+          radius = __ldg((const float2 *)&pool.sketch.group[my_place].radius);
+          tail = __ldg((const float4 *)&pool.sketch.group[my_place].size);
         }
         uint4 x[STEP][WORDS];
 #pragma unroll
@@ -307,13 +307,10 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
         float base = -emxi_inf(), scale = 0;
         if (my_group >= 0 && my_row < it.rows) {
           const cert_query &q = query[my_row];
-          const float radius = head.z, error = head.w;
           base = u;
           if (u < emxi_inf() && tail.x > 0) {
             scale = 0.5f * q.s2 * tail.y;
-            const float x = __fadd_ru(__fsub_ru(u, __fmul_rd(q.norm_down, radius)),
-                                      __fmaf_ru(q.norm, error, __fmul_ru(q.e2, __fadd_ru(radius, error))));
-            base = __fadd_ru(x, __fmaf_ru(0x1p-21f, __fmaf_ru(15 * scale, (float)q.size, fabsf(x)), 1e-36f));
+            base = key_base(q, u, radius, make_float2(tail.z, tail.w), scale);
           } else if (u > -emxi_inf()) {
             base = emxi_inf(); /* nothing is known */
           }

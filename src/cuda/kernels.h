@@ -61,16 +61,17 @@ typedef struct emxi_cuda_summaries {
  *            the 64; byte i has dimension i below and i + 4 above
  * radius and error are about the centre and the codes as rounded. Dp is D padded to 64, 128 or 256.
  * All of these, but for size, are of k / w with weights w of the channels of a KV head, powers of two from 1 up: a channel whose keys
- * spread far more than the others' has one above 1, so that it does not set the step of all codes. The first complete page whose keys say
- * how they spread sets a head's weights for good; a sketch that was made before, under weights of 1, is no sketch afterwards. */
+ * spread far more than the others' has one above 1, so that it does not set the step of all codes. Distances in these channels (`far`)
+ * and in the others are bounded apart, for a query is far longer in the former. The first complete page whose keys say how they spread
+ * sets a head's weights for good; a sketch that was made before, under weights of 1, is no sketch afterwards. */
 #define EMXI_CUDA_GROUP 16
 #define EMXI_CUDA_SKETCH_PADDED(d) ((d) <= 64 ? 64 : (d) <= 128 ? 128 : 256)
 typedef struct emxi_cuda_group {
-  float step_c, norm_c; /* |norm_c| >= the norm of the centre; below zero: some weight is above 1 */
-  float radius, error;  /* >= the distance of a key to the centre; to its codes */
-  float size;           /* >= the norm of every key */
+  float step_c, norm_c;     /* |norm_c| >= the norm of the centre; below zero: some weight is above 1 */
+  float radius, radius_far; /* >= the distance of a key to the centre */
+  float size;               /* >= the norm of every key */
   float step;
-  float unused[2];
+  float error, error_far; /* >= the distance of a key to its codes */
 } emxi_cuda_group;
 typedef struct emxi_cuda_sketch {
   emxi_cuda_group *group; /* [M,G,P/16] or NULL */
@@ -82,13 +83,12 @@ typedef struct emxi_cuda_sketch {
 /* A query in the terms of the sketches: q' = scale w q = s1 a + s2 b + rest with 8-bit integers a, b. */
 typedef struct emxi_cuda_query {
   float s2, e2;          /* s1 = 254 s2; e2 >= |q' - s1 a - s2 b| */
-  float norm, norm_down; /* >= |q'|, <= |q'| */
+  float norm, norm_down; /* >= |q'|, <= |q'| in channels of weight 1 */
   float slack_k, slack_0;
   double slope;
   int32_t sum, size; /* of 254 a + b; of the absolute values */
   int32_t row, visible;
-  int32_t weighted; /* some weight is above 1 */
-  int32_t unused;
+  float far, far_down; /* the same in the others; 0: there are none, above 0 else */
 } emxi_cuda_query;
 /* a and b, zero from D on, as words of four dimensions. */
 typedef struct emxi_cuda_words {

@@ -80,14 +80,12 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) weigh(const __grid_constant__
         dot_tile(sum, p.x & LOW, p.y & LOW, p.x >> 4 & LOW, p.y >> 4 & LOW, column[w][0], column[w][1]);
         dot_tile(sum, p.z & LOW, p.w & LOW, p.z >> 4 & LOW, p.w >> 4 & LOW, column[w][2], column[w][3]);
       }
-      const float4 head = __ldg((const float4 *)(pool.sketch.group + place)); /* the bound of a key: as in the sieve */
-      const float2 tail = __ldg((const float2 *)&pool.sketch.group[place].size);
+      const float2 radius = __ldg((const float2 *)&pool.sketch.group[place].radius); /* the bound of a key: as in the sieve */
+      const float4 tail = __ldg((const float4 *)&pool.sketch.group[place].size);
       float base = u, scale = 0;
       if (u < emxi_inf() && tail.x > 0) {
         scale = 0.5f * q.s2 * tail.y;
-        const float x = __fadd_ru(__fsub_ru(u, __fmul_rd(q.norm_down, head.z)),
-                                  __fmaf_ru(q.norm, head.w, __fmul_ru(q.e2, __fadd_ru(head.z, head.w))));
-        base = __fadd_ru(x, __fmaf_ru(0x1p-21f, __fmaf_ru(15 * scale, (float)q.size, fabsf(x)), 1e-36f));
+        base = key_base(q, u, radius, make_float2(tail.z, tail.w), scale);
       } else if (u > -emxi_inf()) {
         base = emxi_inf(); /* nothing is known */
       }

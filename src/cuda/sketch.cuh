@@ -25,7 +25,8 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
                            cert_words *words) {
   const int lane = threadIdx.x % 32, D = a.pool.D;
   const float *weights = a.pool.sketch.weights + (int64_t)(h / a.group) * a.pool.sketch.dp;
-  double w[8], top = 0, square = 0, plain = 0; /* plain: without weights */
+  double w[8], top = 0, square = 0, far = 0,
+               plain = 0; /* squares: of channels of weight 1; of the others, also without weights */
   bool weighted = false;
 #pragma unroll
   for (int e = 0; e < 8; e++) {
@@ -34,16 +35,21 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
         d < D ? (double)(load_any(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + d) * a.scale) : 0;
     const float weight = d < D ? fmaxf(__ldg(weights + d), 1.0f) : 1.0f; /* 0: not set */
     weighted |= weight > 1;
-    plain += w[e] * w[e];
+    const double own = w[e] * w[e];
     w[e] *= (double)weight;
     top = fmax(top, fabs(w[e]));
-    square += w[e] * w[e];
+    square += weight > 1 ? 0 : own;
+    plain += weight > 1 ? own : 0;
+    far += weight > 1 ? w[e] * w[e] : 0;
   }
 #pragma unroll
   for (int step = 16; step; step >>= 1) top = fmax(top, __shfl_xor_sync(EMXI_FULL, top, step));
   square = warp_sum_double(square);
-  plain = warp_sum_double(plain);
   weighted = __any_sync(EMXI_FULL, weighted);
+  if (weighted) {
+    far = warp_sum_double(far);
+    plain = warp_sum_double(plain);
+  }
   /* s2 far above the smallest normal float; a query below it counts as an error of zero */
   const double s1 = top < 1e-25 ? 0 : top / 127, s2 = s1 / 254;
   double two = 0;
@@ -66,11 +72,12 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
   sum = __reduce_add_sync(EMXI_FULL, sum);
   size = __reduce_add_sync(EMXI_FULL, size);
   if (lane) return;
-  const double norm = sqrt(square) * (1 + 1e-12) + 1e-150, bare = sqrt(plain) * (1 + 1e-12) + 1e-150;
+  const double norm = sqrt(square) * (1 + 1e-12) + 1e-150, wide = weighted ? sqrt(far) * (1 + 1e-12) + 1e-30 : 0,
+               bare = weighted ? sqrt(square + plain) * (1 + 1e-12) + 1e-150 : norm;
   out->s2 = (float)s2;
   out->norm = round_up(norm);
   out->norm_down = __double2float_rd(sqrt(square) * (1 - 1e-12));
-  out->e2 = round_up(sqrt(two) * (1 + 1e-12) + 0x1p-48 * norm);
+  out->e2 = round_up(sqrt(two) * (1 + 1e-12) + 0x1p-48 * (norm + wide));
   /* a computed score's own error, scale * q included; products and elements below the normal floats may be lost */
   out->slack_k = round_up((2 * D + 8) * 0x1p-24 * 1.01 * bare + sqrt((double)D) * 0x1p-126);
   out->slack_0 = round_up(1e-35 + bare * sqrt((double)D) * 0x1p-124);
@@ -79,11 +86,24 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
   out->size = size;
   out->row = (int32_t)row;
   out->visible = (int32_t)visible;
-  out->weighted = weighted;
+  out->far = round_up(wide);
+  out->far_down = weighted ? __double2float_rd(sqrt(far) * (1 - 1e-12)) : 0;
 }
 /* Error of the score of a key of this norm at a position. */
 __device__ __forceinline__ double cert_slack(const cert_query &q, double norm, double distance) {
   return (double)q.slack_k * norm + (double)q.slack_0 + 0x1p-22 * fabs(q.slope) * distance;
+}
+/* What the bounds of the keys of a group have in common, `up` being the group's: the bound of a key is this and scale times an integer of its
+ * codes, in one fused operation. docs/numerics.md. */
+__device__ __forceinline__ float key_base(const cert_query &q, float up, float2 radius, float2 error, float scale) {
+  float x = __fsub_ru(up, __fmul_rd(q.norm_down, radius.x)),
+        loose = __fmaf_ru(q.norm, error.x, __fmul_ru(q.e2, __fadd_ru(radius.x, error.x)));
+  if (q.far > 0) {
+    x = __fsub_ru(x, __fmul_rd(q.far_down, radius.y));
+    loose = __fadd_ru(loose, __fmaf_ru(q.far, error.y, __fmul_ru(q.e2, __fadd_ru(radius.y, error.y))));
+  }
+  x = __fadd_ru(x, loose);
+  return __fadd_ru(x, __fmaf_ru(0x1p-21f, __fmaf_ru(15 * scale, (float)q.size, fabsf(x)), 1e-36f));
 }
 
 /* Integer tensor product: c += the rows of 16 keys (words x of four dimensions as codes lie) times eight columns. */

@@ -349,7 +349,7 @@ static void test_wide_channels(void **state) {
                      .dtype = dtypes[i / 2 % 3],
                      .layout = i % 5 == 4,
                      .summaries = EMX_SUMMARY_SKETCH,
-                     .len = {12000 + 7 * i},
+                     .len = {24000 + 7 * i},
                      .alpha = (double[]){1.5, 2, 1.75}[i % 3],
                      .kv_memory = i % 4 == 3 ? EMX_KV_MEMORY_HOST : EMX_KV_MEMORY_DEVICE,
                      .data = DATA_WIDE,
@@ -362,7 +362,7 @@ static void test_wide_channels(void **state) {
   emxi_cuda_certified_short = usual;
   printf("channels far out: %lld rows, %lld sparse, half of the keys or more read in %lld of those\n", (long long)rows_done,
          (long long)sparse, (long long)missed);
-  assert_true(2 * sparse > rows_done && 10 * missed <= sparse);
+  assert_true(2 * sparse > rows_done && 5 * missed <= sparse);
 }
 
 /* The weights of a cache's channels in device memory; and its groups' records and codes. */
@@ -416,7 +416,7 @@ static void test_weights(void **state) {
         if (d >= c.D)
           assert_true(weight == 0);
         else if (c.data == DATA_WIDE && d % 16 == 3)
-          assert_true(weight == 16 || weight == 32 || weight == 64 || weight == 8);
+          assert_true(weight == 16 || weight == 32 || weight == 64 || weight == 128);
         else
           assert_true(weight == 1);
       }
@@ -467,7 +467,7 @@ static void test_odd_beginnings(void **state) {
                      .P = sizes[i % 3],
                      .dtype = dtypes[i / 5 % 3],
                      .summaries = EMX_SUMMARY_SKETCH,
-                     .len = {9000 + i, 700},
+                     .len = {24000 + i, 700},
                      .alpha = alphas[i % 2],
                      .kv_memory = i == 8 ? EMX_KV_MEMORY_HOST : EMX_KV_MEMORY_DEVICE,
                      .data = DATA_WIDE,
@@ -475,7 +475,7 @@ static void test_odd_beginnings(void **state) {
     gpu_case g;
     gpu_open(&g, &c);
     emx_kv_destroy(g.kv); /* the same once more, with other keys */
-    g.kv = gpu_cache(&c, 9800 / c.P + 6, 5);
+    g.kv = gpu_cache(&c, 24800 / c.P + 6, 5);
     for (int b = 0; b < 2; b++) OK(emx_seq_create(g.kv, &g.seqs[b]));
     int64_t first = 10 * c.P + 5; /* tokens of the first call */
     for (int head = 0; head < c.G; head++) {
