@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
                 from = split * per * (CHUNK / GROUP), end = from + per * (CHUNK / GROUP), to = end < it.groups ? end : it.groups;
   const int r = R == 1 ? 0 : t; /* the row of this lane */
   const bool mine = r < it.rows;
-  const cert_query q = query[mine ? r : 0];
+  const cert_query &q = query[mine ? r : 0];
   float best_mid = -emxi_inf(), best_up = -emxi_inf(), size = 0;
   uint32_t at_mid = 0, at_up = 0;
   int32_t place[2 * TILES];

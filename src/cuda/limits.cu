@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(CUT_THREADS) cut(const __grid_constant__ emxi_
     }
   }
   const int64_t line = line_of(a), dp = a.pool.sketch.dp,
-                used = (place.visible + GROUP - 1) / GROUP * (dp + 32) + (int64_t)cert->codes * 8 * dp +
+                used = (place.visible + GROUP - 1) / GROUP * (dp + 32) + 4 * (int64_t)a.pool.D + (int64_t)cert->codes * 8 * dp +
                        ((int64_t)cert->tokens + r.n_listed) * line;
   const int64_t open = (int64_t)r.n_open + r.n_unknown;
   const bool done = !open && !softmax, over = round && a.max_bytes > 0 && used >= a.max_bytes;

@@ -25,22 +25,24 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
                            cert_words *words) {
   const int lane = threadIdx.x % 32, D = a.pool.D;
   const float *weights = a.pool.sketch.weights + (int64_t)(h / a.group) * a.pool.sketch.dp;
-  double w[8], top = 0, square = 0, far = 0,
-               plain = 0; /* squares: of channels of weight 1; of the others, also without weights */
+  /* squares: of channels of weight 1; of the others, also without weights */
+  double w[8], top = 0, square = 0, far = 0, plain = 0;
   bool weighted = false;
 #pragma unroll
   for (int e = 0; e < 8; e++) {
     const int d = lane + 32 * e;
+    const float weight = d < D ? __ldg(weights + d) : 1.0f; /* 0: not set, as 1 */
     w[e] =
         d < D ? (double)(load_any(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + d) * a.scale) : 0;
-    const float weight = d < D ? fmaxf(__ldg(weights + d), 1.0f) : 1.0f; /* 0: not set */
-    weighted |= weight > 1;
-    const double own = w[e] * w[e];
-    w[e] *= (double)weight;
+    if (weight > 1) {
+      weighted = true;
+      plain += w[e] * w[e];
+      w[e] *= (double)weight;
+      far += w[e] * w[e];
+    } else {
+      square += w[e] * w[e];
+    }
     top = fmax(top, fabs(w[e]));
-    square += weight > 1 ? 0 : own;
-    plain += weight > 1 ? own : 0;
-    far += weight > 1 ? w[e] * w[e] : 0;
   }
 #pragma unroll
   for (int step = 16; step; step >>= 1) top = fmax(top, __shfl_xor_sync(EMXI_FULL, top, step));
