@@ -25,33 +25,37 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
                            cert_words *words) {
   const int lane = threadIdx.x % 32, D = a.pool.D;
   const float *weights = a.pool.sketch.weights + (int64_t)(h / a.group) * a.pool.sketch.dp;
-  /* squares: of channels of weight 1; of the others, also without weights */
-  double w[8], top = 0, square = 0, far = 0, plain = 0;
+  double w[8], top = 0, square = 0, far = 0, plain = 0; /* squares: of channels of weight 1; of the others, with and without it */
+  float weight[8];
   bool weighted = false;
 #pragma unroll
   for (int e = 0; e < 8; e++) {
     const int d = lane + 32 * e;
-    const float weight = d < D ? __ldg(weights + d) : 1.0f; /* 0: not set, as 1 */
+    weight[e] = d < D ? __ldg(weights + d) : 1.0f; /* 0: not set, as 1 */
     w[e] =
         d < D ? (double)(load_any(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + d) * a.scale) : 0;
-    if (weight > 1) {
-      weighted = true;
-      plain += w[e] * w[e];
-      w[e] *= (double)weight;
-      far += w[e] * w[e];
-    } else {
-      square += w[e] * w[e];
-    }
-    top = fmax(top, fabs(w[e]));
+    weighted |= weight[e] > 1;
+    square += w[e] * w[e];
   }
-#pragma unroll
-  for (int step = 16; step; step >>= 1) top = fmax(top, __shfl_xor_sync(EMXI_FULL, top, step));
-  square = warp_sum_double(square);
   weighted = __any_sync(EMXI_FULL, weighted);
   if (weighted) {
+    square = 0;
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      const double own = w[e] * w[e];
+      square += weight[e] > 1 ? 0 : own;
+      plain += weight[e] > 1 ? own : 0;
+      if (weight[e] > 1) w[e] *= (double)weight[e];
+      far += weight[e] > 1 ? w[e] * w[e] : 0;
+    }
     far = warp_sum_double(far);
     plain = warp_sum_double(plain);
   }
+#pragma unroll
+  for (int e = 0; e < 8; e++) top = fmax(top, fabs(w[e]));
+#pragma unroll
+  for (int step = 16; step; step >>= 1) top = fmax(top, __shfl_xor_sync(EMXI_FULL, top, step));
+  square = warp_sum_double(square);
   /* s2 far above the smallest normal float; a query below it counts as an error of zero */
   const double s1 = top < 1e-25 ? 0 : top / 127, s2 = s1 / 254;
   double two = 0;
