@@ -9,36 +9,39 @@ namespace {
 constexpr int LANE_DIMS = MAX_D / 32, LESSONS = 16;
 constexpr float LARGEST_KEY = 1e15f;
 
-/* From the first 16 keys of a page; false, and weights of 1, where one of them is odd or half of the channels do not spread. How far a channel
- * spreads is the distance of the fourth key from either end: up to three odd keys do not matter. As on the CPU a channel counts as far out
- * beyond four times the median of all; its weight is what it spreads beyond that median, so that in k / w it spreads like the others. */
+/* From the groups of a page; false, and no weights, where a key is odd or half of the channels do not spread. How far a channel spreads in a group
+ * are the distances of its keys in order, second and last but one, third and last but two, ..., added up, but no more than twice what they are of a
+ * normal with these quartiles: an odd key or two do not matter, and the others' spread by chance as little as can be. As on the CPU a channel counts as
+ * far out beyond four times the median of all; its weight is what it spreads beyond that median, so that in k / w it spreads like the others. */
 __device__ __noinline__ bool learn_weights(const emxi_cuda_pool &p, int64_t page, int head, int lane, float *weight) {
   const int es = p.dtype == EMX_F32 ? 4 : 2;
   const char *keys = p.k + (page * p.k_page + head * p.k_head) * es;
-  float spread[LANE_DIMS];
   bool odd = false;
+  for (int d = lane; d < p.D; d += 32) {
+    float spread = 0;
+    for (int from = 0; from < p.P; from += GROUP) {
+      float x[GROUP], sum = 0;
 #pragma unroll
-  for (int e = 0; e < LANE_DIMS; e++) {
-    spread[e] = -1; /* not a channel */
-    if (lane + 32 * e >= p.D) continue;
-    float x[GROUP];
+      for (int t = 0; t < GROUP; t++) {
+        x[t] = load_any(keys, p.dtype, (from + t) * p.k_token + d);
+        odd |= !(fabsf(x[t]) <= LARGEST_KEY);
+      }
 #pragma unroll
-    for (int t = 0; t < GROUP; t++) {
-      x[t] = load_any(keys, p.dtype, t * p.k_token + lane + 32 * e);
-      odd |= !(fabsf(x[t]) <= LARGEST_KEY);
+      for (int size = 2; size <= GROUP; size *= 2) /* bitonic sort */
+#pragma unroll
+        for (int far = size / 2; far; far /= 2)
+#pragma unroll
+          for (int i = 0; i < GROUP; i++)
+            if (!(i & far)) {
+              const float low = fminf(x[i], x[i + far]), high = fmaxf(x[i], x[i + far]);
+              x[i] = i & size ? high : low;
+              x[i + far] = i & size ? low : high;
+            }
+#pragma unroll
+      for (int i = 1; i < GROUP / 2; i++) sum += x[GROUP - 1 - i] - x[i];
+      spread += fminf(sum, 11.3f * (x[GROUP - 4] - x[3]));
     }
-#pragma unroll
-    for (int size = 2; size <= GROUP; size *= 2) /* bitonic sort */
-#pragma unroll
-      for (int far = size / 2; far; far /= 2)
-#pragma unroll
-        for (int i = 0; i < GROUP; i++)
-          if (!(i & far)) {
-            const float low = fminf(x[i], x[i + far]), high = fmaxf(x[i], x[i + far]);
-            x[i] = i & size ? high : low;
-            x[i + far] = i & size ? low : high;
-          }
-    spread[e] = x[GROUP - 4] - x[3];
+    weight[d] = spread;
   }
   if (__any_sync(EMXI_FULL, odd)) return false;
   int usual = 0; /* the bits of the largest number above which half of the channels are, or that they are: the median */
@@ -47,15 +50,15 @@ __device__ __noinline__ bool learn_weights(const emxi_cuda_pool &p, int64_t page
     int n = 0;
 #pragma unroll
     for (int e = 0; e < LANE_DIMS; e++)
-      n += __popc(__ballot_sync(EMXI_FULL, spread[e] >= 0 && __float_as_int(spread[e]) >= next));
+      n += __popc(__ballot_sync(EMXI_FULL, lane + 32 * e < p.D && __float_as_int(weight[lane + 32 * e]) >= next));
     if (2 * n >= p.D) usual = next;
   }
   const float median = __int_as_float(usual);
   if (!(median > 0)) return false;
-#pragma unroll
-  for (int e = 0; e < LANE_DIMS; e++)
-    if (spread[e] > 4 * median) /* the nearest power of two, by its logarithm */
-      weight[lane + 32 * e] = fminf(__int_as_float(__float_as_int(spread[e] / median * 1.4142135f) & 0x7f800000), 0x1p20f);
+  for (int d = lane; d < p.D; d += 32) /* the nearest power of two, by its logarithm */
+    weight[d] = weight[d] > 4 * median
+                    ? fminf(__int_as_float(__float_as_int(weight[d] / median * 1.4142135f) & 0x7f800000), 0x1p20f)
+                    : 1.0f;
   return true;
 }
 /* What a launch may learn from: pages that it completes, in an order of their own; with `tokens` only those that hold P. */
@@ -77,14 +80,17 @@ __device__ bool open_weights(const emxi_cuda_pool &p, int head, int lane, F less
   }
   if (__any_sync(EMXI_FULL, open)) {
     const lesson from = lessons();
-    for (int d = lane; d < MAX_D; d += 32) inverse[d] = 1;
-    for (int64_t i = 0; i < from.n && i < LESSONS; i++) {
+    bool learned = false;
+    for (int64_t i = 0; i < from.n && i < LESSONS && !learned; i++) {
       const int32_t page = from.pages[i];
       if ((uint32_t)page >= (uint32_t)p.max_pages || (from.tokens && from.tokens[i] != p.P)) continue;
-      if (!learn_weights(p, page, head, lane, inverse)) continue;
-      for (int d = lane; d < p.D; d += 32) __stcg(weights + d, inverse[d]);
-      break;
+      learned = learn_weights(p, page, head, lane, inverse);
     }
+    for (int d = lane; d < p.D; d += 32)
+      if (learned)
+        __stcg(weights + d, inverse[d]);
+      else
+        inverse[d] = 1;
   }
 #pragma unroll
   for (int d = lane; d < MAX_D; d += 32) {
@@ -176,9 +182,9 @@ __device__ void sketch_group(const emxi_cuda_pool &p, int64_t page, int head, in
   float worst[TRIES];
 #pragma unroll
   for (int i = 0; i < TRIES; i++) worst[i] = 0;
-  const auto step_of = [&](int i) {
-    return spread * ((float)(6 + i) * 0.05f);
-  }; /* products alone: the same wherever it is worked out */
+  /* with weights a channel may spread further than the others after all */
+  const float first_step = weighted ? 3 : 6, grain = spread * (weighted ? 0.1f : 0.05f);
+  const auto step_of = [&](int i) { return (first_step + (float)i) * grain; };
   const auto code_of = [&](float x, float step) { return step > 0 ? fminf(fmaxf(rintf(x / step + 7.5f), 0.0f), 15.0f) : 0.0f; };
   for (int t = 0; t < GROUP; t++) {
     float error[TRIES];

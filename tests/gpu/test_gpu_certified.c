@@ -487,6 +487,12 @@ static void test_odd_beginnings(void **state) {
         for (int64_t j = 0; j < first; j++)
           for (int d = 0; d < c.D; d++)
             if (d % 16 >= 6) case_key(&c, 0, head, j)[d] = 0.5f;
+        /* some of them lie before a query's eyes, against its direction in the channels that are going to be far out: seen through their
+         * weights, by which these sketches were not made, they would lie behind */
+        const float *q = c.q + case_row(&c, 0, head * (c.H / c.G), 0) * c.D;
+        for (int64_t j = 7; j < first; j += 16)
+          for (int d = 0; d < c.D; d++)
+            if (d % 16 < 6) case_key(&c, 0, head, j)[d] = case_round(d % 16 == 3 ? -0.4f * q[d] : 2 * q[d], c.dtype);
       }
       if (kind == 2) case_key(&c, 1, head, 3)[0] = head ? INFINITY : NAN;
       if (kind == 3) /* later other channels are far out */
