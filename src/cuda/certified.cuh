@@ -21,15 +21,16 @@ namespace {
 
 /* ---- keys */
 
-/* Exact scores of `n` keys of an item for all its rows, with the bits of ALL's scan (decode.cuh): U keys a lane group at a time. where(i):
- * the i-th. use(i, row in the item, score) is called by all lanes together; i < 0: none of mine. What a row does not see has -inf. */
+/* Exact scores of `n` keys of an item for all its rows, with the bits of ALL's scan (decode.cuh): U keys a lane group are under way at a time,
+ * W of them are added up together. where(i): the i-th. use(i, row in the item, score) is called by all lanes together; i < 0: none of mine.
+ * What a row does not see has -inf. */
 struct cert_key {
   int32_t position, page;
 };
-template <typename T, int FIXED, int R, int U>
+template <typename T, int FIXED, int R, int U, int W>
 struct cert_reader {
   using row_piece = piece<T, FIXED>;
-  static constexpr int L = row_piece::L, SUBS = 32 / L, V = U * R, OWN = V >= L ? V / L : 1, BATCH = U * SUBS;
+  static constexpr int L = row_piece::L, SUBS = 32 / L, V = W * R, OWN = V >= L ? V / L : 1, BATCH = U * SUBS;
 
   template <typename WHERE, typename USE>
   __device__ __forceinline__ static void read(const emxi_cuda_decode &a, const cert_item &it, const float (*shared_q)[MAX_D],
@@ -50,48 +51,51 @@ struct cert_reader {
         else
           x[u].clear();
       }
-      float v[V];
 #pragma unroll
-      for (int u = 0; u < U; u++) {
-        float f[8];
-        x[u].get(f);
+      for (int w = 0; w < U; w += W) {
+        float v[V];
 #pragma unroll
-        for (int r = 0; r < R; r++) {
-          float sum = f[0] * shared_q[r][row_piece::element(l, 0)];
+        for (int u = 0; u < W; u++) {
+          float f[8];
+          x[w + u].get(f);
 #pragma unroll
-          for (int e = 1; e < 8; e++) sum = fmaf(f[e], shared_q[r][row_piece::element(l, e)], sum);
-          v[u * R + r] = sum;
-        }
-      }
-      exchange_sum<V, L>(v, l);
+          for (int r = 0; r < R; r++) {
+            float sum = f[0] * shared_q[r][row_piece::element(l, 0)];
 #pragma unroll
-      for (int o = 0; o < OWN; o++) {
-        const int index = first_index<V, L>(l) + o, r = index % R, i = first + sub * U + index / R;
-        const bool mine = (V >= L || l % (V < L ? L / V : 1) == 0) && r < it.rows && i < n;
-        float score = -emxi_inf();
-        if (mine) {
-          const cert_key k = where(i);
-          if (k.position < query[r].visible) {
-            score = v[o];
-            if (query[r].slope != 0) score = fmaf((float)query[r].slope, (float)(k.position - (query[r].visible - 1)), score);
-            if (score == -emxi_inf() && key_is_finite(row_at(k), D)) score = emxi_nan();
+            for (int e = 1; e < 8; e++) sum = fmaf(f[e], shared_q[r][row_piece::element(l, e)], sum);
+            v[u * R + r] = sum;
           }
         }
-        use(mine ? i : -1, r, score);
+        exchange_sum<V, L>(v, l);
+#pragma unroll
+        for (int o = 0; o < OWN; o++) {
+          const int index = first_index<V, L>(l) + o, r = index % R, i = first + sub * U + w + index / R;
+          const bool mine = (V >= L || l % (V < L ? L / V : 1) == 0) && r < it.rows && i < n;
+          float score = -emxi_inf();
+          if (mine) {
+            const cert_key k = where(i);
+            if (k.position < query[r].visible) {
+              score = v[o];
+              if (query[r].slope != 0) score = fmaf((float)query[r].slope, (float)(k.position - (query[r].visible - 1)), score);
+              if (score == -emxi_inf() && key_is_finite(row_at(k), D)) score = emxi_nan();
+            }
+          }
+          use(mine ? i : -1, r, score);
+        }
       }
     }
   }
 };
-/* scale q of an item's rows as floats, zero beyond. Has a barrier. */
-template <int R>
-__device__ __forceinline__ void load_queries(const emxi_cuda_decode &a, const cert_item &it, float (*shared_q)[MAX_D]) {
-  for (int i = threadIdx.x; i < R * MAX_D; i += blockDim.x) {
-    const int r = i / MAX_D, x = i % MAX_D, index = it.first_row + r, s = index / a.group, h = it.g * a.group + index % a.group;
+/* scale q of an item's rows as floats, zero beyond D where a reader goes there. */
+template <int FIXED, int R>
+__device__ __forceinline__ void load_rows(const emxi_cuda_decode &a, const cert_item &it, float (*shared_q)[MAX_D]) {
+  constexpr int N = FIXED ? FIXED : MAX_D;
+  for (int i = threadIdx.x; i < R * N; i += blockDim.x) {
+    const int r = i / N, x = i % N, index = it.first_row + r, s = index / a.group, h = it.g * a.group + index % a.group;
     shared_q[r][x] = r < it.rows && x < a.pool.D
                          ? load_any(a.q, a.q_dtype, it.b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + x) * a.scale
                          : 0.0f;
   }
-  __syncthreads();
 }
 
 /* ---- seed */
@@ -101,73 +105,73 @@ constexpr int SEED_GROUPS = 64, SEED_PARTS = 1024, SEED_THREADS = 512, SEED_WARP
 template <typename T, int FIXED>
 __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emxi_cuda_decode a) {
   __shared__ cert_query query[1];
-  __shared__ cert_words words[1];
   __shared__ float shared_q[1][MAX_D], z[SEED_GROUPS * GROUP], value[SEED_PARTS], part[SEED_WARPS];
   __shared__ int32_t entry[SEED_PARTS], chosen[SEED_GROUPS];
-  __shared__ int n_chosen;
-  wait_for_previous();
   const row_place place = place_of(a, blockIdx.x);
-  const int index = place.s * a.group + place.h % a.group, item = (place.b * a.pool.G + place.g) * a.blocks + index / a.rows;
+  const int index = place.s * a.group + place.h % a.group, item = (place.b * a.pool.G + place.g) * a.blocks + index / a.rows,
+            lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const cert_item it = {place.b, place.g, index, 1, place.length, (place.length + GROUP - 1) / GROUP, place.table};
-  fetch_queries<1>(a, it, query, words);
-  load_queries<1>(a, it, shared_q);
-  if (threadIdx.x == 0) n_chosen = 0;
+  load_rows<FIXED, 1>(a, it, shared_q); /* what judge has waited for, too */
+  for (int i = threadIdx.x; i < BINS; i += SEED_THREADS) a.cert_bins[blockIdx.x * (int64_t)BINS + i] = 0;
+  if (threadIdx.x < SEED_GROUPS) chosen[threadIdx.x] = -1;
+  wait_for_previous();
 
   /* The best groups; the two of a part may be the same one, and a key may count only once. */
   const int parts = 2 * a.splits < SEED_PARTS ? 2 * a.splits : SEED_PARTS;
-  float size = 0;
+  const uint64_t *all = a.cert_best + blockIdx.x * 2 * (int64_t)a.splits;
   for (int i = threadIdx.x; i < parts; i += SEED_THREADS) {
-    const uint64_t best = a.cert_best[blockIdx.x * 2 * (int64_t)a.splits + i];
-    entry[i] = best ? (int32_t)(uint32_t)best : -1;
-    if (i % 2 && best && (uint32_t)a.cert_best[blockIdx.x * 2 * (int64_t)a.splits + i - 1] == (uint32_t)best) entry[i] = -1;
-    value[i] = entry[i] < 0 ? -emxi_inf() : from_ordered((int)((uint32_t)(best >> 32) ^ 0x80000000u));
+    const uint64_t best = all[i], other = all[i & ~1];
+    const bool there = best && (i % 2 == 0 || (uint32_t)other != (uint32_t)best || !other);
+    entry[i] = there ? (int32_t)(uint32_t)best : -1;
+    value[i] = there ? from_ordered((int)((uint32_t)(best >> 32) ^ 0x80000000u)) : -emxi_inf();
   }
+  float size = 0;
   for (int i = threadIdx.x; i < a.splits; i += SEED_THREADS) size = fmaxf(size, a.cert_size[item * (int64_t)a.splits + i]);
-#pragma unroll
-  for (int step = 16; step; step >>= 1) size = fmaxf(size, __shfl_xor_sync(EMXI_FULL, size, step));
-  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = size;
+  size = warp_max(size);
+  if (lane == 0) part[warp] = size;
+  for (int i = threadIdx.x; i < (int)(sizeof(cert_query) / 4); i += SEED_THREADS)
+    ((int32_t *)query)[i] = ((const int32_t *)&a.cert_query[blockIdx.x])[i];
   __syncthreads();
-  for (int w = 0; w < SEED_WARPS; w++) size = fmaxf(size, part[w]);
-  for (int i = threadIdx.x; i < parts; i += SEED_THREADS) {
+  for (int i = warp; i < parts; i += SEED_WARPS) { /* a warp each: how many are better */
     if (entry[i] < 0) continue;
     int better = 0;
-    for (int j = 0; j < parts; j++) better += value[j] > value[i] || (value[j] == value[i] && j < i && entry[j] >= 0);
-    if (better < SEED_GROUPS) chosen[atomicAdd(&n_chosen, 1)] = entry[i];
+    for (int j = lane; j < parts; j += 32) better += entry[j] >= 0 && (value[j] > value[i] || (value[j] == value[i] && j < i));
+    better = __reduce_add_sync(EMXI_FULL, better);
+    if (lane == 0 && better < SEED_GROUPS) chosen[better] = entry[i];
   }
   __syncthreads();
-  const int groups = n_chosen;
-  for (int i = threadIdx.x; i < SEED_GROUPS * GROUP; i += SEED_THREADS) z[i] = -emxi_inf();
-  __syncthreads();
-  using reader = cert_reader<T, FIXED, 1, 8>;
-  for (int c = threadIdx.x / 32; c < groups; c += SEED_WARPS)
-    reader::read(
-        a, it, shared_q, query, GROUP,
-        [&](int i) {
-          const int32_t position = chosen[c] * GROUP + i;
-          return cert_key{position, table_page(a.batch, a.pool, it.table, it.b, position >> a.pool.shift)};
-        },
-        [&](int i, int, float score) {
-          if (i >= 0 && score < emxi_inf()) z[c * GROUP + i] = score; /* NaN and +inf are the sieve's to find */
-        });
+  /* Four neighbouring ones a warp, read together. */
+  constexpr int EACH = SEED_GROUPS / SEED_WARPS;
+  cert_reader<T, FIXED, 1, FIXED ? 16 : 8, 8>::read(
+      a, it, shared_q, query, EACH * GROUP,
+      [&](int i) {
+        const int32_t group = chosen[warp * EACH + i / GROUP], position = (group < 0 ? 0 : group) * GROUP + i % GROUP;
+        return cert_key{position, group < 0 ? 0 : table_page(a.batch, a.pool, it.table, it.b, position >> a.pool.shift)};
+      },
+      [&](int i, int, float score) { /* NaN and +inf are the sieve's to find */
+                                     if (i >= 0)
+                                       z[warp * EACH * GROUP + i] =
+                                           chosen[warp * EACH + i / GROUP] >= 0 && score < emxi_inf() ? score : -emxi_inf();
+      });
   __syncthreads();
 
   /* One warp, all scores in its registers: as in raise_limit. */
   if (threadIdx.x < 32) {
-    constexpr int EACH = SEED_GROUPS * GROUP / 32;
-    float s[EACH], m = -emxi_inf();
+    constexpr int LANE = SEED_GROUPS * GROUP / 32;
+    float s[LANE], m = -emxi_inf(), size = part[lane % SEED_WARPS];
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      s[i] = z[i * 32 + threadIdx.x];
+    for (int i = 0; i < LANE; i++) {
+      s[i] = z[i * 32 + lane];
       m = fmaxf(m, s[i]);
     }
-#pragma unroll
-    for (int step = 16; step; step >>= 1) m = fmaxf(m, __shfl_xor_sync(EMXI_FULL, m, step));
+    m = warp_max(m);
+    size = warp_max(size);
     const double alpha = alpha_of(a, place.h);
     const bool laddered = alpha >= EMXI_CUDA_CERT_ALPHA_LEAST && alpha <= EMXI_CUDA_CERT_ALPHA_MOST;
     const float fa = (float)(alpha - 1);
     const float low = !laddered ? 0.0f : newton_below(alpha, -1.0f, 6, [&](auto add) {
 #pragma unroll
-      for (int i = 0; i < EACH; i++) add(fa * (s[i] - m), 1.0f);
+      for (int i = 0; i < LANE; i++) add(fa * (s[i] - m), 1.0f);
     });
     float limit = m + low / fa;
     limit -= 1e-5f * (1 + fabsf(limit) + fabsf(m));
@@ -177,14 +181,17 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
     if (alpha == 1.0 && a.max_delta > 0 && slack < 0.05) { /* all that lies below is worth half of max_delta at most */
       float sum = 0;
 #pragma unroll
-      for (int i = 0; i < EACH; i++) sum += s[i] > -emxi_inf() ? expf(s[i] - m) : 0.0f;
+      for (int i = 0; i < LANE; i++) sum += s[i] > -emxi_inf() ? expf(s[i] - m) : 0.0f;
       limit = (float)((double)m + log((double)warp_sum(sum)) + log(a.max_delta / 2) - log((double)it.length));
     } else if (!laddered || !(limit > -emxi_inf()))
       limit = -emxi_inf(); /* no score, or one that is not a number */
-    int above = 0;
+    int above = 0, there = 0;
 #pragma unroll
-    for (int i = 0; i < EACH; i++) above += s[i] > limit;
+    for (int i = 0; i < LANE; i++) above += s[i] > limit;
+#pragma unroll
+    for (int i = 0; i < SEED_GROUPS / 32; i++) there += chosen[i * 32 + lane] >= 0;
     above = __reduce_add_sync(EMXI_FULL, above);
+    there = __reduce_add_sync(EMXI_FULL, there) * GROUP;
     if (threadIdx.x == 0) {
       emxi_cuda_cert *cert = &a.cert[blockIdx.x];
       cert->limit = to_ordered(limit);
@@ -192,10 +199,9 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
       cert->slack = (float)slack * 1.1f; /* and what the subtraction of a float loses */
       cert->tokens = cert->pages = cert->codes = 0;
       a.wide[blockIdx.x].arrived = 0; /* as ALL's scan does, which this row's item may skip */
-      if (!(limit > -emxi_inf()) || (alpha > 1 && 2 * above > groups * GROUP)) atomicOr(&a.cert_flat[item], 1);
+      if (!(limit > -emxi_inf()) || (alpha > 1 && 2 * above > there)) atomicOr(&a.cert_flat[item], 1);
     }
   }
-  for (int i = threadIdx.x; i < BINS; i += SEED_THREADS) a.cert_bins[blockIdx.x * (int64_t)BINS + i] = 0;
 }
 
 /* ---- sieve */
@@ -214,44 +220,38 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
   __shared__ cert_key queue[CERT_WARPS][QUEUE];
   __shared__ int shared_max[R], shared_bad,
       open_count[CERT_WARPS][R]; /* open: of the chunk of the last key of the batch before */
-  __shared__ float open_top[CERT_WARPS][R];
+  __shared__ float open_top[CERT_WARPS][R], limits[CERT_WARPS][R];
   const emxi_cuda_pool &pool = a.pool;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  wait_for_previous();
+  /* seed has waited for judge before this block could be started: what judge and those before it have written is there. Of seed itself the
+   * block needs the limit, later. */
   const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits;
-  if (a.cert_flat[item]) return;
   const cert_item it = open_item<R>(a, item);
   const int64_t chunks = (it.length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits, from = split * per,
                 to = from + per < chunks ? from + per : chunks;
   const int32_t groups = to * (CHUNK / GROUP) < it.groups ? (int32_t)to * (CHUNK / GROUP) : (int32_t)it.groups;
-  float limit[R], bound[R], next_bound[R];
+  float bound[R], next_bound[R], *limit = limits[warp];
   int32_t page = 0, next_page = 0, turn = 0, next_turn = (int32_t)from * (CHUNK / GROUP) + warp * 32; /* turn: its first group */
   const auto fetch = [&](auto row_of) {
     const int32_t group = next_turn + lane;
 #pragma unroll
     for (int r = 0; r < R; r++)
-      next_bound[r] = r < it.rows && group < groups ? a.cert_upper[row_of(r) * a.cert_groups + group] : -emxi_inf();
-    next_page = group < groups ? table_page(a.batch, pool, it.table, it.b, group >> (pool.shift - 4)) : 0;
+      next_bound[r] = r < it.rows && group < groups ? __ldcg(&a.cert_upper[row_of(r) * a.cert_groups + group]) : -emxi_inf();
+    next_page = group < groups ? __ldg(it.table + (group >> (pool.shift - 4))) : 0;
   };
   /* Lane r: row r's limit */
   const auto poll = [&]() { return lane < it.rows ? __ldcg(&a.cert[query[lane % R].row].limit) : to_ordered(emxi_inf()); };
   const auto take = [&](int polled) {
-#pragma unroll
-    for (int r = 0; r < R; r++) limit[r] = fmaxf(limit[r], from_ordered(__shfl_sync(EMXI_FULL, polled, r)));
+    __syncwarp();
+    if (lane < R) limit[lane] = fmaxf(limit[lane], from_ordered(polled));
+    __syncwarp();
   };
   fetch([&](int r) { return item_row(a, it.b, it.g, it.first_row + r, it.length).row; });
-  for (int r = 0; r < it.rows; r++) { /* of chunks without candidates */
-    const int64_t row = item_row(a, it.b, it.g, it.first_row + r, it.length).row;
-    for (int64_t c = from + threadIdx.x; c < to; c += CERT_THREADS) {
-      a.count[row * a.chunks + c] = 0;
-      a.chunk_max[row * a.chunks + c] = -emxi_inf();
-    }
-    if (threadIdx.x == 0) edge[r][0] = a.cert[row].slack, edge[r][1] = a.cert[row].base;
-  }
   if (threadIdx.x < R) shared_max[threadIdx.x] = to_ordered(-emxi_inf());
   if (threadIdx.x == 0) shared_bad = 0;
+  if (lane < R) limit[lane] = -emxi_inf();
+  load_rows<FIXED, R>(a, it, shared_q);
   fetch_queries<R>(a, it, query, words);
-  load_queries<R>(a, it, shared_q);
   const int dp = FIXED ? FIXED : pool.sketch.dp, key = lane / 4, t = lane % 4, dims = FIXED ? WORDS : dp / 64;
   const int32_t length = (int32_t)it.length;
   int32_t column[WORDS][4];
@@ -270,55 +270,59 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
     int32_t group, page; /* -1: none */
   };
   const int my_j = R == 1 ? t : lane / R % STEP, my_row = R == 1 ? 0 : t;
-#pragma unroll
-  for (int r = 0; r < R; r++) limit[r] = -emxi_inf();
+  wait_for_previous();
+  if (a.cert_flat[item]) return;
+  for (int r = 0; r < it.rows; r++) {
+    const int64_t at = query[r].row * a.chunks;
+    for (int64_t c = from + threadIdx.x; c < to; c += CERT_THREADS) /* without candidates */
+      a.count[at + c] = 0, a.chunk_max[at + c] = -emxi_inf();
+    if (threadIdx.x == 0) edge[r][0] = a.cert[query[r].row].slack, edge[r][1] = a.cert[query[r].row].base;
+  }
   take(poll());
+  __syncthreads();
   const auto open_step = [&](step &s) {
-    uint32_t above = 0;
+    uint32_t above;
     for (;;) {
       bool mine = false;
 #pragma unroll
       for (int r = 0; r < R; r++) mine |= !(bound[r] <= limit[r]);
       above = alive ? alive & __ballot_sync(EMXI_FULL, mine) : 0;
-      if (above) break;
-      if (next_turn >= groups) return false;
+      if (above || next_turn >= groups) break;
 #pragma unroll
       for (int r = 0; r < R; r++) bound[r] = next_bound[r];
-      page = next_page, turn = next_turn, alive = EMXI_FULL;
+      page = checked_page(a.batch, pool, it.b, (next_turn + lane) >> (pool.shift - 4), next_page), turn = next_turn,
+      alive = EMXI_FULL;
       next_turn += CERT_WARPS * 32;
       fetch([&](int r) { return (int64_t)query[r].row; });
     }
-    const int32_t group = turn + lane, place = (page * pool.G + it.g) * (pool.P / GROUP) + (group & (pool.P / GROUP - 1));
+    /* Where there are fewer groups left the first one is loaded again, or none in particular: loads on every path are not waited for here. */
+    const int32_t place = ((page * pool.G + it.g) << (pool.shift - 4)) + ((turn + lane) & ((1 << (pool.shift - 4)) - 1));
+    const int first = above ? __ffs(above) - 1 : 0;
+    const bool any = above != 0;
     int mine = -1;
-    s.group = -1;
 #pragma unroll
     for (int j = 0; j < STEP; j++) {
-      const int from_lane = above ? __ffs(above) - 1 : -1;
+      const int from_lane = above ? __ffs(above) - 1 : first;
+      if (my_j == j && above) mine = from_lane;
+      codes += above != 0;
       above &= above - 1;
-      codes += from_lane >= 0;
-      const int32_t at = __shfl_sync(EMXI_FULL, place, from_lane < 0 ? 0 : from_lane);
-      if (my_j == j) mine = from_lane, s.group = from_lane < 0 ? -1 : at;
+      const uint8_t *at = pool.sketch.codes + (int64_t)__shfl_sync(EMXI_FULL, place, from_lane) * (GROUP / 2) * dp;
 #pragma unroll
-      for (int w = 0; w < WORDS; w++)
-        s.x[j][w] = from_lane < 0 || w >= dims
-                        ? make_uint4(0, 0, 0, 0)
-                        : __ldg((const uint4 *)(pool.sketch.codes + (int64_t)at * (GROUP / 2) * dp) + w * 32 + lane);
+      for (int w = 0; w < WORDS; w++) s.x[j][w] = __ldg((const uint4 *)at + (w < dims ? w : 0) * 32 + lane);
     }
     alive = above;
-    s.reach = s.unit = make_float2(0, 0);
-    if (s.group >= 0) {
-      s.reach = __ldg((const float2 *)&pool.sketch.group[s.group].radius);
-      s.unit = __ldg((const float2 *)&pool.sketch.group[s.group].size);
-      s.group = turn + mine;
-    }
-    mine = mine < 0 ? 0 : mine;
-    s.page = __shfl_sync(EMXI_FULL, page, mine);
+    const int of = mine < 0 ? first : mine;
+    const emxi_cuda_group *record = pool.sketch.group + __shfl_sync(EMXI_FULL, place, of);
+    s.reach = __ldg((const float2 *)&record->radius);
+    s.unit = __ldg((const float2 *)&record->size);
+    s.group = mine < 0 ? -1 : turn + mine;
+    s.page = __shfl_sync(EMXI_FULL, page, of);
 #pragma unroll
     for (int r = 0; r < R; r++) {
-      const float upper = __shfl_sync(EMXI_FULL, bound[r], mine);
-      if (r == my_row) s.upper = upper;
+      const float upper = __shfl_sync(EMXI_FULL, bound[r], of);
+      if (r == 0 || r == my_row) s.upper = upper;
     }
-    return true;
+    return any;
   };
 
   int waiting = 0, front = 0, last_page = -1, full = FIRST; /* keys in the queue; the first; how many make a batch */
@@ -334,13 +338,13 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
 
   step ahead;
   ahead.group = -1;
-  int polled = 0, number = 0;
+  int polled = to_ordered(-emxi_inf()), number = 0;
   bool more = false; /* there is a step ahead */
   do {
     const step s = ahead;
     const bool now = more;
     if (number % 4 == 1) take(polled);
-    more = (number == 0 || more) && open_step(ahead);
+    more = open_step(ahead);
     if (number++ % 4 == 0) polled = poll();
     if (now) {
       int c_of[STEP][4];
@@ -402,10 +406,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
             if ((low | high) & 0x11111111u << j) note_page(__shfl_sync(EMXI_FULL, s.group, j));
         }
       } else {
-        float lim = emxi_inf();
-#pragma unroll
-        for (int r = 0; r < R; r++)
-          if (r == t) lim = limit[r];
+        const float lim = limit[t];
 #pragma unroll
         for (int j = 0; j < STEP; j++) {
           const float b = __shfl_sync(EMXI_FULL, base, R * j + t), f = __shfl_sync(EMXI_FULL, scale, R * j + t);
@@ -432,7 +433,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
       const int n = waiting < BATCH ? waiting : BATCH;
       full = BATCH;
       tokens += n;
-      cert_reader<T, FIXED, R, R == 1 ? 8 : 4>::read(
+      cert_reader<T, FIXED, R, R == 1 ? 8 : 4, R == 1 ? 8 : 4>::read(
           a, it, shared_q, query, n, [&](int i) { return queue[warp][(front + i) % QUEUE]; },
           [&](int i, int r, float score) {
             if (i >= 0) scores[warp][r][i] = score;
@@ -445,9 +446,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
       const int start = 31 - __clz((int)(starts & (EMXI_FULL >> (31 - lane))));
       const bool goes_on = start == 0 && chunk == open_chunk, last = lane == n - 1 || (lane < n && starts >> lane >> 1 & 1);
       uint32_t raised = 0;
-#pragma unroll
-      for (int r = 0; r < R; r++) {
-        if (r >= it.rows) continue;
+      for (int r = 0; r < it.rows; r++) {
         const float score = lane < n ? scores[warp][r][lane] : -emxi_inf();
         bad |= (uint32_t) !(score < emxi_inf()) << r;
         const bool here = score > limit[r];

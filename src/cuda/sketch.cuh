@@ -20,16 +20,31 @@ __device__ __forceinline__ float round_up(double x) { return __double2float_ru(x
 using cert_query = emxi_cuda_query;
 using cert_words = emxi_cuda_words;
 
+/* Elements lane + 32 e of a row, 0 from D on; all of them are asked for before one is waited for. */
+__device__ __forceinline__ void load_lanes(const char *p, int32_t dtype, int64_t at, int D, float (&x)[8]) {
+  const int lane = threadIdx.x % 32;
+  if (dtype == EMX_F32) {
+#pragma unroll
+    for (int e = 0; e < 8; e++) x[e] = lane + 32 * e < D ? ((const float *)p)[at + lane + 32 * e] : 0.0f;
+    return;
+  }
+  uint16_t bits[8];
+#pragma unroll
+  for (int e = 0; e < 8; e++) bits[e] = lane + 32 * e < D ? ((const uint16_t *)p)[at + lane + 32 * e] : (uint16_t)0;
+#pragma unroll
+  for (int e = 0; e < 8; e++)
+    x[e] = dtype == EMX_F16 ? __half2float(__ushort_as_half(bits[e])) : __uint_as_float((uint32_t)bits[e] << 16);
+}
 /* By one warp. */
 __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64_t row, int64_t visible, cert_query *out,
                            cert_words *words) {
   const int lane = threadIdx.x % 32, D = a.pool.D;
+  float q[8];
+  load_lanes(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2], D, q);
   double w[8], top = 0, square = 0;
 #pragma unroll
   for (int e = 0; e < 8; e++) {
-    const int d = lane + 32 * e;
-    w[e] =
-        d < D ? (double)(load_any(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + d) * a.scale) : 0;
+    w[e] = (double)(q[e] * a.scale);
     top = fmax(top, fabs(w[e]));
     square += w[e] * w[e];
   }
@@ -37,15 +52,15 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
   for (int step = 16; step; step >>= 1) top = fmax(top, __shfl_xor_sync(EMXI_FULL, top, step));
   square = warp_sum_double(square);
   /* s2 far above the smallest normal float; a query below it counts as an error of zero */
-  const double s1 = top < 1e-25 ? 0 : top / 127, s2 = s1 / 254;
+  const double s1 = top < 1e-25 ? 0 : top / 127, s2 = s1 / 254, per_s1 = s1 > 0 ? 1 / s1 : 0, per_s2 = 254 * per_s1;
   double two = 0;
   int sum = 0, size = 0;
 #pragma unroll
   for (int e = 0; e < 8; e++) {
     double x = 0, y = 0;
-    if (s2 > 0) {
-      x = fmin(fmax(nearbyint(w[e] / s1), -127.0), 127.0);
-      y = fmin(fmax(nearbyint((w[e] - s1 * x) / s2), -127.0), 127.0);
+    if (s2 > 0 && 32 * e < D) { /* any integers will do: e2 is measured */
+      x = fmin(fmax(nearbyint(w[e] * per_s1), -127.0), 127.0);
+      y = fmin(fmax(nearbyint((w[e] - s1 * x) * per_s2), -127.0), 127.0);
     }
     const double left = w[e] - s1 * x - s2 * y;
     two += left * left;
@@ -127,9 +142,9 @@ __device__ __forceinline__ void fetch_queries(const emxi_cuda_decode &a, const c
     const int index = it.first_row + r, s = index / a.group, h = it.g * a.group + index % a.group;
     const int64_t row = ((int64_t)it.b * a.H + h) * a.S + s;
     for (int i = threadIdx.x; i < (int)(sizeof(cert_words) / 4); i += blockDim.x)
-      ((int32_t *)&words[r])[i] = ((const int32_t *)&a.cert_words[row])[i];
+      ((int32_t *)&words[r])[i] = __ldcg((const int32_t *)&a.cert_words[row] + i);
     for (int i = threadIdx.x; i < (int)(sizeof(cert_query) / 8); i += blockDim.x)
-      ((int64_t *)&q[r])[i] = ((const int64_t *)&a.cert_query[row])[i];
+      ((int64_t *)&q[r])[i] = __ldcg((const long long *)&a.cert_query[row] + i);
   }
   __syncthreads();
 }
