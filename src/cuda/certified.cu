@@ -306,32 +306,12 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
 
 /* ---- account */
 
+/* Of rows that have no share. */
 __global__ void account(const __grid_constant__ emxi_cuda_decode a) {
   wait_for_previous();
   const int64_t row = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
   if (row >= (int64_t)a.batch.n * a.H * a.S) return;
-  const row_place p = place_of(a, row);
-  const int index = p.s * a.group + p.h % a.group, item = (p.b * a.pool.G + p.g) * a.blocks + index / a.rows;
-  emx_report *r = (emx_report *)(a.reports + row * a.report_stride);
-  const emxi_cuda_cert &c = a.cert[row];
-  const int64_t key = (int64_t)a.pool.D * (a.pool.dtype == EMX_F32 ? 4 : 2), dp = a.pool.sketch.dp;
-  const int64_t judged = (p.visible + GROUP - 1) / GROUP * (dp + 32);
-  r->bytes_meta += judged;
-  if (a.cert_flat[item]) return;
-  r->path = EMX_PATH_LADDER;
-  r->bytes_meta += (int64_t)c.codes * 8 * dp;
-  if (r->flags & EMX_REPORT_NONFINITE) return;
-  r->tokens = (int32_t)c.tokens;
-  r->pages = (int32_t)c.pages;
-  r->bytes_k = (int64_t)c.tokens * ((key + 63) / 64 * 64);
-  const double alpha = alpha_of(a, p.h), unit = alpha > 1 ? alpha - 1 : 1;
-  r->max_unread = __double2float_ru(unit * (double)from_ordered(c.limit));
-  if (!a.cert_limit) return;
-  const emxi_cuda_limit &limit = a.cert_limit[row];
-  r->stopped_by = (uint8_t)limit.stopped;
-  r->delta_bound = fminf(__double2float_ru(limit.delta), 1.0f);
-  r->max_unread = r->tokens == p.visible ? -emxi_inf() : __double2float_ru(unit * (double)limit.far);
-  if (r->delta_bound > 0) r->flags = 0;
+  account_row(a, row);
 }
 
 template <int DP>

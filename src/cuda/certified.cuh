@@ -9,13 +9,12 @@
  *          into the segments that ALL's scan would have filled. Exact scores are counted in a histogram at the lower edges of its bins;
  *          any state of it bounds the threshold from below, and whoever adds to it raises the limit.
  *   report what was read.
- * Between seed and report run ALL's scan, for flat items alone, and its solve and share kernels. docs/numerics.md derives the bounds.
+ * Flat items take ALL's scan, in the sieve's place or after it; solve and share are ALL's. docs/numerics.md derives the bounds.
  * Bytes of a group at dimension D, padded to 64, 128 or 256: 32 + D to judge it, 8 D for its codes, and rows of K. */
 #ifndef EMXI_CUDA_CERTIFIED_CUH
 #define EMXI_CUDA_CERTIFIED_CUH
 
 #include "decode.cuh"
-#include "sketch.cuh"
 
 namespace {
 
@@ -271,7 +270,10 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
   };
   const int my_j = R == 1 ? t : lane / R % STEP, my_row = R == 1 ? 0 : t;
   wait_for_previous();
-  if (a.cert_flat[item]) return;
+  if (a.cert_flat[item]) {
+    if constexpr (FIXED > 0) scan_part<T, FIXED, R, R == 1 ? 8 : 4, false, false>(a);
+    return;
+  }
   for (int r = 0; r < it.rows; r++) {
     const int64_t at = query[r].row * a.chunks;
     for (int64_t c = from + threadIdx.x; c < to; c += CERT_THREADS) /* without candidates */
@@ -502,21 +504,25 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
 }
 
 template <typename T, int FIXED, int R>
-void certified_any(const emxi_cuda_decode &d, cudaStream_t stream) {
+bool certified_any(const emxi_cuda_decode &d, cudaStream_t stream) {
   emxi_cuda_judge(&d, stream);
   launch(seed<T, FIXED>, (unsigned)(d.batch.n * d.H * d.S), SEED_THREADS, 0, stream, d.overlap, d);
-  if (d.cert_limit) return emxi_cuda_limits(&d, stream);
+  if (d.cert_limit) {
+    emxi_cuda_limits(&d, stream);
+    return false;
+  }
   launch(sieve<T, FIXED, R>, (unsigned)(d.batch.n * d.pool.G * d.blocks * d.splits), CERT_THREADS, 0, stream, d.overlap, d);
+  return FIXED > 0;
 }
-/* What comes before ALL's scan, which then does flat items only. */
+/* What comes before solve; where it says so but for ALL's scan, which then does flat items only. */
 template <typename T>
-void certified(const emxi_cuda_decode &d, cudaStream_t stream) {
+bool certified(const emxi_cuda_decode &d, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
     if (d.vectors && d.pool.D == 64) return d.rows == 1 ? certified_any<T, 64, 1>(d, stream) : certified_any<T, 64, 4>(d, stream);
     if (d.vectors && d.pool.D == 128)
       return d.rows == 1 ? certified_any<T, 128, 1>(d, stream) : certified_any<T, 128, 4>(d, stream);
   }
-  certified_any<T, 0, 4>(d, stream);
+  return certified_any<T, 0, 4>(d, stream);
 }
 
 } // namespace
