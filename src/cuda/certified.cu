@@ -305,8 +305,8 @@ __device__ __forceinline__ float group_bound(const cert_query &q, float4 head, f
  * of two groups in one of four products. */
 template <int DP, int R>
 __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__ emxi_cuda_decode a) {
-  constexpr int WORDS = DP / 64, TILES = R == 1 ? (DP == 256 ? 2 : 4) : (DP == 256 ? 1 : 2), MINE = R == 1 ? 1 : TILES,
-                AT_ONCE = 16 * TILES;
+  constexpr int WORDS = DP / 64, TILES = R == 1 ? 256 / DP : (DP == 256 ? 1 : 2), MINE = R == 1 ? 1 : TILES, AT_ONCE = 16 * TILES,
+                LOOK = AT_ONCE > 32 ? AT_ONCE / 32 : 1;
   __shared__ cert_query query[R];
   __shared__ cert_words words[R];
   __shared__ unsigned long long best[R][2];
@@ -320,6 +320,50 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
     shared_size = 0;
     if (split == 0) a.cert_flat[item] = 0;
   }
+  /* whole chunks: as the sieve cuts */
+  const int64_t chunks = (it.length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits,
+                from = split * per * (CHUNK / GROUP), end = from + per * (CHUNK / GROUP), to = end < it.groups ? end : it.groups;
+  /* A turn's centres and records are asked for as soon as those of the turn before have been multiplied, the first ones before anything else;
+   * page numbers, a lane each, a turn before that. Loads are on every path: what is not there is read from page 0 and not used. */
+  const int shift = a.pool.shift - 4; /* groups of a page */
+  int32_t page[LOOK];
+  uint4 x[2 * TILES][WORDS];
+  float4 next_head[2 * MINE];
+  float next_norm[2 * MINE];
+  const auto look_up = [&](int64_t base) {
+#pragma unroll
+    for (int i = 0; i < LOOK; i++) page[i] = base + 32 * i + lane < to ? __ldg(it.table + ((base + 32 * i + lane) >> shift)) : 0;
+  };
+  const auto load = [&](int64_t base) {
+    int32_t here[LOOK], place[2 * TILES];
+#pragma unroll
+    for (int i = 0; i < LOOK; i++) {
+      const int64_t group = base + 32 * i + lane;
+      here[i] = ((checked_page(a.batch, a.pool, it.b, group >> shift, page[i]) * a.pool.G + it.g) << shift) +
+                ((int32_t)group & ((1 << shift) - 1));
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * TILES; i++) place[i] = __shfl_sync(EMXI_FULL, here[i / 4], 8 * i % 32 + key);
+#pragma unroll
+    for (int i = 0; i < 2 * TILES; i++)
+#pragma unroll
+      for (int w = 0; w < WORDS; w++) x[i][w] = __ldg((const uint4 *)(sketch.centre + (int64_t)place[i] * sketch.dp) + 4 * w + t);
+#pragma unroll
+    for (int i = 0; i < 2 * MINE; i++) {
+      int32_t at = place[i];
+      if constexpr (R == 1)
+#pragma unroll
+        for (int tile = 1; tile < TILES; tile++)
+          if (tile == t) at = place[2 * tile + i];
+      next_head[i] = __ldg((const float4 *)(sketch.group + at));
+      next_norm[i] = __ldg(&sketch.group[at].size);
+    }
+  };
+  constexpr int STRIDE = CERT_WARPS * AT_ONCE;
+  int64_t base = from + threadIdx.x / 32 * AT_ONCE;
+  look_up(base);
+  load(base);
+  look_up(base + STRIDE);
   open_queries<R>(a, it, query, words);
   if (split == 0 && (int)threadIdx.x < it.rows) a.cert_query[query[threadIdx.x].row] = query[threadIdx.x];
   for (int i = threadIdx.x; split == 0 && i < it.rows * 128; i += CERT_THREADS)
@@ -329,43 +373,12 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
   for (int i = 0; i < WORDS; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++) column[i][j] = column_word<R>(words, it.rows, 16 * i + 4 * t + j);
-  /* whole chunks: as the sieve cuts */
-  const int64_t chunks = (it.length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits,
-                from = split * per * (CHUNK / GROUP), end = from + per * (CHUNK / GROUP), to = end < it.groups ? end : it.groups;
   const int r = R == 1 ? 0 : t; /* the row of this lane */
   const bool mine = r < it.rows;
   const cert_query &q = query[mine ? r : 0];
   float best_mid = -emxi_inf(), best_up = -emxi_inf(), size = 0;
   uint32_t at_mid = 0, at_up = 0;
-  int32_t place[2 * TILES];
-  const auto look_up = [&](int64_t base) {
-#pragma unroll
-    for (int i = 0; i < 2 * TILES; i++) place[i] = base + 8 * i + key < to ? (int32_t)group_at(a, it, base + 8 * i + key) : -1;
-  };
-  look_up(from + threadIdx.x / 32 * AT_ONCE);
-  for (int64_t base = from + threadIdx.x / 32 * AT_ONCE; base < to; base += CERT_WARPS * AT_ONCE) {
-    uint4 x[2 * TILES][WORDS];
-    float4 head[2 * MINE];
-    float norm[2 * MINE];
-#pragma unroll
-    for (int i = 0; i < 2 * TILES; i++)
-#pragma unroll
-      for (int w = 0; w < WORDS; w++)
-        x[i][w] = place[i] < 0 ? make_uint4(0, 0, 0, 0)
-                               : __ldg((const uint4 *)(sketch.centre + (int64_t)place[i] * sketch.dp) + 4 * w + t);
-#pragma unroll
-    for (int i = 0; i < 2 * MINE; i++) {
-      int32_t at = place[i];
-      if constexpr (R == 1)
-#pragma unroll
-        for (int tile = 1; tile < TILES; tile++)
-          if (tile == t) at = place[2 * tile + i];
-      head[i] = make_float4(0, 0, 0, 0), norm[i] = 0;
-      if (at < 0) continue;
-      head[i] = __ldg((const float4 *)(sketch.group + at));
-      norm[i] = __ldg(&sketch.group[at].size);
-    }
-    look_up(base + CERT_WARPS * AT_ONCE);
+  for (; base < to; base += STRIDE) {
     int dot[2 * MINE];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
@@ -381,6 +394,12 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
         dot[R == 1 ? 1 : 2 * tile + 1] = 254 * c[2] + c[3];
       }
     }
+    float4 head[2 * MINE];
+    float norm[2 * MINE];
+#pragma unroll
+    for (int i = 0; i < 2 * MINE; i++) head[i] = next_head[i], norm[i] = next_norm[i];
+    load(base + STRIDE);
+    look_up(base + 2 * STRIDE);
 #pragma unroll
     for (int i = 0; i < 2 * MINE; i++) {
       const int64_t group = base + (R == 1 ? 16 * t : 0) + 8 * i + key, first = group * GROUP;
@@ -428,32 +447,12 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
 
 /* ---- account */
 
+/* Of rows that have no share. */
 __global__ void account(const __grid_constant__ emxi_cuda_decode a) {
   wait_for_previous();
   const int64_t row = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
   if (row >= (int64_t)a.batch.n * a.H * a.S) return;
-  const row_place p = place_of(a, row);
-  const int index = p.s * a.group + p.h % a.group, item = (p.b * a.pool.G + p.g) * a.blocks + index / a.rows;
-  emx_report *r = (emx_report *)(a.reports + row * a.report_stride);
-  const emxi_cuda_cert &c = a.cert[row];
-  const int64_t key = (int64_t)a.pool.D * (a.pool.dtype == EMX_F32 ? 4 : 2), dp = a.pool.sketch.dp;
-  const int64_t judged = (p.visible + GROUP - 1) / GROUP * (dp + 32) + 4 * (int64_t)a.pool.D;
-  r->bytes_meta += judged;
-  if (a.cert_flat[item]) return;
-  r->path = EMX_PATH_LADDER;
-  r->bytes_meta += (int64_t)c.codes * 8 * dp;
-  if (r->flags & EMX_REPORT_NONFINITE) return;
-  r->tokens = (int32_t)c.tokens;
-  r->pages = (int32_t)c.pages;
-  r->bytes_k = (int64_t)c.tokens * ((key + 63) / 64 * 64);
-  const double alpha = alpha_of(a, p.h), unit = alpha > 1 ? alpha - 1 : 1;
-  r->max_unread = __double2float_ru(unit * (double)from_ordered(c.limit));
-  if (!a.cert_limit) return;
-  const emxi_cuda_limit &limit = a.cert_limit[row];
-  r->stopped_by = (uint8_t)limit.stopped;
-  r->delta_bound = fminf(__double2float_ru(limit.delta), 1.0f);
-  r->max_unread = r->tokens == p.visible ? -emxi_inf() : __double2float_ru(unit * (double)limit.far);
-  if (r->delta_bound > 0) r->flags = 0;
+  account_row(a, row);
 }
 
 template <int DP>

@@ -19,7 +19,7 @@
 #ifndef EMXI_CUDA_DECODE_CUH
 #define EMXI_CUDA_DECODE_CUH
 
-#include "rows.cuh"
+#include "sketch.cuh"
 
 namespace {
 
@@ -214,8 +214,9 @@ __device__ __forceinline__ void close_chunk(const emxi_cuda_decode &a, int64_t c
   for (int i = 0; i < OWN; i++) chunk_top[i] = -emxi_inf();
 }
 
+/* By a block of SCAN_THREADS. */
 template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE>
-__global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ emxi_cuda_decode a) {
+__device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
   static_assert(!SPARSE || R == 1, "rows of a group have lists of their own");
   using row_piece = piece<T, FIXED>;
   constexpr int L = row_piece::L, SUBS = 32 / L, V = U * R, OWN = V >= L ? V / L : 1, TILE = U * SUBS, TILES = CHUNK / TILE,
@@ -228,7 +229,6 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
 
   const emxi_cuda_pool &pool = a.pool;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, l = lane % L, sub = lane / L, D = FIXED ? FIXED : pool.D;
-  wait_for_previous();
   const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits, block = SPARSE ? 0 : item % a.blocks;
   if (!SPARSE && a.cert && !a.cert_flat[item]) return;
   int g = item / a.blocks % pool.G, b = item / a.blocks / pool.G;
@@ -532,6 +532,12 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ 
     a.bad[id.row * a.splits + split] = shared_bad >> threadIdx.x & 1;
     if (!SOFTMAX && split == 0) a.wide[id.row].arrived = 0;
   }
+}
+
+template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE>
+__global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ emxi_cuda_decode a) {
+  wait_for_previous();
+  scan_part<T, FIXED, R, U, SOFTMAX, SPARSE>(a);
 }
 
 /* ---- values */
@@ -984,6 +990,7 @@ __global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ em
   wait_for_previous();
   const int64_t row = blockIdx.x / a.shares;
   const int part = (int)(blockIdx.x % a.shares);
+  if (a.cert && a.reports && part == 0 && threadIdx.x == SCAN_THREADS - 1) account_row(a, row);
   emxi_cuda_wide *wide = &a.wide[row];
   if (!wide->wide) return;
   const row_place place = place_of(a, row);
@@ -1126,18 +1133,19 @@ void scan_any(const emxi_cuda_decode &d, cudaStream_t stream) {
   if (d.sparse) return launch_scan<T, 0, 1, 4, SOFTMAX, true>(d, stream);
   launch_scan<T, 0, 4, 2, SOFTMAX, false>(d, stream);
 }
+/* In certified.cuh: whether it has scanned flat items. */
 template <typename T>
-void certified(const emxi_cuda_decode &d, cudaStream_t stream); /* certified.cuh */
+bool certified(const emxi_cuda_decode &d, cudaStream_t stream);
 template <typename T>
 void decode_all(const emxi_cuda_decode &d, cudaStream_t stream) {
   const unsigned rows = (unsigned)(d.batch.n * d.H * d.S);
-  if (d.cert) certified<T>(d, stream);
+  const bool scanned = d.cert && certified<T>(d, stream);
   if (d.alphas || d.alpha == 1.0) {
     scan_any<T, true>(d, stream);
     launch(merge, rows, MAX_D, 0, stream, d.overlap, d);
   }
   if (!d.alphas && d.alpha == 1.0) return;
-  scan_any<T, false>(d, stream);
+  if (!scanned) scan_any<T, false>(d, stream);
   launch(solve<T>, rows * (unsigned)d.parts, SOLVE_THREADS, 0, stream, d.overlap, d);
   launch(share<T>, rows * (unsigned)d.shares, SCAN_THREADS, 0, stream, d.overlap, d);
 }

@@ -176,7 +176,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
      : kv->dtype == EMX_F16 ? emxi_cuda_decode_f16
                             : emxi_cuda_decode_bf16)(&k, ctx->stream);
     if (sparse && k.reports) emxi_cuda_certify(&k, ctx->stream);
-    if (ladder && k.reports) emxi_cuda_account(&k, ctx->stream);
+    if (ladder && k.reports && !k.alphas && k.alpha == 1.0) emxi_cuda_account(&k, ctx->stream); /* else share does it */
   }
   return emxi_cuda_leave(before, status, true, who);
 }

@@ -72,13 +72,17 @@ __device__ __forceinline__ const int32_t *batch_entry(const emxi_cuda_batch &bat
   *length = n + batch.added;
   return batch.tables + b * batch.stride;
 }
-/* Page i of an entry's table; one outside the pool is a fault and counts as page 0. */
-__device__ __forceinline__ int32_t table_page(const emxi_cuda_batch &batch, const emxi_cuda_pool &pool, const int32_t *table,
-                                              int32_t b, int64_t i) {
-  const int32_t page = __ldg(table + i);
+/* What an entry's table has as page i; one outside the pool is a fault and counts as page 0. The check waits for the load: who needs several
+ * pages loads all of them first. */
+__device__ __forceinline__ int32_t checked_page(const emxi_cuda_batch &batch, const emxi_cuda_pool &pool, int32_t b, int64_t i,
+                                                int32_t page) {
   if ((uint32_t)page < (uint32_t)pool.max_pages) return page;
   report_fault(batch, EMXI_CUDA_FAULT_PAGE, b, (int32_t)i, page);
   return 0;
+}
+__device__ __forceinline__ int32_t table_page(const emxi_cuda_batch &batch, const emxi_cuda_pool &pool, const int32_t *table,
+                                              int32_t b, int64_t i) {
+  return checked_page(batch, pool, b, i, __ldg(table + i));
 }
 
 /* Sixteen bytes that are read once: they leave the second-level cache first, where the code of the kernels that follow and what they share

@@ -20,20 +20,35 @@ __device__ __forceinline__ float round_up(double x) { return __double2float_ru(x
 using cert_query = emxi_cuda_query;
 using cert_words = emxi_cuda_words;
 
+/* Elements lane + 32 e of a row, 0 from D on; all of them are asked for before one is waited for. */
+__device__ __forceinline__ void load_lanes(const char *p, int32_t dtype, int64_t at, int D, float (&x)[8]) {
+  const int lane = threadIdx.x % 32;
+  if (dtype == EMX_F32) {
+#pragma unroll
+    for (int e = 0; e < 8; e++) x[e] = lane + 32 * e < D ? ((const float *)p)[at + lane + 32 * e] : 0.0f;
+    return;
+  }
+  uint16_t bits[8];
+#pragma unroll
+  for (int e = 0; e < 8; e++) bits[e] = lane + 32 * e < D ? ((const uint16_t *)p)[at + lane + 32 * e] : (uint16_t)0;
+#pragma unroll
+  for (int e = 0; e < 8; e++)
+    x[e] = dtype == EMX_F16 ? __half2float(__ushort_as_half(bits[e])) : __uint_as_float((uint32_t)bits[e] << 16);
+}
 /* By one warp. */
 __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64_t row, int64_t visible, cert_query *out,
                            cert_words *words) {
   const int lane = threadIdx.x % 32, D = a.pool.D;
   const float *weights = a.pool.sketch.weights + (int64_t)(h / a.group) * a.pool.sketch.dp;
+  float q[8], weight[8];
+  load_lanes(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2], D, q);
+#pragma unroll
+  for (int e = 0; e < 8; e++) weight[e] = lane + 32 * e < D ? __ldg(weights + lane + 32 * e) : 1.0f; /* 0: not set, as 1 */
   double w[8], top = 0, square = 0, far = 0, plain = 0; /* squares: of channels of weight 1; of the others, with and without it */
-  float weight[8];
   bool weighted = false;
 #pragma unroll
   for (int e = 0; e < 8; e++) {
-    const int d = lane + 32 * e;
-    weight[e] = d < D ? __ldg(weights + d) : 1.0f; /* 0: not set, as 1 */
-    w[e] =
-        d < D ? (double)(load_any(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + d) * a.scale) : 0;
+    w[e] = (double)(q[e] * a.scale);
     weighted |= weight[e] > 1;
     square += w[e] * w[e];
   }
@@ -57,15 +72,15 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
   for (int step = 16; step; step >>= 1) top = fmax(top, __shfl_xor_sync(EMXI_FULL, top, step));
   square = warp_sum_double(square);
   /* s2 far above the smallest normal float; a query below it counts as an error of zero */
-  const double s1 = top < 1e-25 ? 0 : top / 127, s2 = s1 / 254;
+  const double s1 = top < 1e-25 ? 0 : top / 127, s2 = s1 / 254, per_s1 = s1 > 0 ? 1 / s1 : 0, per_s2 = 254 * per_s1;
   double two = 0;
   int sum = 0, size = 0;
 #pragma unroll
   for (int e = 0; e < 8; e++) {
     double x = 0, y = 0;
-    if (s2 > 0) {
-      x = fmin(fmax(nearbyint(w[e] / s1), -127.0), 127.0);
-      y = fmin(fmax(nearbyint((w[e] - s1 * x) / s2), -127.0), 127.0);
+    if (s2 > 0 && 32 * e < D) { /* any integers will do: e2 is measured */
+      x = fmin(fmax(nearbyint(w[e] * per_s1), -127.0), 127.0);
+      y = fmin(fmax(nearbyint((w[e] - s1 * x) * per_s2), -127.0), 127.0);
     }
     const double left = w[e] - s1 * x - s2 * y;
     two += left * left;
@@ -162,9 +177,9 @@ __device__ __forceinline__ void fetch_queries(const emxi_cuda_decode &a, const c
     const int index = it.first_row + r, s = index / a.group, h = it.g * a.group + index % a.group;
     const int64_t row = ((int64_t)it.b * a.H + h) * a.S + s;
     for (int i = threadIdx.x; i < (int)(sizeof(cert_words) / 4); i += blockDim.x)
-      ((int32_t *)&words[r])[i] = ((const int32_t *)&a.cert_words[row])[i];
+      ((int32_t *)&words[r])[i] = __ldcg((const int32_t *)&a.cert_words[row] + i);
     for (int i = threadIdx.x; i < (int)(sizeof(cert_query) / 8); i += blockDim.x)
-      ((int64_t *)&q[r])[i] = ((const int64_t *)&a.cert_query[row])[i];
+      ((int64_t *)&q[r])[i] = __ldcg((const long long *)&a.cert_query[row] + i);
   }
   __syncthreads();
 }
@@ -217,6 +232,32 @@ __device__ __noinline__ void raise_limit(const emxi_cuda_decode &a, int64_t row,
   });
   const float limit = base + t / fa, down = limit - 1e-5f * (1 + fabsf(limit) + fabsf(base));
   if (lane == 0 && down > low) atomicMax(&a.cert[row].limit, to_ordered(down));
+}
+
+/* By one thread, when the row's report has been written: what was read. */
+__device__ __noinline__ void account_row(const emxi_cuda_decode &a, int64_t row) {
+  const row_place p = place_of(a, row);
+  const int index = p.s * a.group + p.h % a.group, item = (p.b * a.pool.G + p.g) * a.blocks + index / a.rows;
+  emx_report *r = (emx_report *)(a.reports + row * a.report_stride);
+  const emxi_cuda_cert &c = a.cert[row];
+  const int64_t key = (int64_t)a.pool.D * (a.pool.dtype == EMX_F32 ? 4 : 2), dp = a.pool.sketch.dp;
+  const int64_t judged = (p.visible + GROUP - 1) / GROUP * (dp + 32) + 4 * (int64_t)a.pool.D;
+  r->bytes_meta += judged;
+  if (a.cert_flat[item]) return;
+  r->path = EMX_PATH_LADDER;
+  r->bytes_meta += (int64_t)c.codes * 8 * dp;
+  if (r->flags & EMX_REPORT_NONFINITE) return;
+  r->tokens = (int32_t)c.tokens;
+  r->pages = (int32_t)c.pages;
+  r->bytes_k = (int64_t)c.tokens * ((key + 63) / 64 * 64);
+  const double alpha = alpha_of(a, p.h), unit = alpha > 1 ? alpha - 1 : 1;
+  r->max_unread = __double2float_ru(unit * (double)from_ordered(c.limit));
+  if (!a.cert_limit) return;
+  const emxi_cuda_limit &limit = a.cert_limit[row];
+  r->stopped_by = (uint8_t)limit.stopped;
+  r->delta_bound = fminf(__double2float_ru(limit.delta), 1.0f);
+  r->max_unread = r->tokens == p.visible ? -emxi_inf() : __double2float_ru(unit * (double)limit.far);
+  if (r->delta_bound > 0) r->flags = 0;
 }
 
 } // namespace
