@@ -76,13 +76,19 @@ __device__ __forceinline__ uint32_t chunk_at(int r, int x, int chunk) {
 /* Rows `first` .. of `from`; zeros from `end` and from d on. */
 template <int D>
 __device__ __forceinline__ void copy_tile(uint32_t to, const char *from, int64_t stride, int first, int end, int d) {
-  constexpr int CHUNKS = D / 8, STEP = TILES_THREADS / CHUNKS;
+  constexpr int CHUNKS = D / 8, STEP = TILES_THREADS / CHUNKS; /* a multiple of 8: a thread's rows have one swizzle */
   const int chunk = threadIdx.x % CHUNKS, r0 = threadIdx.x / CHUNKS;
+  const char *row = from + (first + r0) * stride + chunk * 16;
+  to += chunk_at(r0, r0 & 7, chunk);
+  if (first + TILE <= end && d == D) {
 #pragma unroll
-  for (int i = 0; i < TILE / STEP; i++) {
-    const int r = r0 + i * STEP;
-    const bool real = first + r < end && chunk * 8 < d;
-    copy_async(to + chunk_at(r, r & 7, chunk), real ? from + (first + r) * stride + chunk * 16 : from, real ? 16 : 0);
+    for (int i = 0; i < TILE / STEP; i++, row += STEP * stride)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * STEP * ROW), "l"(row) : "memory");
+    return;
+  }
+  for (int i = 0; i < TILE / STEP; i++, row += STEP * stride) {
+    const bool real = first + r0 + i * STEP < end && chunk * 8 < d;
+    copy_async(to + i * STEP * ROW, real ? row : from, real ? 16 : 0);
   }
 }
 
@@ -90,8 +96,9 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const char *from, int64_t
  * s = R C^T, 64 columns; add_products: acc += w C, w in 16 bits, four times 16 columns. They may be under way until `settle`, and their
  * last LEFT longer; then the tiles they read may change. */
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-  return (uint64_t)((address & 0x3ffff) >> 4) | ((uint64_t)64 << 16) | ((uint64_t)64 << 32) | ((uint64_t)1 << 62);
+/* Shared memory ends below 2^18. */
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, int offset) {
+  return (uint64_t)(((address >> 4) | 64 << 16) + offset / 16) | (uint64_t)(64 | 1 << 30) << 32;
 }
 #define EMXI_D4(d, n) "+f"((d)[n][0]), "+f"((d)[n][1]), "+f"((d)[n][2]), "+f"((d)[n][3])
 #define EMXI_D(d) \
@@ -104,12 +111,12 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
 #define EMXI_WGMMA_ROWS(type)                                                                              \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n" EMXI_WGMMA(type) "%32, %33, p, 1, 1, 0, 0;\n}" \
                : EMXI_D(d)                                                                                 \
-               : "l"(descriptor(R + at)), "l"(descriptor(C + at)), "n"(k > 0))
+               : "l"(descriptor(R, at)), "l"(descriptor(C, at)), "n"(k > 0))
 /* d += a b, a in registers, b's rows in shared memory. */
 #define EMXI_WGMMA_ADD(type)                                                   \
   asm volatile("{\n" EMXI_WGMMA(type) "{%32,%33,%34,%35}, %36, 1, 1, 1, 1;\n}" \
                : EMXI_D(d)                                                     \
-               : "r"(w[k][0]), "r"(w[k][1]), "r"(w[k][2]), "r"(w[k][3]), "l"(descriptor(at)))
+               : "r"(w[k][0]), "r"(w[k][1]), "r"(w[k][2]), "r"(w[k][3]), "l"(descriptor(C, half * HALF + k * 16 * ROW)))
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT, int N>
@@ -121,7 +128,7 @@ __device__ __forceinline__ void settle(float (&d)[N][4]) {
 template <typename T, int D, int k = 0>
 __device__ __forceinline__ void row_products(float (&d)[8][4], uint32_t R, uint32_t C) {
   if constexpr (k == 0) products_begin();
-  const uint32_t at = k / 4 * HALF + k % 4 * 32;
+  constexpr int at = k / 4 * HALF + k % 4 * 32;
   if constexpr (std::is_same_v<T, __half>)
     EMXI_WGMMA_ROWS("f16");
   else
@@ -139,7 +146,6 @@ __device__ __forceinline__ void add_products(float (&acc)[D / 8][4], const uint3
 #pragma unroll
     for (int half = 0; half < D / 64; half++) {
       float(&d)[8][4] = *(float(*)[8][4])(acc + 8 * half);
-      const uint32_t at = C + half * HALF + k * 16 * ROW;
       if constexpr (std::is_same_v<T, __half>)
         EMXI_WGMMA_ADD("f16");
       else
@@ -229,7 +235,7 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_gradients
   using tile_t = tiles<D>;
   extern __shared__ __align__(1024) char shared[];
   __shared__ int32_t listed[BATCH];
-  __shared__ int found[TILES_THREADS / 32];
+  __shared__ int found[BATCH / 32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, col = lane % 4 * 2;
   const uint32_t R1 = shared_of(shared), R2 = R1 + tile_t::BYTES, columns = R2 + tile_t::BYTES;
   emxi_cuda_edge *const edges = (emxi_cuda_edge *)(shared + 6 * tile_t::BYTES); /* KEYS: of the columns, two stages */
@@ -250,16 +256,12 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_gradients
   const float a1 = KIND == SOFTMAX ? LOG2E : (float)(a.alpha - 1.0), c = a1 * a.scale, b = 1.0f / (float)(a.alpha - 1.0);
   const float stretch = KEYS && std::is_same_v<T, __half> ? 1024.0f : 1.0f; /* small weights of flat rows are no numbers of f16 */
   const int first_row = KEYS ? kt.j0 : qt.i0, my_row = first_row + warp * 16 + lane / 4;
+  const int g = KEYS ? kt.g : qt.g;
   const auto data = [&](const emxi_cuda_mat &m, int h, bool query) {
     return row_of(m, KEYS ? kt.b : qt.b, h, query ? sp.q0 : sp.k0);
   };
-  const int g = KEYS ? kt.g : qt.g;
   float slope = !KEYS && a.slopes ? a.slopes[qt.h] * a1 : 0;
 
-  copy_tile<D>(R1, KEYS ? data(a.k, g, false) : data(a.q, qt.h, true), (KEYS ? a.k : a.q).row * 2, first_row, KEYS ? sp.n : sp.s,
-               a.d);
-  copy_tile<D>(R2, KEYS ? data(a.v, g, false) : data(a.d_o, qt.h, true), (KEYS ? a.v : a.d_o).row * 2, first_row,
-               KEYS ? sp.n : sp.s, a.d);
   float edge[2] = {emxi_inf(), emxi_inf()}, guess[2] = {0, 0}, su[2] = {0, 0}, sud[2] = {0, 0}, sum[2] = {0, 0};
   bool guessed[2];
   if (!KEYS)
@@ -274,47 +276,38 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_gradients
 #pragma unroll
     for (int e = 0; e < 4; e++) acc1[n][e] = acc2[n][e] = 0;
 
-  /* candidates: KEYS: tiles of queries, head by head; else tiles of keys that some row sees */
-  const int n_tiles = KEYS ? max(1, (sp.s + TILE - 1) / TILE) : 1;
-  int from = 0, to = sp.s ? a.group * n_tiles : 0;
-  if (!KEYS) {
+  /* candidates: tiles that see each other; KEYS: of queries, head by head */
+  int from, to;
+  if (KEYS) {
+    const int64_t first = (int64_t)kt.j0 - shift - right, last = (int64_t)kt.j0 + TILE - 1 - shift + left;
+    from = (int)(first > 0 ? first / TILE : 0);
+    to = last < 0 ? 0 : (int)min(last / TILE + 1, (int64_t)(sp.s + TILE - 1) / TILE);
+  } else {
     from = visible(a, sp, qt.i0).from / TILE;
     to = qt.rows ? (visible(a, sp, qt.i0 + qt.rows - 1).to + TILE - 1) / TILE : 0;
   }
-  const auto tile_of_query = [&](int e) { /* in mode, active and edge */
-                                          const int hh = e / n_tiles;
-                                          return kt.unit * per_unit + hh * a.q_tiles + (a.packed ? sp.q_tile : 0) +
-                                                 (e - hh * n_tiles);
-  };
+  const char *column1 = nullptr, *column2 = nullptr; /* rows of C1 and C2 */
+  int64_t queries = qt.unit * per_unit + qt.tile;    /* in mode, active and edge; KEYS: of the head's first tile */
+  if (!KEYS) column1 = data(a.k, g, false), column2 = data(a.v, g, false);
   const auto is_active = [&](int e) {
     if (e >= to) return false;
-    const int64_t x = KEYS ? tile_of_query(e) : qt.unit * per_unit + qt.tile;
+    const int64_t x = queries + (KEYS ? e : 0);
     const int j = (KEYS ? kt.j0 / TILE : e) >> a.active_shift, m = KEYS ? a.mode[x] : mode;
-    if (KEYS && m & EMXI_CUDA_TILES_ALL) {
-      const int i0 = e % n_tiles * TILE;
-      return visible(a, sp, i0).from < kt.j0 + TILE && visible(a, sp, min(i0 + TILE, sp.s) - 1).to > kt.j0;
-    }
-    return m && ((m & EMXI_CUDA_TILES_ALL) || (a.active[x * a.active_words + j / 32] >> j % 32 & 1));
+    const uint32_t some = a.active[x * a.active_words + j / 32] >> j % 32 & 1;
+    return m && ((m & EMXI_CUDA_TILES_ALL) || some);
   };
   const auto load = [&](int e, int stage) {
     const uint32_t C1 = columns + stage * 2 * tile_t::BYTES, C2 = C1 + tile_t::BYTES;
-    if (KEYS) {
-      const int hh = e / n_tiles, i0 = (e - hh * n_tiles) * TILE, h = g * a.group + hh;
-      copy_tile<D>(C1, data(a.q, h, true), a.q.row * 2, i0, sp.s, a.d);
-      copy_tile<D>(C2, data(a.d_o, h, true), a.d_o.row * 2, i0, sp.s, a.d);
-      if (threadIdx.x < TILE / 2)
-        copy_async(shared_of(edges + stage * TILE + 2 * threadIdx.x), a.edge + tile_of_query(e) * TILE + 2 * threadIdx.x, 16);
-    } else {
-      copy_tile<D>(C1, data(a.k, g, false), a.k.row * 2, e * TILE, sp.n, a.d);
-      copy_tile<D>(C2, data(a.v, g, false), a.v.row * 2, e * TILE, sp.n, a.d);
-    }
+    copy_tile<D>(C1, column1, (KEYS ? a.q : a.k).row * 2, e * TILE, KEYS ? sp.s : sp.n, a.d);
+    copy_tile<D>(C2, column2, (KEYS ? a.d_o : a.v).row * 2, e * TILE, KEYS ? sp.s : sp.n, a.d);
+    if (KEYS && threadIdx.x < TILE / 2)
+      copy_async(shared_of(edges + stage * TILE + 2 * threadIdx.x), a.edge + (queries + e) * TILE + 2 * threadIdx.x, 16);
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
   const auto work = [&](int e, int stage) {
     const uint32_t C1 = columns + stage * 2 * tile_t::BYTES, C2 = C1 + tile_t::BYTES;
     const emxi_cuda_edge *const its = edges + stage * TILE;
-    const int i0 = KEYS ? e % n_tiles * TILE : qt.i0, j0 = KEYS ? kt.j0 : e * TILE;
-    if (KEYS && a.slopes) slope = a.slopes[g * a.group + e / n_tiles] * a1;
+    const int i0 = KEYS ? e * TILE : qt.i0, j0 = KEYS ? kt.j0 : e * TILE;
     float s[8][4], dp[8][4];
     row_products<T, D>(s, R1, C1);
     row_products<T, D>(dp, R2, C2);
@@ -326,15 +319,22 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_gradients
 #pragma unroll
       for (int x = 0; x < 4; x++) {
         const float t = KEYS ? (x & 1 ? two.z : two.x) : edge[x >> 1];
-        float y = fmaf(s[n][x], c, -t);
-        if (slope != 0)
-          y = fmaf(-slope,
-                   (float)abs(my_row + 8 * (x >> 1) - (KEYS ? i0 : j0) - (8 * n + col + (x & 1)) + (KEYS ? -shift : shift)), y);
-        s[n][x] = KIND == SOFTMAX ? exp2f(y) : fmaxf(y, 0.0f);
+        s[n][x] = fmaf(s[n][x], c, -t);
       }
     }
-    const key_range top = visible(a, sp, i0), bottom = visible(a, sp, min(i0 + TILE, sp.s) - 1);
-    if (bottom.from > j0 || top.to < j0 + TILE) { /* not all of it is visible */
+    if (slope != 0) /* a loop of its own: predicated instructions of the one before would cost what they cost with a slope */
+#pragma unroll
+      for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int x = 0; x < 4; x++)
+          s[n][x] = fmaf(-slope,
+                         (float)abs(my_row + 8 * (x >> 1) - (KEYS ? i0 : j0) - (8 * n + col + (x & 1)) + (KEYS ? -shift : shift)),
+                         s[n][x]);
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+      for (int x = 0; x < 4; x++) s[n][x] = KIND == SOFTMAX ? exp2f(s[n][x]) : fmaxf(s[n][x], 0.0f);
+    if (j0 - i0 - (TILE - 1) - shift < -left || j0 + TILE - 1 - i0 - shift > right || j0 + TILE > sp.n) { /* not all is visible */
 #pragma unroll
       for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -406,33 +406,51 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_gradients
   };
 
   bool any = false;
-  for (int base = from; base < to; base += BATCH) {
-    int n = 0;
-    for (int x = 0; x < BATCH; x += TILES_THREADS) {
-      const bool mine = is_active(base + x + (int)threadIdx.x);
-      const uint32_t some = __ballot_sync(EMXI_FULL, mine);
-      __syncthreads();
-      if (lane == 0) found[warp] = __popc(some);
-      __syncthreads();
-      int at = n + __popc(some & ((1u << lane) - 1));
-      for (int y = 0; y < TILES_THREADS / 32; y++) {
-        if (y < warp) at += found[y];
-        n += found[y];
+  const auto walk = [&]() {
+    for (int base = from; base < to; base += BATCH) {
+      constexpr int PARTS = BATCH / TILES_THREADS;
+      uint32_t some[PARTS];
+#pragma unroll
+      for (int x = 0; x < PARTS; x++) {
+        some[x] = __ballot_sync(EMXI_FULL, is_active(base + x * TILES_THREADS + (int)threadIdx.x));
+        if (lane == 0) found[x * TILES_THREADS / 32 + warp] = __popc(some[x]);
       }
-      if (mine) listed[at] = base + x + (int)threadIdx.x;
-    }
-    __syncthreads();
-    if (!n) continue;
-    any = true;
-    load(listed[0], 0);
-    for (int x = 0; x < n; x++) {
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
-      publish();
       __syncthreads();
-      if (x + 1 < n) load(listed[x + 1], (x + 1) % 2);
-      work(listed[x], x % 2);
+      int n = 0;
+#pragma unroll
+      for (int x = 0; x < BATCH / 32; x++) {
+        if (x % (TILES_THREADS / 32) == warp && some[x / (TILES_THREADS / 32)] >> lane & 1)
+          listed[n + __popc(some[x / (TILES_THREADS / 32)] & ((1u << lane) - 1))] = base + 32 * x + lane;
+        n += found[x];
+      }
+      __syncthreads();
+      if (!n) continue;
+      if (!any) {
+        copy_tile<D>(R1, KEYS ? data(a.k, g, false) : data(a.q, qt.h, true), (KEYS ? a.k : a.q).row * 2, first_row,
+                     KEYS ? sp.n : sp.s, a.d);
+        copy_tile<D>(R2, KEYS ? data(a.v, g, false) : data(a.d_o, qt.h, true), (KEYS ? a.v : a.d_o).row * 2, first_row,
+                     KEYS ? sp.n : sp.s, a.d);
+      }
+      any = true;
+      load(listed[0], 0);
+      for (int x = 0; x < n; x++) {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        publish();
+        __syncthreads();
+        if (x + 1 < n) load(listed[x + 1], (x + 1) % 2);
+        work(listed[x], x % 2);
+      }
+      __syncthreads();
     }
-    __syncthreads();
+  };
+  for (int hh = 0; hh < (KEYS ? a.group : 1); hh++) {
+    if (KEYS) {
+      const int h = g * a.group + hh;
+      queries = kt.unit * per_unit + hh * a.q_tiles + (a.packed ? sp.q_tile : 0);
+      column1 = data(a.q, h, true), column2 = data(a.d_o, h, true);
+      slope = a.slopes ? a.slopes[h] * a1 : 0;
+    }
+    walk();
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
 
