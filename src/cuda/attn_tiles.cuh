@@ -553,7 +553,7 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_forward(c
   }
   copy_tile<D>(R, row_of(a.q, t.b, t.h, t.sp.q0), a.q.row * 2, t.i0, t.sp.s, a.d);
 
-  /* each(z, tile, V) for every step-th tile: z = (alpha - 1) score, alpha = 1: in base 2; -inf: not visible */
+  /* each(s, f, tile, V) for every step-th tile: f s = (alpha - 1) score, alpha = 1: in base 2; -inf: not visible */
   const auto walk = [&](int step, bool with_values, auto &&each) {
     const auto load = [&](int j, int stage) {
       const uint32_t C = columns + stage * 2 * tile_t::BYTES;
@@ -574,16 +574,20 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_forward(c
       row_products<T, D>(s, R, C);
       settle<0>(s);
       const int j0 = j * TILE;
+      const bool cut = bottom.from > j0 || top.to < j0 + TILE;
+      if (slope != 0 || cut)
 #pragma unroll
-      for (int n = 0; n < 8; n++)
+        for (int n = 0; n < 8; n++)
 #pragma unroll
-        for (int x = 0; x < 4; x++) {
-          s[n][x] *= c;
-          if (slope != 0)
+          for (int x = 0; x < 4; x++) s[n][x] *= c;
+      if (slope != 0)
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+          for (int x = 0; x < 4; x++)
             s[n][x] =
                 fmaf(-slope, (float)abs(t.i0 + r0 + 8 * (x >> 1) + t.sp.n - t.sp.s - (j0 + 8 * n + col + (x & 1))), s[n][x]);
-        }
-      if (bottom.from > j0 || top.to < j0 + TILE)
+      if (cut)
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -591,7 +595,7 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_forward(c
             const int at = j0 + 8 * n + col + (x & 1);
             if (at < vis[x >> 1].from || at >= vis[x >> 1].to) s[n][x] = -emxi_inf();
           }
-      each(s, j, C + tile_t::BYTES);
+      each(s, slope != 0 || cut ? 1.0f : c, j, C + tile_t::BYTES);
     }
     __syncthreads();
   };
@@ -601,12 +605,15 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_forward(c
   root x[2];
   {
     float mean[2] = {0, 0}, square[2] = {0, 0}, count[2] = {0, 0}, ref[2] = {-emxi_inf(), -emxi_inf()};
-    walk(KIND != SOFTMAX && to - from >= 16 ? 4 : 1, false, [&](const float(&z)[8][4], int, uint32_t) {
+    walk(KIND != SOFTMAX && to - from >= 16 ? 4 : 1, false, [&](float(&z)[8][4], float scale, int, uint32_t) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         float largest = -emxi_inf();
 #pragma unroll
-        for (int n = 0; n < 8; n++) largest = fmaxf(largest, fmaxf(z[n][2 * i], z[n][2 * i + 1]));
+        for (int n = 0; n < 8; n++) {
+          z[n][2 * i] *= scale, z[n][2 * i + 1] *= scale;
+          largest = fmaxf(largest, fmaxf(z[n][2 * i], z[n][2 * i + 1]));
+        }
         m[i] = fmaxf(m[i], largest);
         if (KIND == SOFTMAX) continue;
         const float so_far = quad_max(m[i]); /* a row's four threads have the same ref */
@@ -642,16 +649,16 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_forward(c
       hi[i] = mine[i] ? (float)x[i].t : emxi_inf();
       lo[i] = mine[i] ? (float)(x[i].t - (double)hi[i]) : 0.0f;
     }
-    walk(1, false, [&](const float(&z)[8][4], int, uint32_t) {
+    walk(1, false, [&](const float(&z)[8][4], float scale, int, uint32_t) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        float f[3] = {0, 0, 0};
+        float f[3] = {0, 0, 0}, top = -emxi_inf();
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
-            m[i] = fmaxf(m[i], z[n][2 * i + e]);
-            const float over = (z[n][2 * i + e] - hi[i]) - lo[i], y = fmaxf(over, 0.0f);
+            const float over = fmaf(z[n][2 * i + e], scale, -hi[i]) - lo[i], y = fmaxf(over, 0.0f);
+            top = fmaxf(top, over);
             if (KIND) {
               f[0] += over > 0 ? 1.0f : 0.0f;
               f[1] += y;
@@ -665,6 +672,7 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_forward(c
           }
 #pragma unroll
         for (int e = 0; e < 3; e++) sums[i][e] += (double)f[e];
+        m[i] = fmaxf(m[i], (top + lo[i]) + hi[i]);
       }
     });
 #pragma unroll
@@ -706,7 +714,7 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_forward(c
   };
   double total[2] = {0, 0};
   int support[2] = {0, 0}, listed[2] = {0, 0};
-  walk(1, true, [&](float(&z)[8][4], int j, uint32_t V) {
+  walk(1, true, [&](float(&z)[8][4], float scale, int j, uint32_t V) {
     uint32_t some[2] = {0, 0};
     float f[2] = {0, 0};
 #pragma unroll
@@ -714,8 +722,8 @@ __global__ void __launch_bounds__(TILES_THREADS, D == 64 ? 3 : 2) tile_forward(c
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int i = e >> 1;
-        odd[i] |= !(z[n][e] < emxi_inf());
-        const float over = (z[n][e] - hi[i]) - lo[i];
+        const float over = fmaf(z[n][e], scale, -hi[i]) - lo[i];
+        odd[i] |= !(over < emxi_inf());
         const bool has = KIND == SOFTMAX ? live[i] && z[n][e] > -emxi_inf() : over > 0;
         float p = 0, u;
         if (KIND == SOFTMAX)
