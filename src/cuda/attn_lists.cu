@@ -248,7 +248,10 @@ __global__ void __launch_bounds__(THREADS, 2) resolve_backward(const __grid_cons
   const float slope = a.slopes ? a.slopes[t.h] : 0;
   const source keys = keys_of(a, a.k, t.b, t.g, t.sp), values = keys_of(a, a.v, t.b, t.g, t.sp);
   if (GIVEN && a.mode && a.mode[t.unit * (a.group * a.q_tiles) + t.tile]) return;
-  if (!GIVEN) count_dense(a, t);
+  if (!GIVEN) {
+    count_dense(a, t);
+    if (!__syncthreads_or((int)threadIdx.x < t.rows && a.todo[t.row0 + threadIdx.x]) && (!t.padded || a.index.data)) return;
+  }
   for (int r = warp; r < t.rows + t.padded; r += WARPS) {
     const int64_t row = t.row0 + r, place = t.sp.q0 + t.i0 + r;
     if (r < t.rows && !GIVEN && !a.todo[row]) continue;
@@ -422,11 +425,22 @@ __global__ void __launch_bounds__(THREADS) find_odd(const __grid_constant__ emxi
   const uint32_t E = a.k.dtype == EMX_F16 ? 0x7c00 : 0x7f80; /* all ones: infinity or NaN */
   bool odd = false;
   const auto look = [&](const emxi_cuda_mat &m, int h, int64_t n) {
-    for (int64_t x = blockIdx.x % ODD_PARTS * (int64_t)THREADS + threadIdx.x; x < n * chunks; x += ODD_PARTS * THREADS) {
-      const uint4 w = __ldg((const uint4 *)(row_of(m, b, h, x / chunks) + x % chunks * 16));
-      const uint32_t u[4] = {w.x, w.y, w.z, w.w};
+    constexpr int STEP = ODD_PARTS * THREADS, N = 4; /* N loads at once */
+    const char *const rows = row_of(m, b, h, 0);
+    const int64_t of_row = m.row * 2;
+    for (int64_t x = blockIdx.x % ODD_PARTS * THREADS + threadIdx.x; x < n * chunks; x += N * STEP) {
+      uint4 w[N];
 #pragma unroll
-      for (int i = 0; i < 4; i++) odd |= (u[i] & E) == E || (u[i] & E << 16) == E << 16;
+      for (int y = 0; y < N; y++) {
+        const int64_t at = min(x + y * STEP, n * chunks - 1), row = at >> 31 ? at / chunks : (uint32_t)at / (uint32_t)chunks;
+        w[y] = __ldg((const uint4 *)(rows + row * of_row + (at - row * chunks) * 16));
+      }
+#pragma unroll
+      for (int y = 0; y < N; y++) {
+        const uint32_t u[4] = {w[y].x, w[y].y, w[y].z, w[y].w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) odd |= (u[i] & E) == E || (u[i] & E << 16) == E << 16;
+      }
     }
   };
   const int64_t s = a.packed ? a.rows_q : a.span[b].s, n = a.packed ? a.rows_k : a.span[b].n;
@@ -519,66 +533,81 @@ __global__ void __launch_bounds__(THREADS) survey(const __grid_constant__ emxi_c
 /* ---- gradients of keys */
 
 /* Nonzeros of a block of query tiles by key tile: their numbers (added to counts), or, FILL, their places. Within a key tile they are in
- * order of row and position. */
-constexpr int WINDOW = 128;
+ * order of row and position: a warp has eight neighbouring rows, whose lists ascend. WINDOW: key tiles at once. */
+constexpr int WINDOW = 1024, OF_WARP = TILE / WARPS;
 template <bool FILL>
-__global__ void __launch_bounds__(THREADS) by_key_tile(const __grid_constant__ emxi_cuda_attn a) {
-  __shared__ uint16_t first[TILE][WINDOW], count[TILE][WINDOW];
-  __shared__ uint32_t start[WINDOW];
+__global__ void __launch_bounds__(THREADS, FILL ? 4 : 5) by_key_tile(const __grid_constant__ emxi_cuda_attn a) {
+  constexpr int PARTS = FILL ? WARPS : 1;
+  __shared__ uint32_t pairs[PARTS][WINDOW / 2]; /* two counts of 16 bits; FILL: of a warp's rows, then places */
+  __shared__ uint32_t start[FILL ? WINDOW : 1];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, unit = (int)(blockIdx.x / a.blocks);
   const int64_t block = blockIdx.x % a.blocks, tiles = (int64_t)a.group * a.q_tiles;
+  uint16_t *const mine = (uint16_t *)pairs[FILL ? warp : 0];
   for (int64_t at = block * a.block_rows; at < tiles && at < (block + 1) * a.block_rows; at++) {
     const int64_t x = at % a.q_tiles;
     const int head = (int)(a.packed ? unit : unit % a.ng) * a.group + (int)(at / a.q_tiles);
     query_tile t;
     if (!locate(a, a.packed ? sequence_of<false>(a, x) : a.b0 + unit / a.ng, x, head, &t) || !t.rows) continue;
-    if (!__syncthreads_or((int)threadIdx.x < t.rows && a.n_list[t.row0 + threadIdx.x] > 0)) continue;
-    const int64_t shift = a.packed ? t.sp.k_tile : 0;
-    const int from = visible(a, t.sp, t.i0).from / TILE / WINDOW * WINDOW, to = visible(a, t.sp, t.i0 + t.rows - 1).to;
-    for (int w0 = from; w0 * TILE < to; w0 += WINDOW) {
-      for (int e = threadIdx.x; e < TILE * WINDOW; e += THREADS) (&count[0][0])[e] = 0;
-      __syncthreads();
-      for (int r = warp; r < t.rows; r += WARPS) {
-        const int n = a.n_list[t.row0 + r];
-        const int32_t *pos = a.pos + (t.row0 + r) * CAP + a.at[t.row0 + r];
-        for (int e = lane; e < n; e += 32) {
-          const int tile = pos[e] / TILE - w0;
-          if (tile >= 0 && tile < WINDOW && (e == 0 || pos[e - 1] / TILE - w0 != tile)) first[r][tile] = (uint16_t)e;
-        }
-        __syncwarp();
-        for (int e = lane; e < n; e += 32) {
-          const int tile = pos[e] / TILE - w0;
-          if (tile >= 0 && tile < WINDOW && (e == n - 1 || pos[e + 1] / TILE - w0 != tile))
-            count[r][tile] = (uint16_t)(e + 1 - first[r][tile]);
+    const int r = OF_WARP * warp + lane % OF_WARP, of_lane = r < t.rows ? max(0, a.n_list[t.row0 + r]) : 0,
+              from_lane = of_lane ? a.at[t.row0 + r] : 0;
+    if (!__syncthreads_or(of_lane)) continue;
+    const int64_t row0 = t.row0 + OF_WARP * warp, shift = a.packed ? t.sp.k_tile : 0;
+    const int32_t *const pos = a.pos + row0 * CAP;
+    int head_of[OF_WARP]; /* first positions of the warp's rows */
+#pragma unroll
+    for (int i = 0; i < OF_WARP; i++) {
+      const int n = __shfl_sync(EMXI_FULL, of_lane, i), from = i * CAP + __shfl_sync(EMXI_FULL, from_lane, i);
+      head_of[i] = lane < n ? pos[from + lane] : 0;
+    }
+    const int first = visible(a, t.sp, t.i0).from / TILE, to = (visible(a, t.sp, t.i0 + t.rows - 1).to + TILE - 1) / TILE;
+    /* each(key tile of the window, or -1; place in pos) for the warp's entries in their order */
+    const auto walk = [&](int w0, int used, auto &&each) {
+#pragma unroll
+      for (int i = 0; i < OF_WARP; i++) {
+        const int n = __shfl_sync(EMXI_FULL, of_lane, i), from = i * CAP + __shfl_sync(EMXI_FULL, from_lane, i);
+        for (int e0 = 0; e0 < n; e0 += 32) {
+          const int e = e0 + lane, tile = e >= n ? -1 : (e0 ? pos[from + e] : head_of[i]) / TILE - w0;
+          each(tile >= 0 && tile < used ? tile : -1, from + e);
         }
       }
+    };
+    for (int w0 = first; w0 < to; w0 += WINDOW) {
+      const int used = min(WINDOW, to - w0);
+      for (int e = FILL ? lane : threadIdx.x; e < (used + 1) / 2; e += FILL ? 32 : THREADS) ((uint32_t *)mine)[e] = 0;
       __syncthreads();
-      if (threadIdx.x < WINDOW && w0 + threadIdx.x + shift < a.k_tiles) {
+      walk(w0, used, [&](int tile, int) {
+        if (tile >= 0) atomicAdd((uint32_t *)mine + tile / 2, 1u << 16 * (tile & 1));
+      });
+      __syncthreads();
+      for (int x = threadIdx.x; x < used && w0 + x + shift < a.k_tiles; x += THREADS) {
         uint32_t total = 0;
-        for (int r = 0; r < TILE; r++) {
-          const uint32_t n = count[r][threadIdx.x];
-          count[r][threadIdx.x] = (uint16_t)total;
-          total += n;
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+          uint16_t *const count = (uint16_t *)pairs[part] + x;
+          const uint32_t here = *count;
+          if (FILL) *count = (uint16_t)total;
+          total += here;
         }
-        if (total) {
-          const int64_t tile = unit * a.k_tiles + shift + w0 + threadIdx.x;
-          uint32_t *sum = a.counts + tile * a.blocks + block;
-          if (FILL) start[threadIdx.x] = *sum + a.tile_start[tile + unit];
-          *sum += total;
-        }
+        if (!total) continue;
+        const int64_t tile = unit * a.k_tiles + shift + w0 + x;
+        uint32_t *const sum = a.counts + tile * a.blocks + block;
+        if (FILL) start[x] = *sum + a.tile_start[tile + unit];
+        *sum += total;
       }
       __syncthreads();
       if (FILL)
-        for (int r = warp; r < t.rows; r += WARPS) {
-          const int n = a.n_list[t.row0 + r];
-          const int64_t base = (t.row0 + r) * CAP + a.at[t.row0 + r];
-          for (int e = lane; e < n; e += 32) {
-            const int tile = a.pos[base + e] / TILE - w0;
-            if (tile < 0 || tile >= WINDOW) continue;
-            const uint32_t place = start[tile] + count[r][tile] + (uint32_t)e - first[r][tile];
-            a.by_tile[unit * a.unit_rows * CAP + place] = (uint32_t)(base + e - unit * a.unit_rows * CAP);
+        walk(w0, used, [&](int tile, int entry) {
+          const int before = __shfl_up_sync(EMXI_FULL, tile, 1), after = __shfl_down_sync(EMXI_FULL, tile, 1);
+          const uint32_t heads = __ballot_sync(EMXI_FULL, lane == 0 || before != tile);
+          const int rank = lane - (31 - __clz(heads & ((2u << lane) - 1)));
+          const uint32_t place = tile >= 0 ? mine[tile] + rank : 0;
+          __syncwarp(); /* every lane has read */
+          if (tile >= 0) {
+            if (lane == 31 || after != tile) mine[tile] = (uint16_t)(place + 1);
+            a.by_tile[unit * a.unit_rows * CAP + start[tile] + place] = (uint32_t)((row0 - unit * a.unit_rows) * CAP + entry);
           }
-        }
+          __syncwarp();
+        });
       __syncthreads();
     }
   }
@@ -621,43 +650,71 @@ __global__ void __launch_bounds__(THREADS) scan_tiles(const __grid_constant__ em
   }
 }
 
-/* A key tile's nonzeros by key, in the order they had. */
+/* A key tile's nonzeros by key, in the order they had: a warp has an eighth of them, of which it keeps the first KEPT times 32. */
 __global__ void __launch_bounds__(THREADS) sort_by_key(const __grid_constant__ emxi_cuda_attn a) {
-  __shared__ uint32_t next[TILE], mine[WARPS][TILE];
+  constexpr int KEPT = 8;
+  __shared__ uint32_t next[WARPS][TILE];
   const int unit = (int)(blockIdx.x / a.k_tiles), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const uint32_t from = a.tile_start[blockIdx.x + unit], to = a.tile_start[blockIdx.x + unit + 1];
+  const uint32_t begin = a.tile_start[blockIdx.x + unit], end = a.tile_start[blockIdx.x + unit + 1],
+                 share = (end - begin + 32 * WARPS - 1) / (32 * WARPS) * 32, from = min(begin + warp * share, end),
+                 to = min(from + share, end);
   const int64_t base = unit * a.unit_rows * CAP;
-  if (threadIdx.x < TILE) next[threadIdx.x] = 0;
+  const uint32_t *const by_tile = a.by_tile + base;
+  const int32_t *const pos = a.pos + base;
+  uint32_t *const mine = next[warp];
+  for (int c = lane; c < TILE; c += 32) mine[c] = 0;
+  uint32_t place[KEPT];
+  int key[KEPT];
+#pragma unroll
+  for (int i = 0; i < KEPT; i++) place[i] = from + 32 * i + lane < to ? by_tile[from + 32 * i + lane] : 0;
+#pragma unroll
+  for (int i = 0; i < KEPT; i++) key[i] = from + 32 * i + lane < to ? pos[place[i]] % TILE : TILE;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < KEPT; i++)
+    if (key[i] < TILE) atomicAdd(&mine[key[i]], 1u);
+  for (uint32_t e = from + 32 * KEPT + lane; e < to; e += 32) atomicAdd(&mine[pos[by_tile[e]] % TILE], 1u);
   __syncthreads();
-  for (uint32_t e = from + threadIdx.x; e < to; e += THREADS) atomicAdd(&next[a.pos[base + a.by_tile[base + e]] % TILE], 1u);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    uint32_t run = from;
-    uint32_t *start = a.key_start + unit * (a.k_tiles * TILE + 1) + blockIdx.x % a.k_tiles * TILE;
-    for (int c = 0; c < TILE; c++) {
-      const uint32_t n = next[c];
-      next[c] = start[c] = run;
-      run += n;
+  if (warp == 0) { /* numbers become places; a lane has two keys */
+    uint32_t of[2] = {0, 0};
+#pragma unroll
+    for (int c = 0; c < 2; c++)
+      for (int x = 0; x < WARPS; x++) of[c] += next[x][2 * lane + c];
+    uint32_t upto = of[0] + of[1];
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+      const uint32_t other = __shfl_up_sync(EMXI_FULL, upto, step);
+      if (lane >= step) upto += other;
+    }
+    uint32_t run = begin + upto - of[0] - of[1];
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+      a.key_start[unit * (a.k_tiles * TILE + 1) + blockIdx.x % a.k_tiles * TILE + 2 * lane + c] = run;
+      for (int x = 0; x < WARPS; x++) {
+        const uint32_t n = next[x][2 * lane + c];
+        next[x][2 * lane + c] = run;
+        run += n;
+      }
     }
   }
-  for (uint32_t e0 = from; e0 < to; e0 += THREADS) {
-    for (int c = lane; c < TILE; c += 32) mine[warp][c] = 0;
-    __syncthreads();
-    const uint32_t e = e0 + threadIdx.x, place = e < to ? a.by_tile[base + e] : 0;
-    const int key = e < to ? a.pos[base + place] % TILE : TILE;
-    const uint32_t same = __match_any_sync(EMXI_FULL, key);
+  __syncthreads();
+  const auto put = [&](int k, uint32_t what) { /* k: TILE where there is none */
+    const uint32_t same = __match_any_sync(EMXI_FULL, k);
     const int rank = __popc(same & ((1u << lane) - 1));
-    if (e < to && rank == 0) mine[warp][key] = __popc(same);
-    __syncthreads();
-    if (e < to) {
-      uint32_t at = next[key] + rank;
-      for (int x = 0; x < warp; x++) at += mine[x][key];
-      a.by_key[base + at] = place;
+    const uint32_t at = k < TILE ? mine[k] + rank : 0;
+    __syncwarp(); /* every lane has read */
+    if (k < TILE) {
+      if (rank == 0) mine[k] = at + __popc(same);
+      a.by_key[base + at] = what;
     }
-    __syncthreads();
-    if (threadIdx.x < TILE)
-      for (int x = 0; x < WARPS; x++) next[threadIdx.x] += mine[x][threadIdx.x];
-    __syncthreads();
+    __syncwarp();
+  };
+#pragma unroll
+  for (int i = 0; i < KEPT; i++)
+    if (from + 32 * i < to) put(key[i], place[i]);
+  for (uint32_t e = from + 32 * KEPT; e < to; e += 32) {
+    const uint32_t what = e + lane < to ? by_tile[e + lane] : 0;
+    put(e + lane < to ? pos[what] % TILE : TILE, what);
   }
 }
 
