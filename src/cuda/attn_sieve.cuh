@@ -10,7 +10,7 @@
  *      above its row's first bound is marked, for each warpgroup. Where few tiles are, the other half is looked at in the same way.
  *   2. the edges again, what has not been looked at, and marked tiles: scores above the bound are listed. A tile without a mark has
  *      nothing above a lower bound of its rows' thresholds, hence no weight: clustered keys need hardly a second product. A list that is
- *      full has its row's bound raised to its own threshold.
+ *      full has its row's bound raised to its own threshold. Where every row's list is full even so (flat rows), the block ends.
  * Cost: 2 D FLOP a visible pair times 1 and the share of marked tiles (1.5 where most are), 2 D bytes of K a pair of a key and a block.
  *
  * docs/numerics.md has the roundings. A row's list has four parts, one of each lane that holds scores of the row, entry by entry in turns
@@ -23,6 +23,7 @@
 namespace {
 
 constexpr int SIEVE_FEW = 40;   /* per cent of marked tiles: where a second visit is cheaper than longer lists */
+constexpr int SIEVE_LOOK = 6;   /* visits of the second pass, after the edges, before a block looks whether it has lists to fill */
 constexpr int SIEVE_WORDS = 32; /* of marks: 32 sampled tiles each, or as many times a power of two */
 
 template <int D>
@@ -77,7 +78,8 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) sieve(const __grid_constant__
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int STAGES = sieve_of<D>::STAGES, KB = sieve_of<D>::STAGE_BYTES, KEYS = FAST_KEYS;
   extern __shared__ __align__(1024) char shared_raw[];
-  __shared__ uint64_t full[STAGES], empty[STAGES], known, marked;
+  __shared__ uint64_t full[STAGES], empty[STAGES], known, marked, looked;
+  __shared__ int busy; /* some row may have a list */
   __shared__ uint32_t marks[FAST_GROUPS][SIEVE_WORDS];
   char *ks = (char *)(((uintptr_t)shared_raw + 1023) & ~(uintptr_t)1023);
 
@@ -127,6 +129,8 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) sieve(const __grid_constant__
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) barrier_init(&full[i], 128), barrier_init(&empty[i], 4 * FAST_GROUPS);
     barrier_init(&known, 4 * FAST_GROUPS), barrier_init(&marked, 4 * FAST_GROUPS);
+    barrier_init(&looked, 4 * FAST_GROUPS);
+    busy = 0;
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -169,6 +173,13 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) sieve(const __grid_constant__
     *mine = own >> (from >> coarse & 31) & 1;
     *tile = sample(from++);
     return true;
+  };
+  /* Before the visit that all warps, and the copier, know by its number: every warp says (an OR) whether it has work left. */
+  int visits = 0;
+  const auto is_over = [&]() {
+    if (visits++ != edges + SIEVE_LOOK) return false;
+    barrier_wait(&looked, 0);
+    return *(volatile int *)&busy == 0;
   };
   if (group == FAST_GROUPS) { /* the copier */
     asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
@@ -214,7 +225,11 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) sieve(const __grid_constant__
     for (int i = even; i < sampled; i++) copy(sample(i));
     int tile;
     bool mine;
-    while (next_visit(&tile, &mine, hand_over)) copy(tile);
+    while (next_visit(&tile, &mine, hand_over)) {
+      if (visits == edges + SIEVE_LOOK) hand_over();
+      if (is_over()) break;
+      copy(tile);
+    }
     hand_over();
     return;
   }
@@ -481,6 +496,15 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) sieve(const __grid_constant__
     int tile;
     bool mine;
     more = next_visit(&tile, &mine, [] {});
+    if (more && visits == edges + SIEVE_LOOK) {
+      const bool open = __any_sync(~0u, f0 < emxi_inf() || f1 < emxi_inf());
+      if (lane == 0) {
+        if (open) busy = 1;
+        barrier_arrive(&looked);
+      }
+      __syncwarp();
+    }
+    more = more && !is_over();
     if (more && mine) {
       const bool cut = tile < in_lo || tile >= in_hi;
       visit([&](float(&d)[32], const int half) {
