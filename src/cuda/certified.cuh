@@ -197,6 +197,7 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
       cert->base = limit;
       cert->slack = (float)slack * 1.1f; /* and what the subtraction of a float loses */
       cert->tokens = cert->pages = cert->codes = 0;
+      cert->longest = 0;
       a.wide[blockIdx.x].arrived = 0; /* as ALL's scan does, which this row's item may skip */
       if (!(limit > -emxi_inf()) || (alpha > 1 && 2 * above > there)) atomicOr(&a.cert_flat[item], 1);
     }
@@ -458,7 +459,9 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
           a.z[to_place] = score;
           a.local[to_place] = (uint8_t)(position % CHUNK);
           const float bin = (score - edge[r][0] - edge[r][1]) / BIN - 1e-3f;
-          if (bin >= 0 && score < emxi_inf()) atomicAdd(&a.cert_bins[row * BINS + (int)fminf(bin, BINS - 1)], 1u);
+          /* of a key without a sketch nobody knows how far off its score is: the slack is not its */
+          if (bin >= 0 && score < emxi_inf() && a.cert_upper[row * a.cert_groups + position / GROUP] < emxi_inf())
+            atomicAdd(&a.cert_bins[row * BINS + (int)fminf(bin, BINS - 1)], 1u);
           count++;
         }
         float top = score < emxi_inf() ? score : -emxi_inf();

@@ -104,7 +104,8 @@ typedef struct emxi_cuda_cert {
   float base;                    /* the first limit: lower edge of bin 0 */
   float slack;                   /* >= the error of any score */
   uint32_t tokens, pages, codes; /* read: keys, pages, groups' codes */
-  int32_t unused[26];            /* a line of its own: it is polled */
+  int32_t longest;    /* bits of a float: largest square of a norm among the first keys that `fetch` (limits.cu) reads */
+  int32_t unused[25]; /* a line of its own: it is polled */
 } emxi_cuda_cert;
 
 /* The same with a limit (limits.cu), in units of scores. */

@@ -290,7 +290,8 @@ struct cut_row {
       const double below = (double)(place.visible - state.listed) * exp((double)state.first - ref),
                    read = s[0] * exp(-slack) * (1 - 1e-12);
       const double unread = (s[1] + below) * (1 + 1e-12);
-      return unread / (unread + read) * (1 + 1e-12);
+      if (!n_open && state.listed >= place.visible) return 0;
+      return fmax(unread / (unread + read) * (1 + 1e-12), 1e-300); /* never 0 while anything is unread */
     }
     double t = unit * (double)low, go = 0;
     for (int step = 0; step < 40; step++) {
@@ -389,7 +390,7 @@ __global__ void __launch_bounds__(CUT_THREADS) cut(const __grid_constant__ emxi_
   const int64_t row = blockIdx.x;
   const row_place place = place_of(a, row);
   const int item = item_of(a, place), round = a.cert_round;
-  if (a.cert_flat[item]) return;
+  if (__syncthreads_or(a.cert_flat[item])) return; /* other rows of the item may say so meanwhile */
   emxi_cuda_limit *limit = &a.cert_limit[row];
   const emxi_cuda_cert *cert = &a.cert[row];
   emxi_cuda_limit state = *limit;
@@ -406,7 +407,9 @@ __global__ void __launch_bounds__(CUT_THREADS) cut(const __grid_constant__ emxi_
   __syncthreads(); /* the state has been read */
   cut_row r = {space, a, place, state, threshold_of(a, softmax ? 2.0 : alpha, 0.0f)};
   r.k.alpha = alpha;
-  r.unit = unit, r.slack = (double)cert->slack;
+  /* Keys without a sketch have been read in the first round: their scores may be off by more than those that `seed` knew of. */
+  const double longest = (sqrt((double)__int_as_float(cert->longest)) + 2e-18) * (1 + 1e-4);
+  r.unit = unit, r.slack = fmax((double)cert->slack, round ? cert_slack(a.cert_query[row], longest, (double)place.length) : 0.0);
   r.row = row, r.chunks = (place.visible + CHUNK - 1) / CHUNK;
   r.low = state.low, r.m = -emxi_inf(), r.n_listed = 0, r.short_list = true;
   if (round) r.list_scores();
@@ -459,7 +462,7 @@ __global__ void __launch_bounds__(CUT_THREADS) cut(const __grid_constant__ emxi_
   if (most < open) to = fmax(to, r.cut_by_number(most));
   if (threadIdx.x) return;
   state.before = state.cut;
-  state.cut = fminf((float)to, state.cut);
+  state.cut = fminf(__double2float_rd(to), state.cut);
   *limit = state;
 }
 
@@ -488,8 +491,9 @@ __global__ void __launch_bounds__(FETCH_THREADS) fetch(const __grid_constant__ e
   if (threadIdx.x == 0) shared_top = to_ordered(-emxi_inf()), shared_bad = 0;
   __syncthreads();
   const float slope = a.slopes ? a.slopes[place.h] : 0.0f;
+  const bool first_round = before == emxi_inf(); /* which has all keys without a sketch */
   uint32_t tokens = 0, pages = 0;
-  float top = -emxi_inf();
+  float top = -emxi_inf(), longest = 0;
   bool bad = false;
   for (int64_t c = from + warp; c < to; c += FETCH_WARPS) {
     const int64_t cell = row * a.chunks + c;
@@ -516,7 +520,7 @@ __global__ void __launch_bounds__(FETCH_THREADS) fetch(const __grid_constant__ e
     float chunk_top = a.chunk_max[cell];
     for (int i = 0; i < n; i += U) {
       int64_t at[U];
-      float v[U];
+      float v[U], square = 0;
 #pragma unroll
       for (int u = 0; u < U; u++) {
         const int64_t position = c * CHUNK + queue[warp][i + u < n ? i + u : i],
@@ -525,11 +529,18 @@ __global__ void __launch_bounds__(FETCH_THREADS) fetch(const __grid_constant__ e
       }
 #pragma unroll
       for (int u = 0; u < U; u++) {
+        float own = 0;
         v[u] = 0;
 #pragma unroll
-        for (int e = 0; e < PER_LANE; e++)
-          if (lane + 32 * e < D) v[u] = fmaf(load_any(a.pool.k, a.pool.dtype, at[u] + lane + 32 * e), q[lane + 32 * e], v[u]);
+        for (int e = 0; e < PER_LANE; e++) {
+          if (lane + 32 * e >= D) continue;
+          const float x = load_any(a.pool.k, a.pool.dtype, at[u] + lane + 32 * e);
+          v[u] = fmaf(x, q[lane + 32 * e], v[u]);
+          own = fmaf(x, x, own);
+        }
+        square = fmaxf(square, own);
       }
+      if (first_round) longest = fmaxf(longest, warp_sum(square)); /* of each lane the largest: at least any key's */
       float score = -emxi_inf();
 #pragma unroll
       for (int u = 0; u < U; u++) {
@@ -570,6 +581,7 @@ __global__ void __launch_bounds__(FETCH_THREADS) fetch(const __grid_constant__ e
   if (lane == 0) {
     atomicMax(&shared_top, to_ordered(top));
     if (bad) shared_bad = 1;
+    if (longest > 0) atomicMax(&a.cert[row].longest, __float_as_int(longest)); /* not negative: the order of the integers */
     if (tokens) atomicAdd(&a.cert[row].tokens, tokens), atomicAdd(&a.cert[row].pages, pages);
   }
   __syncthreads();

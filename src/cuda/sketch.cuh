@@ -246,10 +246,13 @@ __device__ __noinline__ void account_row(const emxi_cuda_decode &a, int64_t row)
   if (a.cert_flat[item]) return;
   r->path = EMX_PATH_LADDER;
   r->bytes_meta += (int64_t)c.codes * 8 * dp;
-  if (r->flags & EMX_REPORT_NONFINITE) return;
   r->tokens = (int32_t)c.tokens;
   r->pages = (int32_t)c.pages;
   r->bytes_k = (int64_t)c.tokens * ((key + 63) / 64 * 64);
+  if (r->flags & EMX_REPORT_NONFINITE) {
+    r->max_unread = r->tokens == p.visible ? -emxi_inf() : emxi_inf();
+    return;
+  }
   const double alpha = alpha_of(a, p.h), unit = alpha > 1 ? alpha - 1 : 1;
   r->max_unread = __double2float_ru(unit * (double)from_ordered(c.limit));
   if (!a.cert_limit) return;
