@@ -291,6 +291,7 @@ struct cut_row {
                    read = s[0] * exp(-slack) * (1 - 1e-12);
       const double unread = (s[1] + below) * (1 + 1e-12);
       if (!n_open && state.listed >= place.visible) return 0;
+      if (!(read > 0)) return 1;
       return fmax(unread / (unread + read) * (1 + 1e-12), 1e-300); /* never 0 while anything is unread */
     }
     double t = unit * (double)low, go = 0;
@@ -520,7 +521,7 @@ __global__ void __launch_bounds__(FETCH_THREADS) fetch(const __grid_constant__ e
     float chunk_top = a.chunk_max[cell];
     for (int i = 0; i < n; i += U) {
       int64_t at[U];
-      float v[U], square = 0;
+      float v[U], square[U];
 #pragma unroll
       for (int u = 0; u < U; u++) {
         const int64_t position = c * CHUNK + queue[warp][i + u < n ? i + u : i],
@@ -529,23 +530,20 @@ __global__ void __launch_bounds__(FETCH_THREADS) fetch(const __grid_constant__ e
       }
 #pragma unroll
       for (int u = 0; u < U; u++) {
-        float own = 0;
-        v[u] = 0;
+        v[u] = square[u] = 0;
 #pragma unroll
         for (int e = 0; e < PER_LANE; e++) {
           if (lane + 32 * e >= D) continue;
           const float x = load_any(a.pool.k, a.pool.dtype, at[u] + lane + 32 * e);
           v[u] = fmaf(x, q[lane + 32 * e], v[u]);
-          own = fmaf(x, x, own);
+          square[u] = fmaf(x, x, square[u]);
         }
-        square = fmaxf(square, own);
       }
-      if (first_round) longest = fmaxf(longest, warp_sum(square)); /* of each lane the largest: at least any key's */
-      float score = -emxi_inf();
+      float score = -emxi_inf(), norm = 0;
 #pragma unroll
       for (int u = 0; u < U; u++) {
-        const float x = warp_sum(v[u]);
-        if (lane == u && i + u < n) score = x;
+        const float x = warp_sum(v[u]), y = first_round ? warp_sum(square[u]) : 0.0f;
+        if (lane == u && i + u < n) score = x, norm = y;
       }
       const bool mine = lane < U && i + lane < n;
       const int local = mine ? queue[warp][i + lane] : 0;
@@ -569,6 +567,7 @@ __global__ void __launch_bounds__(FETCH_THREADS) fetch(const __grid_constant__ e
         a.z[to_place] = score;
         a.local[to_place] = (uint8_t)local;
         chunk_top = fmaxf(chunk_top, score);
+        longest = fmaxf(longest, norm);
       }
       count += __popc(mask);
     }
@@ -578,6 +577,7 @@ __global__ void __launch_bounds__(FETCH_THREADS) fetch(const __grid_constant__ e
     __syncwarp();
   }
   bad = __any_sync(EMXI_FULL, bad);
+  longest = warp_max(longest);
   if (lane == 0) {
     atomicMax(&shared_top, to_ordered(top));
     if (bad) shared_bad = 1;
