@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) weigh(const __grid_constant__
     uint32_t alive = __ballot_sync(EMXI_FULL, upper > group_limit || upper != upper);
     alive = (alive | alive >> 8 | alive >> 16 | alive >> 24) & 0xff;
     codes += __popc(alive);
-    const int left = it.length - c * CHUNK < CHUNK ? (int)(it.length - c * CHUNK) : CHUNK;
+    const int left =
+        q.visible - c * CHUNK < CHUNK ? (int)(q.visible - c * CHUNK) : CHUNK; /* of the keys that this lane's row sees */
     const int64_t segment = (q.row * a.chunks + c) * CHUNK;
     int n = 0; /* of this lane's row */
     for (; alive; alive &= alive - 1) {
