@@ -602,7 +602,8 @@ __device__ __forceinline__ packed packed_of(const emxi_cuda_decode &a, int64_t r
  * of its chunks, and the last one solves. */
 template <typename T>
 __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ emxi_cuda_decode a) {
-  constexpr int KEPT = 16;               /* chunk maxima a thread keeps in registers: those of a million tokens */
+  constexpr int KEPT = 16; /* chunk maxima a thread keeps in registers: those of a million tokens */
+  constexpr int POINTS = EMXI_CUDA_POINTS;
   __shared__ float list[2 * LISTED];     /* scores, then positions; at the end sums of values */
   __shared__ int32_t alive[MAX_ALIVE];   /* chunks with a candidate */
   __shared__ uint8_t alive_n[MAX_ALIVE]; /* candidates of the scan */
@@ -784,13 +785,14 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
                   end = first + share_of < chunks ? first + share_of : chunks;
     const int64_t slot = ((row * a.parts + part) * SOLVE_WARPS + warp) * EMXI_CUDA_PACKED;
     int n = 0;
-    for (int64_t c = first + warp * 4; c < end; c += SOLVE_WARPS * 4) {
+    for (int64_t base = first + warp; base < end; base += SOLVE_WARPS * 4) { /* four chunks at a time, of few one for each warp */
       float v[4][CHUNK / 32];
 #pragma unroll
       for (int u = 0; u < 4; u++) {
-        const int there = c + u < end && chunk_max[c + u] > thr ? count[c + u] : 0;
+        const int64_t c = base + u * SOLVE_WARPS;
+        const int there = c < end && chunk_max[c] > thr ? count[c] : 0;
 #pragma unroll
-        for (int j = 0; j < CHUNK / 32; j++) v[u][j] = 32 * j + lane < there ? z[(c + u) * CHUNK + 32 * j + lane] : -emxi_inf();
+        for (int j = 0; j < CHUNK / 32; j++) v[u][j] = 32 * j + lane < there ? z[c * CHUNK + 32 * j + lane] : -emxi_inf();
       }
 #pragma unroll
       for (int u = 0; u < 4; u++)
@@ -799,35 +801,121 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
           const uint32_t mask = __ballot_sync(EMXI_FULL, v[u][j] > thr);
           const int to_place = n + __popc(mask & ((1u << lane) - 1));
           if (v[u][j] > thr && to_place < EMXI_CUDA_PACKED) {
+            const int64_t c = base + u * SOLVE_WARPS;
+            list[warp * EMXI_CUDA_PACKED + to_place] = v[u][j];
             a.packed_z[slot + to_place] = v[u][j];
-            a.packed_at[slot + to_place] = (int32_t)((c + u) * CHUNK + local[(c + u) * CHUNK + 32 * j + lane]);
+            a.packed_at[slot + to_place] = (int32_t)(c * CHUNK + local[c * CHUNK + 32 * j + lane]);
           }
           n += __popc(mask);
         }
     }
     if (lane == 0) a.packed_n[(row * a.parts + part) * SOLVE_WARPS + warp] = n;
+    /* What the part's candidates weigh at POINTS thresholds from the bound up to the largest that so many candidates allow. A step on a
+     * convex norm ends below the root wherever it starts, so the best of the steps from all of them, over all parts, is the bound that
+     * the last part goes on with. */
+    const bool convex = k.alpha <= 2.0;
+    const float most = k.alpha == 1.5   ? -rsqrtf((float)total)
+                       : k.alpha == 2.0 ? -1.0f / (float)total
+                                        : -slow_power((float)total, -fa),
+                gap = (most - low) * (1.0f / POINTS);
+    float *weights = (float *)alive; /* [SOLVE_WARPS][2 POINTS]: masses, then slopes */
+    if (convex) {
+      float sum[2 * POINTS];
+#pragma unroll
+      for (int i = 0; i < 2 * POINTS; i++) sum[i] = 0;
+      const auto add_all = [&](auto add) {
+        __syncwarp();
+        for (int j = lane, packs = min(n, EMXI_CUDA_PACKED); j < packs; j += 32) {
+          const float y = fmaf(fa, list[warp * EMXI_CUDA_PACKED + j] - m, -low);
+#pragma unroll
+          for (int i = 0; i < POINTS; i++) add(fmaf(-(float)i, gap, y), sum[i], sum[POINTS + i]);
+        }
+      };
+      if (k.alpha == 1.5)
+        add_all([](float y, float &mass, float &slope) {
+          y = fmaxf(y, 0.0f);
+          mass = fmaf(y, y, mass);
+          slope += y;
+        });
+      else if (k.alpha == 2.0)
+        add_all([](float y, float &mass, float &slope) {
+          mass += fmaxf(y, 0.0f);
+          slope += y > 0 ? 1.0f : 0.0f;
+        });
+      else
+        add_all([&](float y, float &mass, float &slope) { /* errors are those of a y that is off by a millionth */
+                                                          const float p = y > 0 ? __powf(y, fb) : 0.0f;
+                                                          mass += p;
+                                                          slope += y > 0 ? __fdividef(p, y) : 0.0f;
+        });
+      exchange_sum<2 * POINTS, 32>(sum, lane);
+      weights[warp * 2 * POINTS + lane] = sum[0];
+    }
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) offsets[0] = atomicAdd(&wide->arrived, 1u) == (uint32_t)a.parts - 1;
+    if (warp == 0) {
+      if (convex) {
+        float sum = 0;
+        for (int w = 0; w < SOLVE_WARPS; w++) sum += weights[w * 2 * POINTS + lane];
+        a.points[(row * a.parts + part) * 2 * POINTS + lane] = sum;
+        __threadfence();
+        __syncwarp();
+      }
+      if (lane == 0) offsets[0] = atomicAdd(&wide->arrived, 1u) == (uint32_t)a.parts - 1;
+    }
     __syncthreads();
     if (!offsets[0]) return;
     __threadfence();
-    int most = 0, sum = 0;
-    for (int i = threadIdx.x; i < pack.lists; i += SOLVE_THREADS) {
-      const int of = __ldcg(pack.n + i);
-      most = max(most, of), sum += of;
+    if (convex) {
+      float mass = 0, best = -1.0f;
+      for (int i = 0; i < a.parts; i++) mass += __ldcg(a.points + (row * a.parts + i) * 2 * POINTS + lane);
+      const float slope = __shfl_xor_sync(EMXI_FULL, mass, POINTS);
+      if (lane < POINTS && mass > 0 && slope > 0)
+        best = fmaf((float)lane, gap, low) +
+               (mass - (k.alpha == 2.0   ? 1.0f
+                        : k.alpha == 1.5 ? sqrtf(mass)
+                                         : slow_power(mass, 1.0f - fa))) /
+                   slope -
+               slack;
+      low = fmaxf(low, warp_max(best));
+      if (!estimated) thr = fmaxf(thr, nextafterf((float)((double)m + (double)low * k.b), -emxi_inf()));
     }
-    listed = !__syncthreads_or(most > EMXI_CUDA_PACKED);
-    at = block_offsets(sum, offsets, &total);
-    held = listed && total <= 2 * LISTED && pack.lists <= SOLVE_THREADS; /* a list a thread was counted */
-    if (held) {
-      if (threadIdx.x < pack.lists) alive[threadIdx.x] = at;
-      __syncthreads();
-      for (int i = warp; i < pack.lists; i += SOLVE_WARPS)
-        for (int j = lane, to_place = alive[i], n = __ldcg(pack.n + i); j < n; j += 32)
-          list[to_place + j] = __ldcg(pack.z + (int64_t)i * EMXI_CUDA_PACKED + j);
-      __syncthreads();
+    /* What is above it, to shared memory: counted, then put where it belongs. A warp has the lists of one warp of every part. */
+    const int n_list = lane < a.parts ? __ldcg(pack.n + lane * SOLVE_WARPS + warp) : 0;
+    listed = !__syncthreads_or(n_list > EMXI_CUDA_PACKED);
+    at = 0;
+    for (int pass = 0; listed && pass < 2; pass++) {
+      for (int i = 0; i < a.parts; i += 4) {
+        const float *from_z[4];
+        int n_of[4];
+#pragma unroll
+        for (int u = 0; u < 4; u++) {
+          n_of[u] = __shfl_sync(EMXI_FULL, n_list, i + u);
+          from_z[u] = pack.z + ((int64_t)(i + u) * SOLVE_WARPS + warp) * EMXI_CUDA_PACKED;
+        }
+        const int longest = max(max(n_of[0], n_of[1]), max(n_of[2], n_of[3]));
+        for (int base = lane; base - lane < longest; base += 64) {
+          float v[4][2];
+#pragma unroll
+          for (int u = 0; u < 4; u++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) v[u][j] = base + 32 * j < n_of[u] ? from_z[u][base + 32 * j] : -emxi_inf();
+#pragma unroll
+          for (int u = 0; u < 4; u++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+              const uint32_t mask = __ballot_sync(EMXI_FULL, v[u][j] > thr);
+              if (pass && v[u][j] > thr) list[at + __popc(mask & ((1u << lane) - 1))] = v[u][j];
+              at += __popc(mask);
+            }
+        }
+      }
+      if (pass) break;
+      at = __shfl_sync(EMXI_FULL, block_offsets(lane == 0 ? at : 0, offsets, &total), 0);
+      held = total <= 2 * LISTED;
+      if (!held) break;
     }
+    __syncthreads();
   }
   /* f(score) for everything above thr, by some thread, in an order that depends on nothing else. Packed lists are of other blocks, behind a
    * fence: plain loads, so that they come from the first-level cache when they are read again. */
@@ -836,7 +924,13 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
       for (int i = threadIdx.x; i < total; i += SOLVE_THREADS) f(list[i]);
     } else if (listed) {
       for (int i = warp; i < pack.lists; i += SOLVE_WARPS)
-        for (int j = lane, n = pack.n[i]; j < n; j += 32) f(pack.z[(int64_t)i * EMXI_CUDA_PACKED + j]);
+        for (int j = lane, n = pack.n[i]; j < n; j += 128) {
+          float v[4];
+#pragma unroll
+          for (int u = 0; u < 4; u++) v[u] = j + 32 * u < n ? pack.z[(int64_t)i * EMXI_CUDA_PACKED + j + 32 * u] : -emxi_inf();
+#pragma unroll
+          for (int u = 0; u < 4; u++) f(v[u]);
+        }
     } else {
       for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS)
         for (int j = 0, n = chunk_max[c] > thr ? count[c] : 0; j < n; j++)
@@ -980,6 +1074,8 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
   }
 }
 static_assert(SOLVE_WARPS * MAX_D <= 2 * LISTED, "the warps' sums lie where the list was");
+static_assert(SOLVE_WARPS * EMXI_CUDA_PACKED <= 2 * LISTED, "a part's packed scores lie there too");
+static_assert(EMXI_CUDA_POINTS == 16 && SOLVE_WARPS * 2 * EMXI_CUDA_POINTS <= MAX_ALIVE, "a lane has one sum");
 
 /* ---- share */
 

@@ -106,6 +106,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   k.packed_z = emxi_arena_take(arena, packs * EMXI_CUDA_PACKED, sizeof *k.packed_z);
   k.packed_at = emxi_arena_take(arena, packs * EMXI_CUDA_PACKED, sizeof *k.packed_at);
   k.packed_n = emxi_arena_take(arena, packs, sizeof *k.packed_n);
+  k.points = emxi_arena_take(arena, solved ? rows * k.parts * 2 * EMXI_CUDA_POINTS : 0, sizeof *k.points);
   k.part_o = emxi_arena_take(arena, merged * kv->D, sizeof *k.part_o);
   k.part_m = emxi_arena_take(arena, merged, sizeof *k.part_m);
   k.part_z = emxi_arena_take(arena, merged, sizeof *k.part_z);

@@ -17,6 +17,7 @@ extern "C" {
 #define EMXI_CUDA_CHUNK 128
 /* Room for the scores above the threshold that a warp finds, in a row that has many. A row with more is solved from all candidates. */
 #define EMXI_CUDA_PACKED 512
+#define EMXI_CUDA_POINTS 16
 #define EMXI_CUDA_SOLVE_THREADS 512
 #define EMXI_CUDA_UPDATES 300
 
@@ -230,6 +231,7 @@ typedef struct emxi_cuda_decode {
   float *share;         /* [rows, shares, D] */
   float *packed_z;      /* [rows, parts, warps of a block, EMXI_CUDA_PACKED]; positions; [rows, parts, warps] how many */
   int32_t *packed_at, *packed_n;
+  float *points; /* [rows, parts, 2, EMXI_CUDA_POINTS] mass and slope of what a part has packed, at several thresholds */
   /* alpha = 1 */
   float *part_o; /* [rows, splits, D] sum of exp(s - m) v */
   float *part_m, *part_z;
