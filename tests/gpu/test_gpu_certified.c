@@ -112,7 +112,6 @@ static decode_case problem(uint64_t stream, int64_t i) {
                        .D = dims[(w[0] >> 20) % 8],
                        .P = sizes[w[1] % 3],
                        .dtype = dtypes[(w[1] >> 8) % 3],
-                       .S = (w[1] >> 24 & 3) == 3 ? 3 : 1,
                        .layout = w[1] >> 12 & 1,
                        .summaries = EMX_SUMMARY_SKETCH | (w[1] >> 13 & 1 ? EMX_SUMMARY_MOMENTS : 0),
                        .len = {(int64_t)(200 * pow((double)longest / 200, spread) + 0.5), 2 + w[2] % 700},
@@ -174,7 +173,6 @@ static void test_many(void **state) {
     decode_case c = problem(78, i);
     c.H = c.G * (1 + (int32_t)(i * 37 % 127)); /* many heads share keys, which take most of the time to make */
     c.in_decode = false;
-    c.S = 1;
     gpu_case g;
     gpu_open(&g, &c);
     double *s = case_take(sizeof(double) * (size_t)(c.max_len + 1)), *p = case_take(sizeof(double) * (size_t)(c.max_len + 1));

@@ -79,8 +79,8 @@ static void check(const decode_case *c, const truth *t, const double *own, const
     for (int x = 0; x < c->D && p[j] > 0; x++) mass[x] += p[j] * (double)v[x];
   }
   for (int x = 0; x < c->D; x++) tv += 0.5 * fabs(mass[x] - (double)o[x]);
-  /* rounding of scores near 2e-6 of their size moves each of D channels' mass by a multiple of it, and softmax's exponentials by 1e-5 */
-  const double far = 2e-5 * m * sqrt((double)c->D);
+  /* what rounding of scores moves: 8e-8 in these units at most, in 6,723 rows on an H100 */
+  const double far = 3e-7 * m * sqrt((double)c->D);
   rows_done++;
   excess = fmax(excess, (tv - (double)r->delta_bound) / (m * sqrt((double)c->D)));
   stopped[r->stopped_by]++;
@@ -150,6 +150,7 @@ static void test_random(void **state) {
   for (int64_t i = 0; i < problems; i++) {
     uint32_t w[4];
     emxi_philox((uint64_t)seed, 79, (uint64_t)i, w);
+    static const int kinds[] = {DATA_IID, DATA_AR, DATA_TOPIC, DATA_NEEDLE}; /* of which the ladder leaves much unread */
     const int G = 1 + (int)(w[0] % 2), group = 1 + (int)(w[0] >> 8) % 5;
     decode_case c = {.B = 1 + (int)(w[0] >> 16) % 2,
                      .G = G,
@@ -162,7 +163,7 @@ static void test_random(void **state) {
                      .alpha = alphas[i % 6],
                      .scale = w[1] >> 22 & 1 ? 0.4f : 0, /* peaked: softmax may leave keys out */
                      .alibi = (w[1] >> 20 & 3) == 3,
-                     .data = (int)(w[2] >> 12) % DATA_KINDS,
+                     .data = i % 3 ? kinds[(w[2] >> 12) % 4] : (int)(w[2] >> 12) % DATA_KINDS,
                      .seed = (uint64_t)(seed * 1000003 + i)};
     run(&c, NULL, NULL);
   }
@@ -219,15 +220,15 @@ static void test_long(void **state) {
 /* ---- keys of an open page, of which no sketch tells anything */
 
 /* The newest key has a score of `top` and is as long as `cross` besides, across the query: its computed score may be off by far more than
- * any other key's. A thousand keys have scores a little above the threshold that it leaves, and all others none to speak of. */
-static double top, cross;
+ * any other key's. A thousand keys have scores of `next` and a little, and all others none to speak of. */
+static double top, next, cross;
 static void lengthen_newest(decode_case *c) {
   const int64_t n = c->len[0];
   const float *q = c->q, scale = c->scale != 0 ? c->scale : 1.0f / sqrtf((float)c->D);
   double square = 0;
   for (int d = 0; d < c->D; d++) square += (double)q[d] * (double)q[d];
   for (int64_t j = 0; j < n; j++) {
-    const double score = j == n - 1 ? top : j % 3 == 0 && j < 3000 ? top - 1 + 0.02 + 1e-5 * (double)(j % 100) : -3;
+    const double score = j == n - 1 ? top : j % 3 == 0 && j < 3000 ? next + 1e-5 * (double)(j % 100) : -3;
     float *k = case_key(c, 0, 0, j);
     for (int d = 0; d < c->D; d++) k[d] = 1e-3f * k[d] + (float)(score / ((double)scale * square) * (double)q[d]);
     if (j == n - 1) k[0] += (float)cross * q[1], k[1] -= (float)cross * q[0];
@@ -238,7 +239,7 @@ static void test_open_page(void **state) {
   static const double crosses[] = {0, 1e5, 3e6, 1e9};
   for (int i = 0; i < 8; i++) {
     decode_case c = {.D = 64, .summaries = EMX_SUMMARY_SKETCH, .len = {4005}, .alpha = i % 2 ? 1.5 : 2, .seed = 90 + (uint64_t)i};
-    top = 1, cross = crosses[i / 2];
+    top = 1, next = 0.02, cross = crosses[i / 2]; /* next: a little above the threshold that the newest key leaves */
     gpu_case g;
     truth t = open_case(&g, &c, NULL, lengthen_newest);
     emx_select_desc d = case_desc(EMX_SELECT_ALL, 0);
@@ -273,7 +274,7 @@ static void test_softmax_peak(void **state) {
   (void)state;
   for (int i = 0; i < 4; i++) {
     decode_case c = {.D = 64, .summaries = EMX_SUMMARY_SKETCH, .len = {4000 + 5 * (i % 2)}, .alpha = 1, .seed = 70 + (uint64_t)i};
-    top = i < 2 ? 800 : 30, cross = 0;
+    top = i < 2 ? 800 : 30, next = 0, cross = 0;
     gpu_case g;
     truth t = open_case(&g, &c, NULL, lengthen_newest);
     emx_select_desc d = case_desc(EMX_SELECT_CERTIFIED, 0);
