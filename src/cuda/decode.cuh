@@ -234,13 +234,13 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
   int g = item / a.blocks % pool.G, b = item / a.blocks / pool.G;
   const int first_row = block * R, left = a.group * a.S - first_row, rows = SPARSE || left >= R ? R : left;
   int64_t length;
-  row_place self; /* sparse: the row of this block, and positions are those of its list */
-  const int32_t *table;
+  row_place self;       /* sparse: the row of this block, and positions are those of its list */
+  const int32_t *pages; /* numbers in memory of the pages that it reads */
   if constexpr (SPARSE) {
     self = place_of(a, item);
-    b = self.b, g = self.g, table = self.table, length = self.count;
+    b = self.b, g = self.g, pages = self.place, length = self.count;
   } else {
-    table = batch_entry(a.batch, b, &length);
+    pages = batch_entry(a.batch, b, &length);
   }
   const auto row_of = [&](int r) {
     if constexpr (SPARSE)
@@ -249,11 +249,11 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
       return item_row(a, b, g, first_row + r, length);
   };
   const auto row_number = [&](int r) { return row_of(r).row; };
-  const auto page_of = [&](int64_t i) {
+  const auto checked = [&](int64_t i, int32_t page) {
     if constexpr (SPARSE)
-      return __ldg(self.place + i);
+      return page;
     else
-      return table_page(a.batch, pool, table, b, i);
+      return checked_page(a.batch, pool, b, i, page);
   };
   const int64_t chunks = (length + CHUNK - 1) / CHUNK, per = ((uint32_t)chunks + a.splits - 1) / (uint32_t)a.splits,
                 from = split * per, to = from + per < chunks ? from + per : chunks;
@@ -315,14 +315,19 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
       for (int e = 0; e < 8; e++) o[r][e] = 0;
 
   const uint64_t once = read_once();
-  /* Tiles of this warp: all of chunk `c`, then of the next one that is its. Page numbers are fetched two tiles ahead, keys one. */
+  /* Tiles of this warp: all of chunk `c`, then of the next one that is its. Page numbers are fetched two tiles ahead, keys one: numbers are
+   * looked at when they are used, for a look waits for them. */
   const T *k_base = (const T *)pool.k + g * pool.k_head, *v_base = (const T *)pool.v + g * pool.v_head;
   const auto fetch = [&](int64_t c, int tile, int32_t(&page)[PAGES]) {
 #pragma unroll
     for (int i = 0; i < PAGES; i++) {
       const int64_t token = c * CHUNK + tile * TILE + 16 * i;
-      page[i] = c < to && token < length ? page_of(token >> pool.shift) : 0;
+      page[i] = c < to && token < length ? __ldg(pages + (token >> pool.shift)) : 0;
     }
+  };
+  const auto check = [&](int64_t c, int tile, int32_t(&page)[PAGES]) {
+#pragma unroll
+    for (int i = 0; i < PAGES; i++) page[i] = checked((c * CHUNK + tile * TILE + 16 * i) >> pool.shift, page[i]);
   };
   /* Sixteen aligned positions lie in one page, so the rows of a lane are a constant step apart. */
   const auto read = [&](const T *base, int64_t page_stride, int64_t token_stride, int64_t c, int tile,
@@ -355,6 +360,7 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
   int32_t page[PAGES], next_page[PAGES];
   row_piece x[U], next[U];
   fetch(c, tile, page);
+  check(c, tile, page);
   read(k_base, pool.k_page, pool.k_token, c, tile, page, x);
   advance(next_c, next_tile);
   fetch(next_c, next_tile, next_page);
@@ -364,6 +370,7 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
     int64_t after_c = next_c;
     int after_tile = next_tile;
     int32_t after_page[PAGES];
+    check(next_c, next_tile, next_page);
     read(k_base, pool.k_page, pool.k_token, next_c, next_tile, next_page, next);
     advance(after_c, after_tile);
     fetch(after_c, after_tile, after_page);
@@ -398,7 +405,7 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
           s = fmaf(slope[i], (float)(token - (visible[i] - 1)), s);
       }
       if (in && s == -emxi_inf()) {
-        const int32_t p = page_of(token >> pool.shift);
+        const int32_t p = checked(token >> pool.shift, __ldg(pages + (token >> pool.shift)));
         if (key_is_finite(k_base + p * pool.k_page + (token & (pool.P - 1)) * pool.k_token, D)) s = emxi_nan();
       }
       if (in && !(s < emxi_inf())) bad |= 1u << own_r[i];
@@ -598,189 +605,143 @@ __device__ __forceinline__ packed packed_of(const emxi_cuda_decode &a, int64_t r
           lists};
 }
 
-/* Block = (part, row). All parts find out how many scores may matter. Few: part 0 has them in shared memory. Many: each part packs those
- * of its chunks, and the last one solves. */
-template <typename T>
-__global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ emxi_cuda_decode a) {
-  constexpr int KEPT = 16; /* chunk maxima a thread keeps in registers: those of a million tokens */
-  constexpr int POINTS = EMXI_CUDA_POINTS;
-  __shared__ float list[2 * LISTED];     /* scores, then positions; at the end sums of values */
-  __shared__ int32_t alive[MAX_ALIVE];   /* chunks with a candidate */
-  __shared__ uint8_t alive_n[MAX_ALIVE]; /* candidates of the scan */
-  __shared__ int16_t begin[MAX_ALIVE];   /* how many matter, then where they start */
-  __shared__ double scratch[3][SOLVE_WARPS];
-  __shared__ float part_sum[3][SOLVE_WARPS];
-  __shared__ double found[3]; /* by the first warp: threshold, one without margins, mass */
-  __shared__ int found_n;
-  __shared__ int offsets[SOLVE_WARPS];
-  int32_t *position = (int32_t *)list + LISTED;
-  wait_for_previous();
-  const uint32_t n_rows = (uint32_t)(a.batch.n * a.H * a.S);
-  const int64_t row = blockIdx.x % n_rows;
-  const int part = (int)(blockIdx.x / n_rows);
-  const row_place place = place_of(a, row);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.pool.D;
-  const int64_t chunks = (place.count + CHUNK - 1) / CHUNK;
-  emxi_cuda_wide *wide = &a.wide[row];
-  const double alpha = alpha_of(a, place.h);
-  if (alpha == 1.0) { /* merge's row */
-    if (threadIdx.x == 0 && part == 0) wide->wide = 0;
-    return;
+/* What a block that solves a row has in shared memory. */
+struct __align__(16) solve_space {
+  float list[2 * LISTED]; /* scores, then positions; at first the largest scores of the scan's parts, at the end sums of values */
+  int32_t alive[MAX_ALIVE];   /* chunks with a candidate; then which of a short list may have weight */
+  uint8_t alive_n[MAX_ALIVE]; /* candidates of the scan */
+  double scratch[3][SOLVE_WARPS];
+  float2 part_sum[SOLVE_WARPS];
+  double found[3]; /* by the first warp: threshold, one without margins, mass */
+  float low;
+  int found_n, chosen_n, offsets[2][SOLVE_WARPS], offset[2][SOLVE_WARPS];
+};
+/* What all threads of the block know of the row. */
+struct solve_row {
+  int64_t row, chunks;
+  int part, total; /* candidates: above thr, if they are few */
+  threshold k;     /* with the largest score */
+  float low, thr;  /* a lower bound of the threshold, relative to the largest score; what is not above thr has no weight */
+  bool few, estimated;
+};
+__device__ __forceinline__ int32_t *positions_of(solve_space &space) { return (int32_t *)space.list + LISTED; }
+__device__ __forceinline__ bool is_closed(const threshold &k) { return k.alpha == 2.0 || k.alpha == 1.5; }
+/* How far a Newton step in float may end beyond the root. */
+__device__ __forceinline__ float float_slack(const threshold &k) { return is_closed(k) ? 2e-5f : 1e-4f; }
+/* Newton's step on the norm of the positive parts, given the sums of their powers and of the powers one lower. The norm is convex for
+ * alpha <= 2: a step ends at or below the root wherever it starts. */
+__device__ __forceinline__ float norm_step(const threshold &k, float mass, float slope) {
+  return (mass - (k.alpha == 2.0 ? 1.0f : k.alpha == 1.5 ? sqrtf(mass) : slow_power(mass, 1.0f - (float)k.a))) / slope;
+}
+/* Adds what y above the threshold contributes to those sums. CLOSED: alpha 1.5 and 2, without a branch. Else a power is off by as much as that
+ * of a y that is off by a millionth. */
+template <bool CLOSED>
+__device__ __forceinline__ void add_float(bool two, float b, float y, float &mass, float &slope) {
+  if constexpr (CLOSED) {
+    y = fmaxf(y, 0.0f);
+    const float one_lower = two ? (y > 0 ? 1.0f : 0.0f) : y;
+    mass = fmaf(y, one_lower, mass);
+    slope += one_lower;
+  } else {
+    const float p = y > 0 ? __powf(y, b) : 0.0f;
+    mass += p;
+    slope += y > 0 ? __fdividef(p, y) : 0.0f;
   }
+}
+/* By a whole warp, alpha <= 2: a lower bound of the threshold of x[0..n), which is in shared memory with room for three more, from one that
+ * is known. Each lane weighs all of x at a threshold of its own; another turn does so between the best step and the first lane with too
+ * little. Of 33 to 4,000 scores of N(0, 1) one turn ends 1e-3 from the root at most and two 4e-7. */
+template <bool CLOSED>
+__device__ __noinline__ float bound_of(const threshold &k, float *x, int n, int turns, float low) {
+  const int lane = threadIdx.x % 32;
+  const bool two = k.alpha == 2.0;
+  const float fa = (float)k.a, fb = (float)k.b, m = k.m;
+  float high = !CLOSED ? 0.0f : two ? -1.0f / (float)n : -rsqrtf((float)n); /* of n equal scores */
+  __syncwarp();
+  if (lane < 3) x[n + lane] = -emxi_inf();
+  __syncwarp();
+  for (int turn = 0; turn < turns; turn++) {
+    const float t = fmaf((float)lane, (high - low) * (1.0f / 32), low);
+    float mass = 0, slope = 0;
+#pragma unroll 2
+    for (int i = 0; i < n; i += 4) {
+      const float4 four = *(const float4 *)(x + i);
+      add_float<CLOSED>(two, fb, fmaf(fa, four.x - m, -t), mass, slope);
+      add_float<CLOSED>(two, fb, fmaf(fa, four.y - m, -t), mass, slope);
+      add_float<CLOSED>(two, fb, fmaf(fa, four.z - m, -t), mass, slope);
+      add_float<CLOSED>(two, fb, fmaf(fa, four.w - m, -t), mass, slope);
+    }
+    const float best = mass > 0 && slope > 0 ? t + norm_step(k, mass, slope) - float_slack(k) : low;
+    low = fmaxf(low, warp_max(best));
+    high = fminf(high, -warp_max(mass > 1 ? -high : -t));
+  }
+  return low;
+}
 
-  /* A thread has neighbouring chunks, so that what it finds is in order; a multiple of 16 of them, for their counts are bytes. */
+/* The warps' sums of values, which may lie where the list was: the row's output. */
+__device__ __forceinline__ void store_values(const emxi_cuda_decode &a, const row_place &place, solve_space &space,
+                                             const float (&acc)[PER_LANE]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.pool.D;
+  float *sum = space.list; /* [SOLVE_WARPS][D] */
+  __syncthreads();
+#pragma unroll
+  for (int e = 0; e < PER_LANE; e++)
+    if (lane + 32 * e < D) sum[warp * D + lane + 32 * e] = acc[e];
+  __syncthreads();
+  for (int d = threadIdx.x; d < D; d += SOLVE_THREADS) {
+    float x = 0;
+    for (int w = 0; w < SOLVE_WARPS; w++) x += sum[w * D + d];
+    store_output(a, place, d, x);
+  }
+}
+
+/* Rows of which `solve` does not have all in a short list, and other alphas than 1.5 and 2. Many candidates: a block packs those of its chunks,
+ * and the last one of the row solves. */
+template <typename T>
+__device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &space, const solve_row &known) {
+  constexpr int POINTS = EMXI_CUDA_POINTS;
+  const int64_t row = known.row, chunks = known.chunks;
+  const int part = known.part, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const row_place place = place_of(a, row);
   const float *chunk_max = a.chunk_max + row * a.chunks, *z = a.z + row * a.chunks * CHUNK;
   const uint8_t *count = a.count + row * a.chunks, *local = a.local + row * a.chunks * CHUNK;
-  const int64_t per = chunks > 16 * SOLVE_THREADS  ? (chunks + SOLVE_THREADS - 1) / SOLVE_THREADS
-                      : chunks > 4 * SOLVE_THREADS ? 16
-                                                   : 4,
-                from = threadIdx.x * per, to = from + per < chunks ? from + per : chunks;
-  float kept[KEPT];
-  uint8_t kept_n[KEPT];
-#pragma unroll
-  for (int i = 0; i < KEPT; i++) {
-    const bool there = i < per && from + i < to;
-    kept[i] = there ? chunk_max[from + i] : -emxi_inf();
-    kept_n[i] = there ? count[from + i] : 0;
-  }
-
-  bool bad = query_is_bad(a, place) || alpha == 0;
-  int top = to_ordered(-emxi_inf());
-  for (int i = threadIdx.x; i < a.splits && alpha != 0; i += SOLVE_THREADS) {
-    bad |= a.bad[row * a.splits + i] != 0;
-    top = max(top, to_ordered(a.split_max[row * a.splits + i]));
-  }
-  top = __reduce_max_sync(EMXI_FULL, top);
-  if (lane == 0) offsets[warp] = top;
-  bad = __syncthreads_or(bad);
-  top = __reduce_max_sync(EMXI_FULL, offsets[lane % SOLVE_WARPS]);
-  const float m = from_ordered(top);
-  if (bad || m == -emxi_inf()) {
-    if (part) return;
-    for (int d = threadIdx.x; d < D; d += SOLVE_THREADS) store_output(a, place, d, bad ? emxi_nan() : 0.0f);
-    if (threadIdx.x == 0) {
-      wide->wide = 0;
-      wide->solved = 0;
-      const bool estimated = a.sparse && a.tau_mode != EMX_TAU_EXACT && a.choice[row].estimated;
-      write_report(a, place, row, bad, estimated ? a.choice[row].estimate : (double)-emxi_inf(), 0, 0, 0);
-    }
-    return;
-  }
-
-  const threshold k = threshold_of(a, alpha, m);
-  /* GAUSSIAN: weights from the estimated threshold, which may lie on either side of the true one. */
-  const bool estimated = a.sparse && a.tau_mode != EMX_TAU_EXACT && a.choice[row].estimated;
-
-  /* The largest scores of the chunks are scores: the threshold of any subset is a lower bound (T1), and for alpha <= 2 so is every
-   * Newton step on the norm of the positive parts, which is convex. A few of them leave little more than the support. */
-  float low = -1.0f;
-  const float fa = (float)k.a, fb = (float)k.b, slack = k.alpha == 2.0 || k.alpha == 1.5 ? 2e-5f : 1e-4f; /* above all rounding */
-  for (int step = 0; step < 4 && k.alpha <= 2.0; step++) {
-    float mass = 0, slope = 0;
-    const auto add_all = [&](auto add) {
-#pragma unroll
-      for (int i = 0; i < KEPT; i++) add(fmaf(fa, kept[i] - m, -low));
-      for (int64_t c = from + KEPT; c < to; c++) add(fmaf(fa, chunk_max[c] - m, -low));
-    };
-    if (k.alpha == 1.5)
-      add_all([&](float y) {
-        y = fmaxf(y, 0.0f);
-        mass = fmaf(y, y, mass);
-        slope += y;
-      });
-    else if (k.alpha == 2.0)
-      add_all([&](float y) {
-        mass += fmaxf(y, 0.0f);
-        slope += y > 0 ? 1.0f : 0.0f;
-      });
-    else
-      add_all([&](float y) {
-        if (!(y > 0)) return;
-        const float p = slow_power(y, fb);
-        mass += p;
-        slope += p / y;
-      });
-    float sum[3] = {mass, slope, 0};
-    block_sums(sum, part_sum);
-    mass = sum[0], slope = sum[1];
-    if (!(mass > 1 && slope > 0)) break;
-    low += fmaxf(0.0f, (mass - (k.alpha == 2.0   ? 1.0f
-                                : k.alpha == 1.5 ? sqrtf(mass)
-                                                 : slow_power(mass, 1.0f - fa))) /
-                               slope -
-                           slack);
-  }
-  float thr = fmaxf(below_of(k), nextafterf((float)((double)m + (double)low * k.b), -emxi_inf()));
-  if (estimated) {
-    thr = below_of(k);
-    if (a.tau_mode == EMX_TAU_FIXED) thr = fminf(thr, nextafterf((float)(a.choice[row].estimate / k.a), -emxi_inf()));
-  }
-
-  /* Chunks with a candidate, in order. */
-  int mine = 0, candidates = 0, n_alive, total;
-#pragma unroll
-  for (int i = 0; i < KEPT; i++)
-    if (kept[i] > thr) mine++, candidates += kept_n[i];
-  for (int64_t c = from + KEPT; c < to; c++)
-    if (chunk_max[c] > thr) mine++, candidates += count[c];
-  int at = block_offsets(mine, offsets, &n_alive);
-  (void)block_offsets(candidates, offsets, &total);
-  const bool few = n_alive <= MAX_ALIVE && total <= LISTED;
+  emxi_cuda_wide *wide = &a.wide[row];
+  const threshold k = known.k;
+  const float m = k.m, fa = (float)k.a;
+  const bool few = known.few, estimated = known.estimated, closed = is_closed(k), convex = k.alpha <= 2.0;
+  float *list = space.list;
+  int32_t *position = positions_of(space);
+  float low = known.low, thr = known.thr;
+  int total = known.total, at;
   bool held = few, listed = true; /* in shared memory; in the packed lists: else scores are read where the scan has put them */
   const packed pack = packed_of(a, row);
-  if (few) {
-    if (part) return;
-#pragma unroll
-    for (int i = 0; i < KEPT; i++)
-      if (kept[i] > thr) alive[at] = (int32_t)(from + i), alive_n[at++] = kept_n[i];
-    for (int64_t c = from + KEPT; c < to; c++)
-      if (chunk_max[c] > thr) alive[at] = (int32_t)c, alive_n[at++] = count[c];
-    __syncthreads();
-    /* Four chunks a warp at a time, twice: what is above thr is counted, then put where it belongs. */
-    for (int pass = 0; pass < 2; pass++) {
-      for (int first = warp * 4; first < n_alive; first += SOLVE_WARPS * 4) {
-        float v[4]; /* most have no more than 32 candidates */
-#pragma unroll
-        for (int u = 0; u < 4; u++)
-          v[u] = first + u < n_alive && lane < alive_n[first + u] ? z[(int64_t)alive[first + u] * CHUNK + lane] : -emxi_inf();
-#pragma unroll
-        for (int u = 0; u < 4; u++) {
-          if (first + u >= n_alive) break;
-          const int64_t base = (int64_t)alive[first + u] * CHUNK;
-          const int n = alive_n[first + u];
-          int place_in = pass ? begin[first + u] : 0;
-          for (int j = 0;;) {
-            const uint32_t mask = __ballot_sync(EMXI_FULL, v[u] > thr);
-            if (pass && v[u] > thr) {
-              const int to_place = place_in + __popc(mask & ((1u << lane) - 1));
-              list[to_place] = v[u];
-              position[to_place] = (int32_t)(base + local[base + j + lane]);
-            }
-            place_in += __popc(mask);
-            j += 32;
-            if (j >= n) break;
-            v[u] = j + lane < n ? z[base + j + lane] : -emxi_inf();
-          }
-          if (!pass && lane == 0) begin[first + u] = (int16_t)place_in;
-        }
-      }
+  const auto add_closed = [two = k.alpha == 2.0](float y, float &mass, float &slope) {
+    add_float<true>(two, 0.0f, y, mass, slope);
+  };
+  const auto add_other = [b = (float)k.b](float y, float &mass, float &slope) { add_float<false>(false, b, y, mass, slope); };
+  if (!few) {
+    /* The largest scores of the chunks are scores, too: what is bounded badly by the parts' is flat. */
+    for (int step = 0; step < 4 && convex; step++) {
+      float mass = 0, slope = 0;
+      const auto add_all = [&](auto add) {
+        for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS) add(fmaf(fa, chunk_max[c] - m, -low), mass, slope);
+      };
+      closed ? add_all(add_closed) : add_all(add_other);
+      warp_pair(mass, slope);
       __syncthreads();
-      if (pass) break;
-      constexpr int EACH = MAX_ALIVE / SOLVE_THREADS;
-      mine = 0;
-#pragma unroll
-      for (int i = 0; i < EACH; i++) mine += threadIdx.x * EACH + i < n_alive ? begin[threadIdx.x * EACH + i] : 0;
-      at = block_offsets(mine, offsets, &total);
-#pragma unroll
-      for (int i = 0; i < EACH; i++)
-        if (threadIdx.x * EACH + i < n_alive) {
-          const int found = begin[threadIdx.x * EACH + i];
-          begin[threadIdx.x * EACH + i] = (int16_t)at;
-          at += found;
-        }
+      if (lane == 0) space.part_sum[warp] = make_float2(mass, slope);
       __syncthreads();
+      const float2 of_warp = space.part_sum[lane % SOLVE_WARPS];
+      mass = lane < SOLVE_WARPS ? of_warp.x : 0, slope = lane < SOLVE_WARPS ? of_warp.y : 0;
+      warp_pair(mass, slope);
+      if (!(mass > 1 && slope > 0)) break;
+      low += fmaxf(0.0f, norm_step(k, mass, slope) - float_slack(k));
     }
-  } else {
+    if (!estimated) thr = fmaxf(thr, nextafterf((float)((double)m + (double)low * k.b), -emxi_inf()));
+    int candidates = 0;
+    for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS)
+      if (chunk_max[c] > thr) candidates += count[c];
+    (void)block_offsets(candidates, space.offset[0], &total);
     const int64_t share_of = (chunks + a.parts - 1) / a.parts, first = part * share_of,
                   end = first + share_of < chunks ? first + share_of : chunks;
     const int64_t slot = ((row * a.parts + part) * SOLVE_WARPS + warp) * EMXI_CUDA_PACKED;
@@ -813,41 +774,24 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     /* What the part's candidates weigh at POINTS thresholds from the bound up to the largest that so many candidates allow. A step on a
      * convex norm ends below the root wherever it starts, so the best of the steps from all of them, over all parts, is the bound that
      * the last part goes on with. */
-    const bool convex = k.alpha <= 2.0;
     const float most = k.alpha == 1.5   ? -rsqrtf((float)total)
                        : k.alpha == 2.0 ? -1.0f / (float)total
                                         : -slow_power((float)total, -fa),
                 gap = (most - low) * (1.0f / POINTS);
-    float *weights = (float *)alive; /* [SOLVE_WARPS][2 POINTS]: masses, then slopes */
+    float *weights = (float *)space.alive; /* [SOLVE_WARPS][2 POINTS]: masses, then slopes */
     if (convex) {
       float sum[2 * POINTS];
 #pragma unroll
       for (int i = 0; i < 2 * POINTS; i++) sum[i] = 0;
+      __syncwarp();
       const auto add_all = [&](auto add) {
-        __syncwarp();
         for (int j = lane, packs = min(n, EMXI_CUDA_PACKED); j < packs; j += 32) {
           const float y = fmaf(fa, list[warp * EMXI_CUDA_PACKED + j] - m, -low);
 #pragma unroll
           for (int i = 0; i < POINTS; i++) add(fmaf(-(float)i, gap, y), sum[i], sum[POINTS + i]);
         }
       };
-      if (k.alpha == 1.5)
-        add_all([](float y, float &mass, float &slope) {
-          y = fmaxf(y, 0.0f);
-          mass = fmaf(y, y, mass);
-          slope += y;
-        });
-      else if (k.alpha == 2.0)
-        add_all([](float y, float &mass, float &slope) {
-          mass += fmaxf(y, 0.0f);
-          slope += y > 0 ? 1.0f : 0.0f;
-        });
-      else
-        add_all([&](float y, float &mass, float &slope) { /* errors are those of a y that is off by a millionth */
-                                                          const float p = y > 0 ? __powf(y, fb) : 0.0f;
-                                                          mass += p;
-                                                          slope += y > 0 ? __fdividef(p, y) : 0.0f;
-        });
+      closed ? add_all(add_closed) : add_all(add_other);
       exchange_sum<2 * POINTS, 32>(sum, lane);
       weights[warp * 2 * POINTS + lane] = sum[0];
     }
@@ -861,22 +805,16 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
         __threadfence();
         __syncwarp();
       }
-      if (lane == 0) offsets[0] = atomicAdd(&wide->arrived, 1u) == (uint32_t)a.parts - 1;
+      if (lane == 0) space.chosen_n = atomicAdd(&wide->arrived, 1u) == (uint32_t)a.parts - 1;
     }
     __syncthreads();
-    if (!offsets[0]) return;
+    if (!space.chosen_n) return;
     __threadfence();
     if (convex) {
       float mass = 0, best = -1.0f;
       for (int i = 0; i < a.parts; i++) mass += __ldcg(a.points + (row * a.parts + i) * 2 * POINTS + lane);
       const float slope = __shfl_xor_sync(EMXI_FULL, mass, POINTS);
-      if (lane < POINTS && mass > 0 && slope > 0)
-        best = fmaf((float)lane, gap, low) +
-               (mass - (k.alpha == 2.0   ? 1.0f
-                        : k.alpha == 1.5 ? sqrtf(mass)
-                                         : slow_power(mass, 1.0f - fa))) /
-                   slope -
-               slack;
+      if (lane < POINTS && mass > 0 && slope > 0) best = fmaf((float)lane, gap, low) + norm_step(k, mass, slope) - float_slack(k);
       low = fmaxf(low, warp_max(best));
       if (!estimated) thr = fmaxf(thr, nextafterf((float)((double)m + (double)low * k.b), -emxi_inf()));
     }
@@ -911,7 +849,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
         }
       }
       if (pass) break;
-      at = __shfl_sync(EMXI_FULL, block_offsets(lane == 0 ? at : 0, offsets, &total), 0);
+      at = __shfl_sync(EMXI_FULL, block_offsets(lane == 0 ? at : 0, space.offset[0], &total), 0);
       held = total <= 2 * LISTED;
       if (!held) break;
     }
@@ -938,7 +876,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     }
   };
   /* The same numbers in every thread that works. A short list is the first warp's, which needs no barriers. */
-  const bool alone = held && total <= 256, works = !alone || warp == 0;
+  const bool alone = held && total <= MAX_HERE, works = !alone || warp == 0;
   const auto sums = [&](double t, double margin, double(&s)[3]) {
     s[0] = s[1] = s[2] = 0;
     if (alone) {
@@ -950,7 +888,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
       return;
     }
     each([&](float score) { add_term(k, score, t, margin, s); });
-    block_sums(s, scratch);
+    block_sums(s, space.scratch);
   };
 
   /* Root in [lo, hi], as in src/cpu/solver.inc: steps while they stay inside and make progress, else bisection (alpha > 2: of the
@@ -989,7 +927,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     t = next;
   }
   const double margin = k.alpha <= 2.0 ? 1e-13 : 0.0;
-  if (works && (k.alpha == 2.0 || k.alpha == 1.5)) { /* in closed form from the support */
+  if (works && closed) { /* in closed form from the support */
     double f;
     sums(t, margin, s);
     t += threshold_step(k, s, &f);
@@ -1002,7 +940,6 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
       t = fmin(fmax(t, below), above);
       for (int i = 0; i < (a.tau_steps ? a.tau_steps : 3); i++) {
         sums(t, 0, s);
-        const bool closed = k.alpha == 2.0 || k.alpha == 1.5;
         const double f = (closed && k.alpha == 2.0 ? s[1] : s[2]) - 1.0,
                      g = !closed          ? s[1]
                          : k.alpha == 2.0 ? s[0]
@@ -1031,13 +968,13 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
       for (int step = 16; step; step >>= 1)
 #pragma unroll
         for (int i = 0; i < 2; i++) result[i] += __shfl_xor_sync(EMXI_FULL, result[i], step);
-      if (lane == 0) found[0] = t, found[1] = exact, found[2] = result[0], found_n = (int)result[1];
+      if (lane == 0) space.found[0] = t, space.found[1] = exact, space.found[2] = result[0], space.found_n = (int)result[1];
     }
     __syncthreads();
-    t = found[0], exact = found[1], result[0] = found[2], result[1] = found_n;
+    t = space.found[0], exact = space.found[1], result[0] = space.found[2], result[1] = space.found_n;
   } else {
     each(weigh);
-    block_sums(result, scratch);
+    block_sums(result, space.scratch);
   }
   const bool here = few && result[1] <= MAX_HERE;
   if (threadIdx.x == 0) {
@@ -1061,17 +998,264 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     const float p = there ? weight_of(k, list[i], t) : 0.0f;
     add_values<T>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, there ? position[i] : 0, lane, acc);
   }
-  __syncthreads();
-  float *sum = list; /* [SOLVE_WARPS][D]: the list has been read */
-#pragma unroll
-  for (int e = 0; e < PER_LANE; e++)
-    if (lane + 32 * e < D) sum[warp * D + lane + 32 * e] = acc[e];
-  __syncthreads();
-  for (int d = threadIdx.x; d < D; d += SOLVE_THREADS) {
-    float x = 0;
-    for (int w = 0; w < SOLVE_WARPS; w++) x += sum[w * D + d];
-    store_output(a, place, d, x);
+  store_values(a, place, space, acc);
+}
+
+/* Block = (part, row). All parts find out how many scores may matter. Few: part 0 has them in shared memory, and with no more than MAX_HERE of
+ * them, as most rows have, all that follows is here: the code of a kernel is not in the instruction cache when it starts, so there should not
+ * be much of it. */
+template <typename T>
+__global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ emxi_cuda_decode a) {
+  constexpr int KEPT = 16,
+                TURN = 4 * SOLVE_THREADS; /* chunk maxima of a thread: those of a million tokens; of a block at a time */
+  __shared__ solve_space space;
+  float *list = space.list;
+  int32_t *position = positions_of(space), *alive = space.alive;
+  const uint32_t n_rows = (uint32_t)(a.batch.n * a.H * a.S);
+  const int64_t row = blockIdx.x % n_rows;
+  const int part = (int)(blockIdx.x / n_rows), lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.pool.D;
+  /* All that the kernel before does not write is looked at while it runs. */
+  const row_place place = place_of(a, row);
+  const int64_t chunks = (place.count + CHUNK - 1) / CHUNK;
+  emxi_cuda_wide *wide = &a.wide[row];
+  const double alpha = alpha_of(a, place.h);
+  bool bad = alpha == 0;
+  if ((int)threadIdx.x < D)
+    bad |= !(fabsf(load_any(a.q, a.q_dtype,
+                            place.b * a.q_stride[0] + place.h * a.q_stride[1] + place.s * a.q_stride[2] + threadIdx.x) *
+                   a.scale) < emxi_inf());
+  wait_for_previous();
+  if (alpha == 1.0) { /* merge's row */
+    if (threadIdx.x == 0 && part == 0) wide->wide = 0;
+    return;
   }
+
+  /* Four neighbouring chunks a thread, then the four that are TURN further on. Rows begin at multiples of four. */
+  const float *chunk_max = a.chunk_max + row * a.chunks, *z = a.z + row * a.chunks * CHUNK;
+  const uint8_t *count = a.count + row * a.chunks, *local = a.local + row * a.chunks * CHUNK;
+  const int64_t from = 4 * (int64_t)threadIdx.x;
+  float kept[KEPT];
+  uint32_t kept_n[KEPT / 4]; /* four bytes each */
+#pragma unroll
+  for (int i = 0; i < KEPT; i += 4) {
+    const int64_t c = from + i / 4 * TURN;
+    float4 x = make_float4(0, 0, 0, 0);
+    kept_n[i / 4] = 0;
+    if (c < chunks) x = *(const float4 *)(chunk_max + c), kept_n[i / 4] = *(const uint32_t *)(count + c);
+    kept[i] = c < chunks ? x.x : -emxi_inf();
+    kept[i + 1] = c + 1 < chunks ? x.y : -emxi_inf();
+    kept[i + 2] = c + 2 < chunks ? x.z : -emxi_inf();
+    kept[i + 3] = c + 3 < chunks ? x.w : -emxi_inf();
+  }
+  const auto each_beyond = [&](auto f) { /* chunks that are not in registers */
+                                         for (int64_t c = from + KEPT / 4 * TURN; c < chunks; c += TURN)
+                                           for (int64_t i = c; i < c + 4 && i < chunks; i++) f(i);
+  };
+
+  for (int i = threadIdx.x; i < a.splits && alpha != 0; i += SOLVE_THREADS) {
+    bad |= a.bad[row * a.splits + i] != 0;
+    list[i] = a.split_max[row * a.splits + i];
+  }
+  bad = __syncthreads_or(bad);
+  float m = -emxi_inf();
+  for (int i = lane; i < a.splits && alpha != 0; i += 32) m = fmaxf(m, list[i]);
+  m = warp_max(m);
+  if (bad || m == -emxi_inf()) {
+    if (part) return;
+    for (int d = threadIdx.x; d < D; d += SOLVE_THREADS) store_output(a, place, d, bad ? emxi_nan() : 0.0f);
+    if (threadIdx.x == 0) {
+      wide->wide = 0;
+      wide->solved = 0;
+      const bool estimated = a.sparse && a.tau_mode != EMX_TAU_EXACT && a.choice[row].estimated;
+      write_report(a, place, row, bad, estimated ? a.choice[row].estimate : (double)-emxi_inf(), 0, 0, 0);
+    }
+    return;
+  }
+
+  solve_row known = {row, chunks, part, 0, threshold_of(a, alpha, m), -1.0f, 0, false, false};
+  const threshold &k = known.k;
+  /* GAUSSIAN: weights from the estimated threshold, which may lie on either side of the true one. */
+  known.estimated = a.sparse && a.tau_mode != EMX_TAU_EXACT && a.choice[row].estimated;
+  /* The largest scores of the scan's parts are scores: the threshold of any subset is a lower bound (T1), and this one leaves little more
+   * than the support. */
+  if (warp == 0) {
+    const float low = is_closed(k)     ? bound_of<true>(k, list, a.splits, 1, -1.0f)
+                      : k.alpha <= 2.0 ? bound_of<false>(k, list, a.splits, 1, -1.0f)
+                                       : -1.0f;
+    if (lane == 0) space.low = low;
+  }
+  __syncthreads();
+  known.low = space.low;
+  float thr = fmaxf(below_of(k), nextafterf((float)((double)m + (double)known.low * k.b), -emxi_inf()));
+  if (known.estimated) {
+    thr = below_of(k);
+    if (a.tau_mode == EMX_TAU_FIXED) thr = fminf(thr, nextafterf((float)(a.choice[row].estimate / k.a), -emxi_inf()));
+  }
+  known.thr = thr;
+
+  /* Chunks with a candidate, in an order that depends on nothing else. */
+  int mine = 0, candidates = 0;
+#pragma unroll
+  for (int i = 0; i < KEPT; i++)
+    if (kept[i] > thr) mine++, candidates += kept_n[i / 4] >> i % 4 * 8 & 0xff;
+  each_beyond([&](int64_t c) {
+    if (chunk_max[c] > thr) mine++, candidates += count[c];
+  });
+  int before = mine;
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) {
+    const int other = __shfl_up_sync(EMXI_FULL, before, step);
+    if (lane >= step) before += other;
+  }
+  candidates = __reduce_add_sync(EMXI_FULL, candidates);
+  if (lane == 31) space.offsets[0][warp] = before, space.offsets[1][warp] = candidates;
+  __syncthreads();
+  const int of_warp = lane < SOLVE_WARPS ? space.offsets[0][lane] : 0, n_alive = __reduce_add_sync(EMXI_FULL, of_warp),
+            n_candidates = __reduce_add_sync(EMXI_FULL, lane < SOLVE_WARPS ? space.offsets[1][lane] : 0);
+  int at = before - mine + __reduce_add_sync(EMXI_FULL, lane < warp ? of_warp : 0);
+  known.few = n_alive <= MAX_ALIVE && n_candidates <= LISTED;
+  if (!known.few) {
+    solve_long<T>(a, space, known);
+    return;
+  }
+  if (part) return;
+#pragma unroll
+  for (int i = 0; i < KEPT; i++)
+    if (kept[i] > thr)
+      alive[at] = (int32_t)(from + i / 4 * TURN) + i % 4, space.alive_n[at++] = kept_n[i / 4] >> i % 4 * 8 & 0xff;
+  each_beyond([&](int64_t c) {
+    if (chunk_max[c] > thr) alive[at] = (int32_t)c, space.alive_n[at++] = count[c];
+  });
+  __syncthreads();
+  /* Their candidates: a warp counts what is above thr in four chunks, then all warps write. */
+  for (int first = 0, turn = 0; first < n_alive; first += SOLVE_WARPS * 4, turn ^= 1) {
+    constexpr int EACH = CHUNK / 32;
+    float v[4][EACH];
+    uint8_t in_chunk[4][EACH];
+    int n = 0;
+#pragma unroll
+    for (int u = 0; u < 4; u++) {
+      const int i = first + warp * 4 + u;
+      const int of_chunk = i < n_alive ? space.alive_n[i] : 0;
+      const int64_t base = i < n_alive ? (int64_t)alive[i] * CHUNK : 0;
+#pragma unroll
+      for (int j = 0; j < EACH; j++) {
+        v[u][j] = -emxi_inf(), in_chunk[u][j] = 0;
+        if (32 * j >= of_chunk) continue; /* of most chunks all but the first */
+        if (32 * j + lane < of_chunk) v[u][j] = z[base + 32 * j + lane], in_chunk[u][j] = local[base + 32 * j + lane];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < 4; u++)
+#pragma unroll
+      for (int j = 0; j < EACH; j++) n += __popc(__ballot_sync(EMXI_FULL, v[u][j] > thr));
+    if (lane == 0) space.offset[turn][warp] = n;
+    __syncthreads();
+    const int here = lane < SOLVE_WARPS ? space.offset[turn][lane] : 0;
+    int place_in = known.total + __reduce_add_sync(EMXI_FULL, lane < warp ? here : 0);
+    known.total += __reduce_add_sync(EMXI_FULL, here);
+#pragma unroll
+    for (int u = 0; u < 4; u++)
+#pragma unroll
+      for (int j = 0; j < EACH; j++) {
+        const uint32_t mask = __ballot_sync(EMXI_FULL, v[u][j] > thr);
+        if (!mask) continue;
+        const int to = place_in + __popc(mask & ((1u << lane) - 1));
+        if (v[u][j] > thr) {
+          list[to] = v[u][j];
+          position[to] = alive[first + warp * 4 + u] * CHUNK + in_chunk[u][j];
+        }
+        place_in += __popc(mask);
+      }
+  }
+  __syncthreads();
+  const int total = known.total;
+  if (total > MAX_HERE || known.estimated || !is_closed(k)) {
+    solve_long<T>(a, space, known);
+    return;
+  }
+
+  /* The first warp solves; the others have the values of what may have weight on their way as soon as it knows that. */
+  constexpr int AHEAD = 4, OTHERS = SOLVE_WARPS - 1;
+  double t = 0, mass = 0;
+  if (warp == 0) {
+    const float near = bound_of<true>(k, list, total, 2, known.low), least = near - float_slack(k);
+    int n = 0;
+    for (int first = 0; first < total; first += 32) {
+      const int i = first + lane;
+      const bool may = i < total && fmaf((float)k.a, list[i] - m, -least) >= 0;
+      const uint32_t mask = __ballot_sync(EMXI_FULL, may);
+      if (may) alive[n + __popc(mask & ((1u << lane) - 1))] = i;
+      n += __popc(mask);
+    }
+    if (lane == 0) space.chosen_n = n;
+    t = near;
+  }
+  __syncthreads();
+  const int chosen = space.chosen_n;
+  piece<T, 0> value[AHEAD];
+  const auto load_values = [&](int first) {
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+      const int i = first + u * OTHERS;
+      value[u].clear();
+      if (i < chosen) value[u] = load_value<T>(a, place, position[alive[i]], lane);
+    }
+  };
+  if (warp) {
+    load_values(warp - 1);
+  } else { /* in closed form from the support, until that is its own */
+    double s[3], f;
+    for (int step = 0, n = -1; step < 16; step++) {
+      s[1] = s[2] = 0;
+      int above = 0;
+      for (int i = lane; i < chosen; i += 32) {
+        const double y = k.a * ((double)list[alive[i]] - (double)m) - t;
+        if (y > 1e-13) above++, s[1] += y, s[2] += y * y;
+      }
+#pragma unroll
+      for (int shift = 16; shift; shift >>= 1) {
+        s[1] += __shfl_xor_sync(EMXI_FULL, s[1], shift);
+        s[2] += __shfl_xor_sync(EMXI_FULL, s[2], shift);
+      }
+      above = __reduce_add_sync(EMXI_FULL, above);
+      s[0] = above;
+      if (above == n) break;
+      n = above;
+      t += threshold_step(k, s, &f);
+    }
+    mass = k.alpha == 2.0 ? s[1] : s[2];
+    if (lane == 0) space.found[0] = t, space.found_n = (int)s[0];
+  }
+  __syncthreads();
+  t = space.found[0];
+  float acc[PER_LANE];
+#pragma unroll
+  for (int e = 0; e < PER_LANE; e++) acc[e] = 0;
+  if (threadIdx.x == 0) {
+    wide->wide = WIDE_NOT;
+    wide->done = 0;
+    wide->t = t;
+    wide->m = m;
+    wide->thr = thr;
+    wide->exact = t;
+    wide->solved = 1;
+    write_report(a, place, row, false, t + k.a * (double)m, mass, space.found_n, space.found_n);
+  }
+  for (int first = warp - 1; warp && first < chosen; first += AHEAD * OTHERS) {
+    if (first >= OTHERS) load_values(first);
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+      const int i = first + u * OTHERS;
+      const float p = i < chosen ? weight_of(k, list[alive[i]], t) : 0.0f;
+      if (!(p > 0)) continue;
+      float f[8];
+      value[u].get(f);
+#pragma unroll
+      for (int e = 0; e < PER_LANE; e++) acc[e] = fmaf(p, f[e], acc[e]);
+    }
+  }
+  store_values(a, place, space, acc);
 }
 static_assert(SOLVE_WARPS * MAX_D <= 2 * LISTED, "the warps' sums lie where the list was");
 static_assert(SOLVE_WARPS * EMXI_CUDA_PACKED <= 2 * LISTED, "a part's packed scores lie there too");

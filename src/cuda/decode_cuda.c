@@ -43,7 +43,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
                         .scale = d->scale,
                         .slopes = d->slopes,
                         .report_stride = d->report_stride,
-                        .chunks = at_least_one(ceil_div(d->max_len, EMXI_CUDA_CHUNK)),
+                        .chunks = at_least_one(ceil_div(d->max_len, 4 * EMXI_CUDA_CHUNK)) * 4, /* read four at a time */
                         .kind = select->kind,
                         .select_only = d->select_only,
                         .sparse = sparse,

@@ -71,7 +71,7 @@ __device__ void write_report(const emxi_cuda_decode &a, const row_place &p, int6
   const int64_t key = (int64_t)a.pool.D * (a.pool.dtype == EMX_F32 ? 4 : 2), P = a.pool.P;
   const auto lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
   const bool whole = a.pool.k_token == a.pool.D;
-  const int64_t full = p.count / P, rest = p.count % P;
+  const int64_t full = p.count >> a.pool.shift, rest = p.count & (P - 1);
   emx_report r = {};
   r.tau = bad ? emxi_nan() : (float)tau;
   r.mass = bad ? emxi_nan() : (float)mass;
@@ -140,29 +140,38 @@ __device__ __noinline__ double threshold_step(const threshold &k, const double (
   return k.alpha < 2.0 ? (s[2] - slow_power(s[2], 1.0 - k.a)) / s[1] : emxi_step_newton(*f, s[1], k.b);
 }
 
-/* Exclusive sum of x over the block and, in *total, of all. scratch: an int for each warp. Has barriers. */
-__device__ __forceinline__ int block_offsets(int x, int *scratch, int *total) {
+/* Exclusive sum of x over the block and, in *total, of all. scratch: a number for each warp. Has barriers. */
+template <typename I>
+__device__ __forceinline__ I block_offsets(I x, I *scratch, I *total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  int upto = x;
+  I upto = x;
 #pragma unroll
   for (int step = 1; step < 32; step <<= 1) {
-    const int other = __shfl_up_sync(EMXI_FULL, upto, step);
+    const I other = __shfl_up_sync(EMXI_FULL, upto, step);
     if (lane >= step) upto += other;
   }
   __syncthreads();
   if (lane == 31) scratch[warp] = upto;
   __syncthreads();
-  int sum = lane < warps ? scratch[lane] : 0;
+  I sum = lane < warps ? scratch[lane] : 0;
 #pragma unroll
   for (int step = 1; step < 32; step <<= 1) {
-    const int other = __shfl_up_sync(EMXI_FULL, sum, step);
+    const I other = __shfl_up_sync(EMXI_FULL, sum, step);
     if (lane >= step) sum += other;
   }
   *total = __shfl_sync(EMXI_FULL, sum, 31);
-  const int before = __shfl_sync(EMXI_FULL, sum, warp ? warp - 1 : 0);
+  const I before = __shfl_sync(EMXI_FULL, sum, warp ? warp - 1 : 0);
   return (warp ? before : 0) + upto - x;
 }
 
+/* Sums of the warp, in every lane. */
+__device__ __forceinline__ void warp_pair(float &x, float &y) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) {
+    x += __shfl_xor_sync(EMXI_FULL, x, step);
+    y += __shfl_xor_sync(EMXI_FULL, y, step);
+  }
+}
 /* Sums of all threads in a fixed order, the same in every thread. Has barriers. */
 template <typename S>
 __device__ __forceinline__ void block_sums(S (&x)[3], S (*scratch)[SOLVE_WARPS]) {

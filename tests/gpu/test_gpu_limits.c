@@ -220,15 +220,17 @@ static void test_long(void **state) {
 /* ---- keys of an open page, of which no sketch tells anything */
 
 /* The newest key has a score of `top` and is as long as `cross` besides, across the query: its computed score may be off by far more than
- * any other key's. A thousand keys have scores of `next` and a little, and all others none to speak of. */
+ * any other key's. `many` keys have scores of `next` and a little, and all others
+ * none to speak of. */
 static double top, next, cross;
+static int many;
 static void lengthen_newest(decode_case *c) {
   const int64_t n = c->len[0];
   const float *q = c->q, scale = c->scale != 0 ? c->scale : 1.0f / sqrtf((float)c->D);
   double square = 0;
   for (int d = 0; d < c->D; d++) square += (double)q[d] * (double)q[d];
   for (int64_t j = 0; j < n; j++) {
-    const double score = j == n - 1 ? top : j % 3 == 0 && j < 3000 ? next + 1e-5 * (double)(j % 100) : -3;
+    const double score = j == n - 1 ? top : j % 3 == 0 && j < 3 * many ? next + 1e-5 * (double)(j % 100) : -60;
     float *k = case_key(c, 0, 0, j);
     for (int d = 0; d < c->D; d++) k[d] = 1e-3f * k[d] + (float)(score / ((double)scale * square) * (double)q[d]);
     if (j == n - 1) k[0] += (float)cross * q[1], k[1] -= (float)cross * q[0];
@@ -239,7 +241,7 @@ static void test_open_page(void **state) {
   static const double crosses[] = {0, 1e5, 3e6, 1e9};
   for (int i = 0; i < 8; i++) {
     decode_case c = {.D = 64, .summaries = EMX_SUMMARY_SKETCH, .len = {4005}, .alpha = i % 2 ? 1.5 : 2, .seed = 90 + (uint64_t)i};
-    top = 1, next = 0.02, cross = crosses[i / 2]; /* next: a little above the threshold that the newest key leaves */
+    top = 1, next = 0.02, many = 900, cross = crosses[i / 2]; /* next: a little above the threshold that the newest key leaves */
     gpu_case g;
     truth t = open_case(&g, &c, NULL, lengthen_newest);
     emx_select_desc d = case_desc(EMX_SELECT_ALL, 0);
@@ -274,7 +276,7 @@ static void test_softmax_peak(void **state) {
   (void)state;
   for (int i = 0; i < 4; i++) {
     decode_case c = {.D = 64, .summaries = EMX_SUMMARY_SKETCH, .len = {4000 + 5 * (i % 2)}, .alpha = 1, .seed = 70 + (uint64_t)i};
-    top = i < 2 ? 800 : 30, next = 0, cross = 0;
+    top = i < 2 ? 800 : 30, next = 0, many = 500, cross = 0;
     gpu_case g;
     truth t = open_case(&g, &c, NULL, lengthen_newest);
     emx_select_desc d = case_desc(EMX_SELECT_CERTIFIED, 0);
