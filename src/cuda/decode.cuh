@@ -608,12 +608,12 @@ __device__ __forceinline__ packed packed_of(const emxi_cuda_decode &a, int64_t r
 /* What a block that solves a row has in shared memory. */
 struct __align__(16) solve_space {
   float list[2 * LISTED]; /* scores, then positions; at first the largest scores of the scan's parts, at the end sums of values */
-  int32_t alive[MAX_ALIVE];   /* chunks with a candidate; then which of a short list may have weight */
+  int32_t alive[MAX_ALIVE];   /* chunks with a candidate; for bounds what each warp weighs */
   uint8_t alive_n[MAX_ALIVE]; /* candidates of the scan */
   double scratch[3][SOLVE_WARPS];
   float2 part_sum[SOLVE_WARPS];
   double found[3]; /* by the first warp: threshold, one without margins, mass */
-  float low;
+  float2 bound;
   int found_n, chosen_n, offsets[2][SOLVE_WARPS], offset[2][SOLVE_WARPS];
 };
 /* What all threads of the block know of the row. */
@@ -627,11 +627,16 @@ struct solve_row {
 __device__ __forceinline__ int32_t *positions_of(solve_space &space) { return (int32_t *)space.list + LISTED; }
 __device__ __forceinline__ bool is_closed(const threshold &k) { return k.alpha == 2.0 || k.alpha == 1.5; }
 /* How far a Newton step in float may end beyond the root. */
-__device__ __forceinline__ float float_slack(const threshold &k) { return is_closed(k) ? 2e-5f : 1e-4f; }
+__device__ __forceinline__ constexpr float float_slack(bool closed) { return closed ? 2e-5f : 1e-4f; }
 /* Newton's step on the norm of the positive parts, given the sums of their powers and of the powers one lower. The norm is convex for
  * alpha <= 2: a step ends at or below the root wherever it starts. */
-__device__ __forceinline__ float norm_step(const threshold &k, float mass, float slope) {
-  return (mass - (k.alpha == 2.0 ? 1.0f : k.alpha == 1.5 ? sqrtf(mass) : slow_power(mass, 1.0f - (float)k.a))) / slope;
+template <bool CLOSED>
+__device__ __forceinline__ float norm_step(bool two, float fa, float mass, float slope) {
+  return __fdividef(mass - (!CLOSED ? slow_power(mass, 1.0f - fa)
+                            : two   ? 1.0f
+                                    : mass * rsqrtf(mass)),
+                    slope) -
+         float_slack(CLOSED);
 }
 /* Adds what y above the threshold contributes to those sums. CLOSED: alpha 1.5 and 2, without a branch. Else a power is off by as much as that
  * of a y that is off by a millionth. */
@@ -648,32 +653,38 @@ __device__ __forceinline__ void add_float(bool two, float b, float y, float &mas
     slope += y > 0 ? __fdividef(p, y) : 0.0f;
   }
 }
-/* By a whole warp, alpha <= 2: a lower bound of the threshold of x[0..n), which is in shared memory with room for three more, from one that
- * is known. Each lane weighs all of x at a threshold of its own; another turn does so between the best step and the first lane with too
- * little. Of 33 to 4,000 scores of N(0, 1) one turn ends 1e-3 from the root at most and two 4e-7. */
+/* By the block, alpha <= 2: a lower bound, relative to m, of the threshold of x[0..n), which is in shared memory with room for three more,
+ * from one that is known. Lanes weigh x at a threshold each, warps a part of x; another turn does so between the best step and the first lane
+ * with too little. Of 33 to 4,000 scores of N(0, 1) one turn ends 1e-3 from the root at most and two 4e-7. Begins with a barrier. */
 template <bool CLOSED>
-__device__ __noinline__ float bound_of(const threshold &k, float *x, int n, int turns, float low) {
-  const int lane = threadIdx.x % 32;
-  const bool two = k.alpha == 2.0;
-  const float fa = (float)k.a, fb = (float)k.b, m = k.m;
-  float high = !CLOSED ? 0.0f : two ? -1.0f / (float)n : -rsqrtf((float)n); /* of n equal scores */
-  __syncwarp();
-  if (lane < 3) x[n + lane] = -emxi_inf();
-  __syncwarp();
+__device__ __noinline__ float bound_of(solve_space &space, float *x, int n, int turns, float low, bool two, float fa, float fb,
+                                       float m) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float high = !CLOSED ? 0.0f : two ? __fdividef(-1.0f, (float)n) : -rsqrtf((float)n); /* of n equal scores */
+  float2 *sums = (float2 *)space.alive;                                                /* [SOLVE_WARPS][32] */
+  if (threadIdx.x < 3) x[n + threadIdx.x] = -emxi_inf();
+  __syncthreads();
   for (int turn = 0; turn < turns; turn++) {
     const float t = fmaf((float)lane, (high - low) * (1.0f / 32), low);
     float mass = 0, slope = 0;
-#pragma unroll 2
-    for (int i = 0; i < n; i += 4) {
+    for (int i = 4 * warp; i < n; i += 4 * SOLVE_WARPS) {
       const float4 four = *(const float4 *)(x + i);
       add_float<CLOSED>(two, fb, fmaf(fa, four.x - m, -t), mass, slope);
       add_float<CLOSED>(two, fb, fmaf(fa, four.y - m, -t), mass, slope);
       add_float<CLOSED>(two, fb, fmaf(fa, four.z - m, -t), mass, slope);
       add_float<CLOSED>(two, fb, fmaf(fa, four.w - m, -t), mass, slope);
     }
-    const float best = mass > 0 && slope > 0 ? t + norm_step(k, mass, slope) - float_slack(k) : low;
-    low = fmaxf(low, warp_max(best));
-    high = fminf(high, -warp_max(mass > 1 ? -high : -t));
+    sums[warp * 32 + lane] = make_float2(mass, slope);
+    __syncthreads();
+    if (warp == 0) {
+      for (int w = 1; w < SOLVE_WARPS; w++) mass += sums[w * 32 + lane].x, slope += sums[w * 32 + lane].y;
+      const float best = mass > 0 && slope > 0 ? t + norm_step<CLOSED>(two, fa, mass, slope) : low;
+      low = fmaxf(low, from_ordered(__reduce_max_sync(EMXI_FULL, to_ordered(best))));
+      high = from_ordered(__reduce_min_sync(EMXI_FULL, to_ordered(mass > 1 ? high : t)));
+      if (lane == 0) space.bound = make_float2(low, high);
+    }
+    __syncthreads();
+    low = space.bound.x, high = space.bound.y;
   }
   return low;
 }
@@ -708,23 +719,27 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
   emxi_cuda_wide *wide = &a.wide[row];
   const threshold k = known.k;
   const float m = k.m, fa = (float)k.a;
-  const bool few = known.few, estimated = known.estimated, closed = is_closed(k), convex = k.alpha <= 2.0;
+  const bool few = known.few, estimated = known.estimated, closed = is_closed(k), convex = k.alpha <= 2.0, two = k.alpha == 2.0;
   float *list = space.list;
   int32_t *position = positions_of(space);
   float low = known.low, thr = known.thr;
   int total = known.total, at;
   bool held = few, listed = true; /* in shared memory; in the packed lists: else scores are read where the scan has put them */
   const packed pack = packed_of(a, row);
-  const auto add_closed = [two = k.alpha == 2.0](float y, float &mass, float &slope) {
-    add_float<true>(two, 0.0f, y, mass, slope);
-  };
+  const auto add_closed = [two](float y, float &mass, float &slope) { add_float<true>(two, 0.0f, y, mass, slope); };
   const auto add_other = [b = (float)k.b](float y, float &mass, float &slope) { add_float<false>(false, b, y, mass, slope); };
   if (!few) {
-    /* The largest scores of the chunks are scores, too: what is bounded badly by the parts' is flat. */
-    for (int step = 0; step < 4 && convex; step++) {
+    /* The largest scores of the chunks are scores, too, and bound flat rows better than the parts'. Short rows do without: their candidates
+     * fit the lists. */
+    for (int step = 0; step < 4 && convex && total > a.parts * SOLVE_WARPS * EMXI_CUDA_PACKED / 4; step++) {
       float mass = 0, slope = 0;
       const auto add_all = [&](auto add) {
-        for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS) add(fmaf(fa, chunk_max[c] - m, -low), mass, slope);
+        for (int64_t c = 4 * threadIdx.x; c < chunks; c += 4 * SOLVE_THREADS) {
+          const float4 four = *(const float4 *)(chunk_max + c);
+          const auto y_of = [&](int i, float x) { return c + i < chunks ? fmaf(fa, x - m, -low) : -1.0f; };
+          add(y_of(0, four.x), mass, slope), add(y_of(1, four.y), mass, slope);
+          add(y_of(2, four.z), mass, slope), add(y_of(3, four.w), mass, slope);
+        }
       };
       closed ? add_all(add_closed) : add_all(add_other);
       warp_pair(mass, slope);
@@ -735,7 +750,9 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
       mass = lane < SOLVE_WARPS ? of_warp.x : 0, slope = lane < SOLVE_WARPS ? of_warp.y : 0;
       warp_pair(mass, slope);
       if (!(mass > 1 && slope > 0)) break;
-      low += fmaxf(0.0f, norm_step(k, mass, slope) - float_slack(k));
+      const float by = closed ? norm_step<true>(two, fa, mass, slope) : norm_step<false>(two, fa, mass, slope);
+      low += fmaxf(0.0f, by);
+      if (by < -0.01f * low) break;
     }
     if (!estimated) thr = fmaxf(thr, nextafterf((float)((double)m + (double)low * k.b), -emxi_inf()));
     int candidates = 0;
@@ -814,7 +831,9 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
       float mass = 0, best = -1.0f;
       for (int i = 0; i < a.parts; i++) mass += __ldcg(a.points + (row * a.parts + i) * 2 * POINTS + lane);
       const float slope = __shfl_xor_sync(EMXI_FULL, mass, POINTS);
-      if (lane < POINTS && mass > 0 && slope > 0) best = fmaf((float)lane, gap, low) + norm_step(k, mass, slope) - float_slack(k);
+      if (lane < POINTS && mass > 0 && slope > 0)
+        best = fmaf((float)lane, gap, low) +
+               (closed ? norm_step<true>(two, fa, mass, slope) : norm_step<false>(two, fa, mass, slope));
       low = fmaxf(low, warp_max(best));
       if (!estimated) thr = fmaxf(thr, nextafterf((float)((double)m + (double)low * k.b), -emxi_inf()));
     }
@@ -1078,14 +1097,12 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
   known.estimated = a.sparse && a.tau_mode != EMX_TAU_EXACT && a.choice[row].estimated;
   /* The largest scores of the scan's parts are scores: the threshold of any subset is a lower bound (T1), and this one leaves little more
    * than the support. */
-  if (warp == 0) {
-    const float low = is_closed(k)     ? bound_of<true>(k, list, a.splits, 1, -1.0f)
-                      : k.alpha <= 2.0 ? bound_of<false>(k, list, a.splits, 1, -1.0f)
-                                       : -1.0f;
-    if (lane == 0) space.low = low;
-  }
-  __syncthreads();
-  known.low = space.low;
+  const bool closed = is_closed(k), two = k.alpha == 2.0;
+  const float fa = (float)k.a, fb = (float)k.b;
+  if (closed)
+    known.low = bound_of<true>(space, list, a.splits, 1, -1.0f, two, fa, fb, m);
+  else if (k.alpha < 2.0)
+    known.low = bound_of<false>(space, list, a.splits, 1, -1.0f, two, fa, fb, m);
   float thr = fmaxf(below_of(k), nextafterf((float)((double)m + (double)known.low * k.b), -emxi_inf()));
   if (known.estimated) {
     thr = below_of(k);
@@ -1113,8 +1130,9 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
   const int of_warp = lane < SOLVE_WARPS ? space.offsets[0][lane] : 0, n_alive = __reduce_add_sync(EMXI_FULL, of_warp),
             n_candidates = __reduce_add_sync(EMXI_FULL, lane < SOLVE_WARPS ? space.offsets[1][lane] : 0);
   int at = before - mine + __reduce_add_sync(EMXI_FULL, lane < warp ? of_warp : 0);
-  known.few = n_alive <= MAX_ALIVE && n_candidates <= LISTED;
+  known.few = n_alive <= MAX_ALIVE && n_candidates <= LISTED - 4; /* bounds fill up to fours */
   if (!known.few) {
+    known.total = n_candidates;
     solve_long<T>(a, space, known);
     return;
   }
@@ -1132,23 +1150,28 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     constexpr int EACH = CHUNK / 32;
     float v[4][EACH];
     uint8_t in_chunk[4][EACH];
-    int n = 0;
+    int of_chunk[4], n = 0;
+    int32_t chunk[4];
 #pragma unroll
     for (int u = 0; u < 4; u++) {
       const int i = first + warp * 4 + u;
-      const int of_chunk = i < n_alive ? space.alive_n[i] : 0;
-      const int64_t base = i < n_alive ? (int64_t)alive[i] * CHUNK : 0;
-#pragma unroll
-      for (int j = 0; j < EACH; j++) {
-        v[u][j] = -emxi_inf(), in_chunk[u][j] = 0;
-        if (32 * j >= of_chunk) continue; /* of most chunks all but the first */
-        if (32 * j + lane < of_chunk) v[u][j] = z[base + 32 * j + lane], in_chunk[u][j] = local[base + 32 * j + lane];
-      }
+      of_chunk[u] = i < n_alive ? space.alive_n[i] : 0;
+      chunk[u] = i < n_alive ? alive[i] : 0;
     }
 #pragma unroll
     for (int u = 0; u < 4; u++)
 #pragma unroll
-      for (int j = 0; j < EACH; j++) n += __popc(__ballot_sync(EMXI_FULL, v[u][j] > thr));
+      for (int j = 0; j < EACH; j++) {
+        v[u][j] = -emxi_inf(), in_chunk[u][j] = 0;
+        if (32 * j >= of_chunk[u]) continue; /* of most chunks all but the first */
+        const int64_t base = (int64_t)chunk[u] * CHUNK + 32 * j + lane;
+        if (32 * j + lane < of_chunk[u]) v[u][j] = z[base], in_chunk[u][j] = local[base];
+      }
+#pragma unroll
+    for (int u = 0; u < 4; u++)
+#pragma unroll
+      for (int j = 0; j < EACH; j++)
+        if (32 * j < of_chunk[u]) n += __popc(__ballot_sync(EMXI_FULL, v[u][j] > thr));
     if (lane == 0) space.offset[turn][warp] = n;
     __syncthreads();
     const int here = lane < SOLVE_WARPS ? space.offset[turn][lane] : 0;
@@ -1158,59 +1181,62 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     for (int u = 0; u < 4; u++)
 #pragma unroll
       for (int j = 0; j < EACH; j++) {
+        if (32 * j >= of_chunk[u]) continue;
         const uint32_t mask = __ballot_sync(EMXI_FULL, v[u][j] > thr);
-        if (!mask) continue;
-        const int to = place_in + __popc(mask & ((1u << lane) - 1));
         if (v[u][j] > thr) {
+          const int to = place_in + __popc(mask & ((1u << lane) - 1));
           list[to] = v[u][j];
-          position[to] = alive[first + warp * 4 + u] * CHUNK + in_chunk[u][j];
+          position[to] = chunk[u] * CHUNK + in_chunk[u][j];
         }
         place_in += __popc(mask);
       }
   }
-  __syncthreads();
   const int total = known.total;
-  if (total > MAX_HERE || known.estimated || !is_closed(k)) {
+  if (known.estimated || !closed) {
+    __syncthreads();
     solve_long<T>(a, space, known);
     return;
   }
 
-  /* The first warp solves; the others have the values of what may have weight on their way as soon as it knows that. */
+  /* The first warp solves, once what may have weight is known: the others have its values on their way meanwhile. */
   constexpr int AHEAD = 4, OTHERS = SOLVE_WARPS - 1;
-  double t = 0, mass = 0;
+  const float near = bound_of<true>(space, list, total, 2, known.low, two, fa, fb, m), least = near - float_slack(true);
   if (warp == 0) {
-    const float near = bound_of<true>(k, list, total, 2, known.low), least = near - float_slack(k);
     int n = 0;
     for (int first = 0; first < total; first += 32) {
       const int i = first + lane;
-      const bool may = i < total && fmaf((float)k.a, list[i] - m, -least) >= 0;
+      const float x = i < total ? list[i] : -emxi_inf();
+      const int32_t at = i < total ? position[i] : 0;
+      const bool may = fmaf(fa, x - m, -least) >= 0;
       const uint32_t mask = __ballot_sync(EMXI_FULL, may);
-      if (may) alive[n + __popc(mask & ((1u << lane) - 1))] = i;
+      const int to = n + __popc(mask & ((1u << lane) - 1));
+      if (may) list[to] = x, position[to] = at; /* behind what has been read */
       n += __popc(mask);
     }
     if (lane == 0) space.chosen_n = n;
-    t = near;
   }
   __syncthreads();
   const int chosen = space.chosen_n;
+  const bool here = chosen <= MAX_HERE; /* else `share` adds up the values */
+  double t = near, mass = 0;
   piece<T, 0> value[AHEAD];
   const auto load_values = [&](int first) {
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
       const int i = first + u * OTHERS;
       value[u].clear();
-      if (i < chosen) value[u] = load_value<T>(a, place, position[alive[i]], lane);
+      if (i < chosen) value[u] = load_value<T>(a, place, position[i], lane);
     }
   };
   if (warp) {
-    load_values(warp - 1);
+    if (here) load_values(warp - 1);
   } else { /* in closed form from the support, until that is its own */
     double s[3], f;
     for (int step = 0, n = -1; step < 16; step++) {
       s[1] = s[2] = 0;
       int above = 0;
       for (int i = lane; i < chosen; i += 32) {
-        const double y = k.a * ((double)list[alive[i]] - (double)m) - t;
+        const double y = k.a * ((double)list[i] - (double)m) - t;
         if (y > 1e-13) above++, s[1] += y, s[2] += y * y;
       }
 #pragma unroll
@@ -1224,7 +1250,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
       n = above;
       t += threshold_step(k, s, &f);
     }
-    mass = k.alpha == 2.0 ? s[1] : s[2];
+    mass = two ? s[1] : s[2];
     if (lane == 0) space.found[0] = t, space.found_n = (int)s[0];
   }
   __syncthreads();
@@ -1233,7 +1259,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
 #pragma unroll
   for (int e = 0; e < PER_LANE; e++) acc[e] = 0;
   if (threadIdx.x == 0) {
-    wide->wide = WIDE_NOT;
+    wide->wide = here ? WIDE_NOT : WIDE_SEGMENTS;
     wide->done = 0;
     wide->t = t;
     wide->m = m;
@@ -1242,12 +1268,13 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     wide->solved = 1;
     write_report(a, place, row, false, t + k.a * (double)m, mass, space.found_n, space.found_n);
   }
+  if (!here) return;
   for (int first = warp - 1; warp && first < chosen; first += AHEAD * OTHERS) {
     if (first >= OTHERS) load_values(first);
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
       const int i = first + u * OTHERS;
-      const float p = i < chosen ? weight_of(k, list[alive[i]], t) : 0.0f;
+      const float p = i < chosen ? weight_of(k, list[i], t) : 0.0f;
       if (!(p > 0)) continue;
       float f[8];
       value[u].get(f);
