@@ -234,13 +234,13 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
   int g = item / a.blocks % pool.G, b = item / a.blocks / pool.G;
   const int first_row = block * R, left = a.group * a.S - first_row, rows = SPARSE || left >= R ? R : left;
   int64_t length;
-  row_place self;       /* sparse: the row of this block, and positions are those of its list */
-  const int32_t *pages; /* numbers in memory of the pages that it reads */
+  row_place self; /* sparse: the row of this block, and positions are those of its list */
+  const int32_t *table;
   if constexpr (SPARSE) {
     self = place_of(a, item);
-    b = self.b, g = self.g, pages = self.place, length = self.count;
+    b = self.b, g = self.g, table = self.table, length = self.count;
   } else {
-    pages = batch_entry(a.batch, b, &length);
+    table = batch_entry(a.batch, b, &length);
   }
   const auto row_of = [&](int r) {
     if constexpr (SPARSE)
@@ -249,11 +249,11 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
       return item_row(a, b, g, first_row + r, length);
   };
   const auto row_number = [&](int r) { return row_of(r).row; };
-  const auto checked = [&](int64_t i, int32_t page) {
+  const auto page_of = [&](int64_t i) {
     if constexpr (SPARSE)
-      return page;
+      return __ldg(self.place + i);
     else
-      return checked_page(a.batch, pool, b, i, page);
+      return table_page(a.batch, pool, table, b, i);
   };
   const int64_t chunks = (length + CHUNK - 1) / CHUNK, per = ((uint32_t)chunks + a.splits - 1) / (uint32_t)a.splits,
                 from = split * per, to = from + per < chunks ? from + per : chunks;
@@ -315,19 +315,14 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
       for (int e = 0; e < 8; e++) o[r][e] = 0;
 
   const uint64_t once = read_once();
-  /* Tiles of this warp: all of chunk `c`, then of the next one that is its. Page numbers are fetched two tiles ahead, keys one: numbers are
-   * looked at when they are used, for a look waits for them. */
+  /* Tiles of this warp: all of chunk `c`, then of the next one that is its. Page numbers are fetched two tiles ahead, keys one. */
   const T *k_base = (const T *)pool.k + g * pool.k_head, *v_base = (const T *)pool.v + g * pool.v_head;
   const auto fetch = [&](int64_t c, int tile, int32_t(&page)[PAGES]) {
 #pragma unroll
     for (int i = 0; i < PAGES; i++) {
       const int64_t token = c * CHUNK + tile * TILE + 16 * i;
-      page[i] = c < to && token < length ? __ldg(pages + (token >> pool.shift)) : 0;
+      page[i] = c < to && token < length ? page_of(token >> pool.shift) : 0;
     }
-  };
-  const auto check = [&](int64_t c, int tile, int32_t(&page)[PAGES]) {
-#pragma unroll
-    for (int i = 0; i < PAGES; i++) page[i] = checked((c * CHUNK + tile * TILE + 16 * i) >> pool.shift, page[i]);
   };
   /* Sixteen aligned positions lie in one page, so the rows of a lane are a constant step apart. */
   const auto read = [&](const T *base, int64_t page_stride, int64_t token_stride, int64_t c, int tile,
@@ -360,7 +355,6 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
   int32_t page[PAGES], next_page[PAGES];
   row_piece x[U], next[U];
   fetch(c, tile, page);
-  check(c, tile, page);
   read(k_base, pool.k_page, pool.k_token, c, tile, page, x);
   advance(next_c, next_tile);
   fetch(next_c, next_tile, next_page);
@@ -370,7 +364,6 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
     int64_t after_c = next_c;
     int after_tile = next_tile;
     int32_t after_page[PAGES];
-    check(next_c, next_tile, next_page);
     read(k_base, pool.k_page, pool.k_token, next_c, next_tile, next_page, next);
     advance(after_c, after_tile);
     fetch(after_c, after_tile, after_page);
@@ -405,7 +398,7 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
           s = fmaf(slope[i], (float)(token - (visible[i] - 1)), s);
       }
       if (in && s == -emxi_inf()) {
-        const int32_t p = checked(token >> pool.shift, __ldg(pages + (token >> pool.shift)));
+        const int32_t p = page_of(token >> pool.shift);
         if (key_is_finite(k_base + p * pool.k_page + (token & (pool.P - 1)) * pool.k_token, D)) s = emxi_nan();
       }
       if (in && !(s < emxi_inf())) bad |= 1u << own_r[i];
@@ -611,9 +604,8 @@ struct __align__(16) solve_space {
   int32_t alive[MAX_ALIVE];   /* chunks with a candidate; for bounds what each warp weighs */
   uint8_t alive_n[MAX_ALIVE]; /* candidates of the scan */
   double scratch[3][SOLVE_WARPS];
-  float2 part_sum[SOLVE_WARPS];
   double found[3]; /* by the first warp: threshold, one without margins, mass */
-  float2 bound;
+  float2 part_sum[SOLVE_WARPS], bound;
   int found_n, chosen_n, offsets[2][SOLVE_WARPS], offset[2][SOLVE_WARPS];
 };
 /* What all threads of the block know of the row. */
@@ -718,7 +710,7 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
   const uint8_t *count = a.count + row * a.chunks, *local = a.local + row * a.chunks * CHUNK;
   emxi_cuda_wide *wide = &a.wide[row];
   const threshold k = known.k;
-  const float m = k.m, fa = (float)k.a;
+  const float m = k.m, fa = (float)k.a, fb = (float)k.b;
   const bool few = known.few, estimated = known.estimated, closed = is_closed(k), convex = k.alpha <= 2.0, two = k.alpha == 2.0;
   float *list = space.list;
   int32_t *position = positions_of(space);
@@ -727,32 +719,40 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
   bool held = few, listed = true; /* in shared memory; in the packed lists: else scores are read where the scan has put them */
   const packed pack = packed_of(a, row);
   const auto add_closed = [two](float y, float &mass, float &slope) { add_float<true>(two, 0.0f, y, mass, slope); };
-  const auto add_other = [b = (float)k.b](float y, float &mass, float &slope) { add_float<false>(false, b, y, mass, slope); };
+  const auto add_other = [fb](float y, float &mass, float &slope) { add_float<false>(false, fb, y, mass, slope); };
   if (!few) {
-    /* The largest scores of the chunks are scores, too, and bound flat rows better than the parts'. Short rows do without: their candidates
-     * fit the lists. */
-    for (int step = 0; step < 4 && convex && total > a.parts * SOLVE_WARPS * EMXI_CUDA_PACKED / 4; step++) {
-      float mass = 0, slope = 0;
-      const auto add_all = [&](auto add) {
-        for (int64_t c = 4 * threadIdx.x; c < chunks; c += 4 * SOLVE_THREADS) {
-          const float4 four = *(const float4 *)(chunk_max + c);
-          const auto y_of = [&](int i, float x) { return c + i < chunks ? fmaf(fa, x - m, -low) : -1.0f; };
-          add(y_of(0, four.x), mass, slope), add(y_of(1, four.y), mass, slope);
-          add(y_of(2, four.z), mass, slope), add(y_of(3, four.w), mass, slope);
-        }
-      };
-      closed ? add_all(add_closed) : add_all(add_other);
-      warp_pair(mass, slope);
-      __syncthreads();
-      if (lane == 0) space.part_sum[warp] = make_float2(mass, slope);
-      __syncthreads();
-      const float2 of_warp = space.part_sum[lane % SOLVE_WARPS];
-      mass = lane < SOLVE_WARPS ? of_warp.x : 0, slope = lane < SOLVE_WARPS ? of_warp.y : 0;
-      warp_pair(mass, slope);
-      if (!(mass > 1 && slope > 0)) break;
-      const float by = closed ? norm_step<true>(two, fa, mass, slope) : norm_step<false>(two, fa, mass, slope);
-      low += fmaxf(0.0f, by);
-      if (by < -0.01f * low) break;
+    /* The largest scores of the chunks are scores, too, and bound flat rows better than the parts': up to 1,024 at many thresholds, then all of
+     * them by Newton's steps. */
+    if (convex) {
+      constexpr int MOST = 1024;
+      const int64_t stride = (chunks + MOST - 1) / MOST;
+      const int n = (int)((chunks + stride - 1) / stride);
+      for (int i = threadIdx.x; i < n; i += SOLVE_THREADS) list[i] = chunk_max[i * stride];
+      low = closed ? bound_of<true>(space, list, n, 2, low, two, fa, fb, m)
+                   : bound_of<false>(space, list, n, 2, low, two, fa, fb, m);
+      for (int step = 0; step < 4 && stride > 1; step++) {
+        float mass = 0, slope = 0;
+        const auto add_all = [&](auto add) {
+          for (int64_t c = 4 * threadIdx.x; c < chunks; c += 4 * SOLVE_THREADS) {
+            const float4 four = *(const float4 *)(chunk_max + c);
+            const auto y_of = [&](int i, float x) { return c + i < chunks ? fmaf(fa, x - m, -low) : -1.0f; };
+            add(y_of(0, four.x), mass, slope), add(y_of(1, four.y), mass, slope);
+            add(y_of(2, four.z), mass, slope), add(y_of(3, four.w), mass, slope);
+          }
+        };
+        closed ? add_all(add_closed) : add_all(add_other);
+        warp_pair(mass, slope);
+        __syncthreads();
+        if (lane == 0) space.part_sum[warp] = make_float2(mass, slope);
+        __syncthreads();
+        const float2 of_warp = space.part_sum[lane % SOLVE_WARPS];
+        mass = lane < SOLVE_WARPS ? of_warp.x : 0, slope = lane < SOLVE_WARPS ? of_warp.y : 0;
+        warp_pair(mass, slope);
+        if (!(mass > 1 && slope > 0)) break;
+        const float by = closed ? norm_step<true>(two, fa, mass, slope) : norm_step<false>(two, fa, mass, slope);
+        low += fmaxf(0.0f, by);
+        if (by < -1e-3f * low) break;
+      }
     }
     if (!estimated) thr = fmaxf(thr, nextafterf((float)((double)m + (double)low * k.b), -emxi_inf()));
     int candidates = 0;
@@ -1210,6 +1210,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
       const bool may = fmaf(fa, x - m, -least) >= 0;
       const uint32_t mask = __ballot_sync(EMXI_FULL, may);
       const int to = n + __popc(mask & ((1u << lane) - 1));
+      __syncwarp();
       if (may) list[to] = x, position[to] = at; /* behind what has been read */
       n += __popc(mask);
     }
