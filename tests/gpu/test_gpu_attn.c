@@ -587,6 +587,45 @@ static void test_reach(void **state) {
   }
 }
 
+/* Flat rows, block after block: scans end early, and what lies where they have not been must be found all the same. */
+static void test_flat_blocks(void **state) {
+  (void)state;
+  for (int c = 0; c < 6; c++) {
+    problem p = usual;
+    p.H = 2, p.G = 1, p.S = c < 3 ? 420 : 300, p.N = c < 3 ? 2100 : 2900, p.D = c % 2 ? 128 : 64, p.causal = c != 2;
+    p.dtype = c % 2 ? EMX_F16 : EMX_BF16, p.spread = 0.03, p.list = c < 3 ? 128 : 0, p.mixed = c == 5, p.alpha = c == 4 ? 2 : 1.5;
+    check(&p);
+  }
+  enum { N = 1600, D = 64, ODD = 200 };
+  /* a key in a tile that is visited late: NaN; of numbers, but an infinite score; above all others; among them */
+  for (int c = 0; c < 4; c++) {
+    problem p = usual;
+    p.H = p.G = 1, p.S = p.N = N, p.D = D, p.dtype = EMX_BF16, p.spread = 0.02;
+    make(&p);
+    for (int i = 0; i < N; i++) p.q[i * D] = 2;
+    p.k[ODD * D] = (const double[]){(double)NAN, 0x1.8p127, 16, 2}[c];
+    device w;
+    open_device(&p, &w);
+    call(&w, EMX_PASS_FORWARD);
+    double *o = get(&w.o), *tau = get(&w.tau), *support = get(&w.support), *z = take(N);
+    for (int i = 0; i < N; i++) {
+      if (c < 2) {
+        assert_int_equal(isnan(tau[i]) != 0, i >= ODD);
+        for (int d = 0; d < D; d++) assert_int_equal(isnan(o[i * D + d]) != 0, i >= ODD);
+      }
+      if (c < 2 && i >= ODD) continue;
+      const int64_t n = row_scores(&p, 0, 0, i, z);
+      double sum = 0;
+      for (int64_t j = 0; j < n; j++) sum += z[j] / 2 > tau[i] ? (z[j] / 2 - tau[i]) * (z[j] / 2 - tau[i]) : 0;
+      if (!(fabs(sum - 1) < 1e-5)) fail_msg("key %d, row %d: p of tau sums to %.9g", c, i, sum);
+      if (c == 2 && i >= ODD) assert_true(support[i] == 1);
+    }
+    free(o), free(tau), free(support), free(z);
+    close_device(&w);
+    release(&p);
+  }
+}
+
 /* Many tiles of keys, of which most hold nothing for a row: what may be passed over must not be missed. */
 static void test_sieve(void **state) {
   (void)state;
@@ -931,12 +970,13 @@ int main(int argc, char **argv) {
   const int missing = gpu_missing();
   if (missing) return missing;
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_reference), cmocka_unit_test(test_catalogue),     cmocka_unit_test(test_tiles),
-      cmocka_unit_test(test_short),     cmocka_unit_test(test_long),          cmocka_unit_test(test_windows),
-      cmocka_unit_test(test_alphas),    cmocka_unit_test(test_lengths),       cmocka_unit_test(test_far),
-      cmocka_unit_test(test_flat),      cmocka_unit_test(test_sieve),         cmocka_unit_test(test_reach),
-      cmocka_unit_test(test_ties),      cmocka_unit_test(test_nonfinite),     cmocka_unit_test(test_packed),
-      cmocka_unit_test(test_paged),     cmocka_unit_test(test_deterministic), cmocka_unit_test(test_refusals)};
+      cmocka_unit_test(test_reference),  cmocka_unit_test(test_catalogue),     cmocka_unit_test(test_tiles),
+      cmocka_unit_test(test_short),      cmocka_unit_test(test_long),          cmocka_unit_test(test_windows),
+      cmocka_unit_test(test_alphas),     cmocka_unit_test(test_lengths),       cmocka_unit_test(test_far),
+      cmocka_unit_test(test_flat),       cmocka_unit_test(test_sieve),         cmocka_unit_test(test_reach),
+      cmocka_unit_test(test_ties),       cmocka_unit_test(test_nonfinite),     cmocka_unit_test(test_packed),
+      cmocka_unit_test(test_paged),      cmocka_unit_test(test_deterministic), cmocka_unit_test(test_refusals),
+      cmocka_unit_test(test_flat_blocks)};
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   free(last_o), free(last_dk);
   emx_ctx_destroy(gpu);
