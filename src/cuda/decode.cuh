@@ -8,9 +8,10 @@
  *          a key a lane, L lanes a key; the products of U keys with R queries are summed over the lanes by exchanging halves, so that
  *          afterwards every lane owns different scores. What exceeds the largest score so far minus 1/a (T1 of docs/math.md) goes to the
  *          chunk's segment of the row, which has room for all of it. Bytes: N D of K for all R rows; 5 a candidate.
- *   solve  block = (part, row). The true maximum decides which candidates are left: a set, and an order, that do not depend on timing. tau
- *          by bracketed steps in double. Few candidates are one block's, in shared memory, with values of up to MAX_HERE of them; of more,
- *          all parts pack what is left and the last one solves.
+ *   solve  block = (part, row). The true maximum and a bound from the largest scores of the scan's parts decide which candidates are left: a set,
+ *          and an order, that do not depend on timing. Few are one block's, in shared memory: tau from bounds at 32 thresholds at a time, then
+ *          in closed form in double, with values of up to MAX_HERE of them. Of many, all parts pack what is left and weigh it at several
+ *          thresholds, and the last one solves, by bracketed steps in double.
  *   share  block = (row, part): values of all other rows; leaves at once for the rest. The last block adds up.
  * Softmax: scan also sums exp(s - m) v for its part, merge joins the parts.
  *
