@@ -105,7 +105,7 @@ template <typename T, int FIXED>
 __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emxi_cuda_decode a) {
   __shared__ cert_query query[1];
   __shared__ float shared_q[1][MAX_D], z[SEED_GROUPS * GROUP], value[SEED_PARTS], part[SEED_WARPS];
-  __shared__ int32_t entry[SEED_PARTS], chosen[SEED_GROUPS];
+  __shared__ int32_t entry[SEED_PARTS], chosen[SEED_GROUPS], page[SEED_GROUPS];
   const row_place place = place_of(a, blockIdx.x);
   const int index = place.s * a.group + place.h % a.group, item = (place.b * a.pool.G + place.g) * a.blocks + index / a.rows,
             lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -141,16 +141,22 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
   __syncthreads();
   /* Four neighbouring ones a warp, read together. */
   constexpr int EACH = SEED_GROUPS / SEED_WARPS;
+  if (lane < EACH) {
+    const int32_t group = chosen[warp * EACH + lane];
+    page[warp * EACH + lane] =
+        group < 0 ? 0 : table_page(a.batch, a.pool, it.table, it.b, (int64_t)group * GROUP >> a.pool.shift);
+  }
+  __syncwarp();
   cert_reader<T, FIXED, 1, FIXED ? 16 : 8, 8>::read(
       a, it, shared_q, query, EACH * GROUP,
       [&](int i) {
-        const int32_t group = chosen[warp * EACH + i / GROUP], position = (group < 0 ? 0 : group) * GROUP + i % GROUP;
-        return cert_key{position, group < 0 ? 0 : table_page(a.batch, a.pool, it.table, it.b, position >> a.pool.shift)};
+        const int c = warp * EACH + i / GROUP;
+        return cert_key{(chosen[c] < 0 ? 0 : chosen[c]) * GROUP + i % GROUP, page[c]};
       },
       [&](int i, int, float score) { /* NaN and +inf are the sieve's to find */
-                                     if (i >= 0)
-                                       z[warp * EACH * GROUP + i] =
-                                           chosen[warp * EACH + i / GROUP] >= 0 && score < emxi_inf() ? score : -emxi_inf();
+                                     if (i < 0) return;
+                                     z[warp * EACH * GROUP + i] =
+                                         chosen[warp * EACH + i / GROUP] >= 0 && score < emxi_inf() ? score : -emxi_inf();
       });
   __syncthreads();
 
