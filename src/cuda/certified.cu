@@ -315,13 +315,14 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
   const emxi_cuda_sketch &sketch = a.pool.sketch;
   const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits, lane = threadIdx.x % 32, key = lane / 4, t = lane % 4;
   const cert_item it = open_item<R>(a, item);
+  raw_query<DP / 32> raw;
+  load_query(a, it, &raw);
   if (threadIdx.x < 2 * R) best[threadIdx.x / 2][threadIdx.x % 2] = 0;
   if (threadIdx.x == 0) {
     shared_size = 0;
     if (split == 0) a.cert_flat[item] = 0;
   }
-  /* whole chunks: as the sieve cuts */
-  const int64_t chunks = (it.length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits,
+  const int64_t chunks = (it.length + CHUNK - 1) / CHUNK, per = ((uint32_t)chunks + a.splits - 1) / (uint32_t)a.splits,
                 from = split * per * (CHUNK / GROUP), end = from + per * (CHUNK / GROUP), to = end < it.groups ? end : it.groups;
   /* A turn's centres and records are asked for as soon as those of the turn before have been multiplied, the first ones before anything else;
    * page numbers, a lane each, a turn before that. Loads are on every path: what is not there is read from page 0 and not used. */
@@ -364,10 +365,11 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) judge(const __grid_constant__
   look_up(base);
   load(base);
   look_up(base + STRIDE);
-  open_queries<R>(a, it, query, words);
+  open_queries(a, it, raw, query, words);
   if (split == 0 && (int)threadIdx.x < it.rows) a.cert_query[query[threadIdx.x].row] = query[threadIdx.x];
-  for (int i = threadIdx.x; split == 0 && i < it.rows * 128; i += CERT_THREADS)
-    ((int32_t *)&a.cert_words[query[i / 128].row])[i % 128] = ((const int32_t *)&words[i / 128])[i % 128];
+  constexpr int SIZE = sizeof(cert_words) / 4;
+  for (int i = threadIdx.x; split == 0 && i < it.rows * SIZE; i += CERT_THREADS)
+    ((int32_t *)&a.cert_words[query[i / SIZE].row])[i % SIZE] = ((const int32_t *)&words[i / SIZE])[i % SIZE];
   int32_t column[WORDS][4]; /* dimensions as this lane's sixteen bytes of a centre lie */
 #pragma unroll
   for (int i = 0; i < WORDS; i++)

@@ -5,9 +5,9 @@
  *          from its centre and radius; the best groups of each part.
  *   seed   block = row. The keys of the best groups, exactly. Their threshold bounds the threshold from below (T1 of docs/math.md).
  *          Rows of which most of these keys have weight are flat: the item goes to ALL's scan.
- *   sieve  block as in judge. Groups above the row's limit, key by key from their 4-bit codes, then the keys that these leave, exactly,
- *          into the segments that ALL's scan would have filled. Exact scores are counted in a histogram at the lower edges of its bins;
- *          any state of it bounds the threshold from below, and whoever adds to it raises the limit.
+ *   sieve  block = (sequence, part of it), for all heads. Groups above a row's limit, key by key from their 4-bit codes, then the keys that
+ *          these leave, exactly, into the segments that ALL's scan would have filled. Exact scores are counted in a histogram at the lower
+ *          edges of its bins; any state of it bounds the threshold from below, and whoever adds to it raises the limit.
  *   report what was read.
  * Flat items take ALL's scan, in the sieve's place or after it; solve and share are ALL's. docs/numerics.md derives the bounds.
  * Bytes of a group at dimension D, padded to 64, 128 or 256: 32 + D to judge it, 8 D for its codes, and rows of K. */
@@ -31,8 +31,8 @@ struct cert_reader {
   using row_piece = piece<T, FIXED>;
   static constexpr int L = row_piece::L, SUBS = 32 / L, V = W * R, OWN = V >= L ? V / L : 1, BATCH = U * SUBS;
 
-  template <typename WHERE, typename USE>
-  __device__ __forceinline__ static void read(const emxi_cuda_decode &a, const cert_item &it, const float (*shared_q)[MAX_D],
+  template <int N, typename WHERE, typename USE>
+  __device__ __forceinline__ static void read(const emxi_cuda_decode &a, const cert_item &it, const float (*shared_q)[N],
                                               const cert_query *query, int n, WHERE where, USE use) {
     const int lane = threadIdx.x % 32, l = lane % L, sub = lane / L, D = FIXED ? FIXED : a.pool.D;
     const T *k_base = (const T *)a.pool.k + it.g * a.pool.k_head;
@@ -85,18 +85,6 @@ struct cert_reader {
     }
   }
 };
-/* scale q of an item's rows as floats, zero beyond D where a reader goes there. */
-template <int FIXED, int R>
-__device__ __forceinline__ void load_rows(const emxi_cuda_decode &a, const cert_item &it, float (*shared_q)[MAX_D]) {
-  constexpr int N = FIXED ? FIXED : MAX_D;
-  for (int i = threadIdx.x; i < R * N; i += blockDim.x) {
-    const int r = i / N, x = i % N, index = it.first_row + r, s = index / a.group, h = it.g * a.group + index % a.group;
-    shared_q[r][x] = r < it.rows && x < a.pool.D
-                         ? load_any(a.q, a.q_dtype, it.b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + x) * a.scale
-                         : 0.0f;
-  }
-}
-
 /* ---- seed */
 
 constexpr int SEED_GROUPS = 64, SEED_PARTS = 1024, SEED_THREADS = 512, SEED_WARPS = SEED_THREADS / 32;
@@ -104,14 +92,17 @@ constexpr int SEED_GROUPS = 64, SEED_PARTS = 1024, SEED_THREADS = 512, SEED_WARP
 template <typename T, int FIXED>
 __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emxi_cuda_decode a) {
   __shared__ cert_query query[1];
-  __shared__ float shared_q[1][MAX_D], z[SEED_GROUPS * GROUP], value[SEED_PARTS], part[SEED_WARPS];
+  __shared__ float shared_q[1][FIXED ? FIXED : MAX_D], z[SEED_GROUPS * GROUP], value[SEED_PARTS], part[SEED_WARPS];
   __shared__ int32_t entry[SEED_PARTS], chosen[SEED_GROUPS], page[SEED_GROUPS];
   const row_place place = place_of(a, blockIdx.x);
   const int index = place.s * a.group + place.h % a.group, item = (place.b * a.pool.G + place.g) * a.blocks + index / a.rows,
             lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const cert_item it = {place.b, place.g, index, 1, place.length, (place.length + GROUP - 1) / GROUP, place.table};
-  load_rows<FIXED, 1>(a, it, shared_q); /* what judge has waited for, too */
   for (int i = threadIdx.x; i < BINS; i += SEED_THREADS) a.cert_bins[blockIdx.x * (int64_t)BINS + i] = 0;
+  for (int i = threadIdx.x; i < a.splits; i += SEED_THREADS) { /* where the sieve finds nothing */
+    a.split_max[blockIdx.x * (int64_t)a.splits + i] = -emxi_inf();
+    a.bad[blockIdx.x * (int64_t)a.splits + i] = 0;
+  }
   if (threadIdx.x < SEED_GROUPS) chosen[threadIdx.x] = -1;
   wait_for_previous();
 
@@ -130,6 +121,7 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
   if (lane == 0) part[warp] = size;
   for (int i = threadIdx.x; i < (int)(sizeof(cert_query) / 4); i += SEED_THREADS)
     ((int32_t *)query)[i] = ((const int32_t *)&a.cert_query[blockIdx.x])[i];
+  for (int i = threadIdx.x; i < (FIXED ? FIXED : MAX_D); i += SEED_THREADS) shared_q[0][i] = a.cert_words[blockIdx.x].q[i];
   __syncthreads();
   for (int i = warp; i < parts; i += SEED_WARPS) { /* a warp each: how many are better */
     if (entry[i] < 0) continue;
@@ -212,302 +204,384 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
 
 /* ---- sieve */
 
-/* A warp takes 32 groups at a time, a lane each: bounds and pages are asked for one such turn ahead, the codes of the next few groups above
- * the limit while it works on those before. Keys whose bounds are above the limit, too, wait in a queue, in the order of their positions,
- * until there are as many as are read together: their rows are then under way all at once, and they may be of many chunks. */
+/* Codes of some groups that a warp has asked for, on their way into shared memory, and what the bounds of their keys take.
+ * Lane l copies what lane l reads. */
+template <int R, int STEP>
+struct sieve_step {
+  static constexpr int SLOTS = R == 1 ? 4 : STEP; /* of one row a lane has group lane % 4, if there are as many */
+  uint4 codes[4][32];
+  emxi_cuda_group record[SLOTS];
+  float upper[SLOTS][R];
+  int32_t group[SLOTS], page[SLOTS]; /* group -1: none */
+};
+/* What a warp has in shared memory. WORDS: sixteen bytes of codes a lane and group, at most; STEP: groups that are read at
+ * once; DEEP: steps under way; BATCH: keys that are read together. */
+template <int FIXED, int R>
+struct sieve_warp {
+  static constexpr int WORDS = FIXED ? FIXED / 64 : MAX_D / 64, STEP = 4 / WORDS, DEEP = 2, QUEUE = 128, BATCH = 32;
+  using step = sieve_step<R, STEP>;
+  step steps[DEEP];
+  float q[R][FIXED ? FIXED : MAX_D], scores[R][BATCH];
+  cert_query query[R];
+  cert_key queue[QUEUE];
+  float limit[R], slack[R], base[R]; /* base: lower edge of the row's bins */
+  int top[R];                        /* largest score, ordered */
+  float open_top[R];                 /* open: of the chunk of the last key of the batch before */
+  int32_t open_count[R];
+};
+constexpr int SIEVE_ITEMS = 32;
+__device__ __forceinline__ void copy16(void *to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+/* The largest number at p, where -inf is at first. */
+__device__ __forceinline__ void raise(float *p, float x) {
+  if (x >= 0)
+    atomicMax((int *)p, __float_as_int(x + 0.0f)); /* no -0 */
+  else
+    atomicMin((unsigned *)p, __float_as_uint(x));
+}
+
+/* Block = (sequence, up to SIEVE_ITEMS of its items, part of the sequence): turns of 32 groups, of every item as many. Heads
+ * differ in how much their limits leave, parts hardly: a warp starts with an item of its own and, when that has no turn left,
+ * goes on with others'. In a turn a lane has a group: bounds and pages are asked for one turn ahead, the codes of the next few
+ * groups above the limit a step ahead. Keys whose bounds are above the limit, too, wait in a queue, in the order of their
+ * positions, until there are as many as are read together: their rows are then under way all at once, and they may be of many
+ * chunks. A chunk is of one turn. */
 template <typename T, int FIXED, int R>
 __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__ emxi_cuda_decode a) {
-  /* WORDS: sixteen bytes of codes a lane and group, at most; STEP: groups that are read at once; FIRST: keys of a warp's first batch, so that
-   * the limit rises soon */
-  constexpr int WORDS = FIXED ? FIXED / 64 : MAX_D / 64, STEP = 4 / WORDS, QUEUE = 128, BATCH = 32, FIRST = 8;
-  __shared__ cert_query query[R];
-  __shared__ cert_words words[R];
-  __shared__ float shared_q[R][MAX_D], scores[CERT_WARPS][R][BATCH], edge[R][2]; /* edge: slack and base of the row's bins */
-  __shared__ cert_key queue[CERT_WARPS][QUEUE];
-  __shared__ int shared_max[R], shared_bad,
-      open_count[CERT_WARPS][R]; /* open: of the chunk of the last key of the batch before */
-  __shared__ float open_top[CERT_WARPS][R], limits[CERT_WARPS][R];
+  using state = sieve_warp<FIXED, R>;
+  constexpr int WORDS = state::WORDS, STEP = state::STEP, DEEP = state::DEEP, QUEUE = state::QUEUE, BATCH = state::BATCH,
+                FIRST = 8;                /* keys of a warp's first batch, so that the limit rises soon */
+  extern __shared__ uint4 sieve_shared[]; /* [CERT_WARPS] state */
+  __shared__ int taken[SIEVE_ITEMS];      /* turns of each item */
   const emxi_cuda_pool &pool = a.pool;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  /* seed has waited for judge before this block could be started: what judge and those before it have written is there. Of seed itself the
-   * block needs the limit, later. */
-  const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits;
-  const cert_item it = open_item<R>(a, item);
-  const int64_t chunks = (it.length + CHUNK - 1) / CHUNK, per = (chunks + a.splits - 1) / a.splits, from = split * per,
-                to = from + per < chunks ? from + per : chunks;
-  const int32_t groups = to * (CHUNK / GROUP) < it.groups ? (int32_t)to * (CHUNK / GROUP) : (int32_t)it.groups;
-  float bound[R], next_bound[R], *limit = limits[warp];
-  int32_t page = 0, next_page = 0, turn = 0, next_turn = (int32_t)from * (CHUNK / GROUP) + warp * 32; /* turn: its first group */
-  const auto fetch = [&](auto row_of) {
-    const int32_t group = next_turn + lane;
-#pragma unroll
-    for (int r = 0; r < R; r++)
-      next_bound[r] = r < it.rows && group < groups ? __ldcg(&a.cert_upper[row_of(r) * a.cert_groups + group]) : -emxi_inf();
-    next_page = group < groups ? __ldg(it.table + (group >> (pool.shift - 4))) : 0;
-  };
-  /* Lane r: row r's limit */
-  const auto poll = [&]() { return lane < it.rows ? __ldcg(&a.cert[query[lane % R].row].limit) : to_ordered(emxi_inf()); };
-  const auto take = [&](int polled) {
-    __syncwarp();
-    if (lane < R) limit[lane] = fmaxf(limit[lane], from_ordered(polled));
-    __syncwarp();
-  };
-  fetch([&](int r) { return item_row(a, it.b, it.g, it.first_row + r, it.length).row; });
-  if (threadIdx.x < R) shared_max[threadIdx.x] = to_ordered(-emxi_inf());
-  if (threadIdx.x == 0) shared_bad = 0;
-  if (lane < R) limit[lane] = -emxi_inf();
-  load_rows<FIXED, R>(a, it, shared_q);
-  fetch_queries<R>(a, it, query, words);
-  const int dp = FIXED ? FIXED : pool.sketch.dp, key = lane / 4, t = lane % 4, dims = FIXED ? WORDS : dp / 64;
-  const int32_t length = (int32_t)it.length;
-  int32_t column[WORDS][4];
-#pragma unroll
-  for (int i = 0; i < WORDS; i++)
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-      column[i][j] = i < dims ? column_word<R>(words, it.rows, 16 * i + 8 * (j / 2) + 2 * t + j % 2) : 0;
-  uint32_t tokens = 0, pages = 0, codes = 0, bad = 0, alive = 0;
-
-  /* Groups whose codes are under way. Lane (group j, row) has what the bounds of the group's keys have in common. */
-  struct step {
-    uint4 x[STEP][WORDS];
-    float2 radius;
-    float4 unit; /* size, step, error */
-    float upper;
-    int32_t group, page; /* -1: none */
-  };
-  const int my_j = R == 1 ? t : lane / R % STEP, my_row = R == 1 ? 0 : t;
-  wait_for_previous();
-  if (a.cert_flat[item]) {
-    if constexpr (FIXED > 0) scan_part<T, FIXED, R, R == 1 ? 8 : 4, false, false>(a);
-    return;
-  }
-  for (int r = 0; r < it.rows; r++) {
-    const int64_t at = query[r].row * a.chunks;
-    for (int64_t c = from + threadIdx.x; c < to; c += CERT_THREADS) /* without candidates */
-      a.count[at + c] = 0, a.chunk_max[at + c] = -emxi_inf();
-    if (threadIdx.x == 0) edge[r][0] = a.cert[query[r].row].slack, edge[r][1] = a.cert[query[r].row].base;
-  }
-  take(poll());
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, dp = FIXED ? FIXED : pool.sketch.dp, key = lane / 4, t = lane % 4,
+            dims = FIXED ? WORDS : dp / 64;
+  /* Lane (group j of a step, row) has what the bounds of the group's keys have in common; half: of the record */
+  const int my_j = R == 1 ? t : lane / R % STEP, my_row = R == 1 ? 0 : t, half = R == 1 ? lane / 4 : t;
+  state &my = ((state *)sieve_shared)[warp];
+  float *const limit = my.limit;
+  const cert_query *const query = my.query;
+  const int all = pool.G * a.blocks, window = all < SIEVE_ITEMS ? all : SIEVE_ITEMS, windows = (all + window - 1) / window,
+            parts = window * a.splits, part = blockIdx.x % parts, b = blockIdx.x / parts / windows,
+            first_item = blockIdx.x / parts % windows * window, items = all - first_item < window ? all - first_item : window;
+  if (threadIdx.x < SIEVE_ITEMS) taken[threadIdx.x] = 0;
   __syncthreads();
-  const auto open_step = [&](step &s) {
-    uint32_t above;
-    for (;;) {
-      bool mine = false;
+  /* seed has waited for judge before this block could be started: what judge and those before it have written is there. Of
+   * seed itself the block needs flat items and limits, later. */
+  uint32_t flat = 0;
+  bool waited = false;
+  int full = FIRST; /* keys that make a batch */
+  cert_item it = open_item<R>(a, b * all + first_item);
+  const int32_t groups = (int32_t)it.groups, length = (int32_t)it.length;
+  for (int i = 0; i < items; i++) {
+    const int start = warp * items / CERT_WARPS + i, own = start < items ? start : start - items;
+    if (flat >> own & 1) continue;
+    const int shifted = part + own * a.splits, first_turn = shifted < parts ? shifted : shifted - parts; /* of this block's */
+    const auto take_turn = [&]() {                                                                       /* its first group */
+                                   const int turn = lane == 0 ? atomicAdd(&taken[own], 1) : 0;
+                                   return (__shfl_sync(EMXI_FULL, turn, 0) * parts + first_turn) * 32;
+    };
+    float bound[R], next_bound[R];
+    int32_t page = 0, next_page = 0, turn = 0, next_turn = take_turn();
+    if (next_turn >= groups) continue;
+    enter_item<R>(a, (uint32_t)(first_item + own), &it);
+    const auto row_of = [&](int r) { return item_row(a, it.b, it.g, it.first_row + r, it.length).row; };
+    const auto fetch = [&](auto row_of) {
+      const int32_t group = next_turn + lane;
 #pragma unroll
-      for (int r = 0; r < R; r++) mine |= !(bound[r] <= limit[r]);
-      above = alive ? alive & __ballot_sync(EMXI_FULL, mine) : 0;
-      if (above || next_turn >= groups) break;
+      for (int r = 0; r < R; r++)
+        next_bound[r] = r < it.rows && group < groups ? __ldcg(&a.cert_upper[row_of(r) * a.cert_groups + group]) : -emxi_inf();
+      next_page = group < groups ? __ldg(it.table + (group >> (pool.shift - 4))) : 0;
+    };
+    fetch(row_of);
+    const auto row_again = [&](int r) { return (int64_t)query[r].row; };
+    int32_t column[WORDS][4];
 #pragma unroll
-      for (int r = 0; r < R; r++) bound[r] = next_bound[r];
-      page = checked_page(a.batch, pool, it.b, (next_turn + lane) >> (pool.shift - 4), next_page), turn = next_turn,
-      alive = EMXI_FULL;
-      next_turn += CERT_WARPS * 32;
-      fetch([&](int r) { return (int64_t)query[r].row; });
+    for (int j = 0; j < 4 * WORDS; j++) {
+      const int r = R == 1 ? 0 : key / 2;
+      const int32_t *words = key % 2 ? a.cert_words[row_of(r)].b : a.cert_words[row_of(r)].a;
+      column[j / 4][j % 4] = j < 4 * dims && r < it.rows ? __ldcg(words + 16 * (j / 4) + 8 * (j % 4 / 2) + 2 * t + j % 2) : 0;
     }
-    /* Where there are fewer groups left the first one is loaded again, or none in particular: loads on every path are not waited for here. */
-    const int32_t place = ((page * pool.G + it.g) << (pool.shift - 4)) + ((turn + lane) & ((1 << (pool.shift - 4)) - 1));
-    const int first = above ? __ffs(above) - 1 : 0;
-    const bool any = above != 0;
-    int mine = -1;
-#pragma unroll
-    for (int j = 0; j < STEP; j++) {
-      const int from_lane = above ? __ffs(above) - 1 : first;
-      if (my_j == j && above) mine = from_lane;
-      codes += above != 0;
-      above &= above - 1;
-      const uint8_t *at = pool.sketch.codes + (int64_t)__shfl_sync(EMXI_FULL, place, from_lane) * (GROUP / 2) * dp;
-#pragma unroll
-      for (int w = 0; w < WORDS; w++) s.x[j][w] = __ldg((const uint4 *)at + (w < dims ? w : 0) * 32 + lane);
-    }
-    alive = above;
-    const int of = mine < 0 ? first : mine;
-    const emxi_cuda_group *record = pool.sketch.group + __shfl_sync(EMXI_FULL, place, of);
-    s.radius = __ldg((const float2 *)&record->radius);
-    s.unit = __ldg((const float4 *)&record->size);
-    s.group = mine < 0 ? -1 : turn + mine;
-    s.page = __shfl_sync(EMXI_FULL, page, of);
+    __syncwarp(); /* all lanes are done with the item before */
+    constexpr int EACH = sizeof(cert_query) / 8, N = FIXED ? FIXED : MAX_D;
 #pragma unroll
     for (int r = 0; r < R; r++) {
-      const float upper = __shfl_sync(EMXI_FULL, bound[r], of);
-      if (r == 0 || r == my_row) s.upper = upper;
+      const int64_t row = row_of(r < it.rows ? r : 0);
+#pragma unroll
+      for (int x = 0; x < N; x += 64)
+        *(float2 *)&my.q[r][x + 2 * lane] = __ldcg((const float2 *)&a.cert_words[row].q[x + 2 * lane]);
+      if (lane < EACH) ((int64_t *)&my.query[r])[lane] = __ldcg((const long long *)&a.cert_query[row] + lane);
     }
-    return any;
-  };
-
-  int waiting = 0, front = 0, last_page = -1, full = FIRST; /* keys in the queue; the first; how many make a batch */
-  int32_t open_chunk = -1;
-  const auto push = [&](int place, int32_t group, int i, int32_t page_of) {
-    queue[warp][(front + waiting + place) % QUEUE] = {group * GROUP + 8 * i + key, page_of};
-  };
-  const auto note_page = [&](int32_t group) {
-    const int32_t number = group >> (pool.shift - 4);
-    pages += number != last_page;
-    last_page = number;
-  };
-
-  step ahead;
-  ahead.group = -1;
-  int polled = to_ordered(-emxi_inf()), number = 0;
-  bool more = false; /* there is a step ahead */
-  do {
-    const step s = ahead;
-    const bool now = more;
-    if (number % 4 == 1) take(polled);
-    more = open_step(ahead);
-    if (number++ % 4 == 0) polled = poll();
-    if (now) {
-      int c_of[STEP][4];
+    if (!waited) wait_for_previous();
+    const emxi_cuda_cert *cert = &a.cert[row_of(lane < it.rows ? lane : 0)];
+    const float slack = __ldcg(&cert->slack), base = __ldcg(&cert->base), first = from_ordered(__ldcg(&cert->limit));
+    if (!waited) {
+      waited = true;
+      flat = __ballot_sync(EMXI_FULL, lane < items && __ldcg(&a.cert_flat[b * all + first_item + lane]));
+      if (flat >> own & 1) continue;
+    }
+    if (lane < R) {
+      limit[lane] = lane < it.rows ? first : emxi_inf();
+      my.slack[lane] = slack, my.base[lane] = base;
+      my.top[lane] = to_ordered(-emxi_inf());
+    }
+    __syncwarp();
+    /* Lane r: row r's limit */
+    const auto poll = [&]() { return lane < it.rows ? __ldcg(&a.cert[query[lane % R].row].limit) : to_ordered(emxi_inf()); };
+    const auto take = [&](int polled) {
+      __syncwarp();
+      if (lane < R) limit[lane] = fmaxf(limit[lane], from_ordered(polled));
+      __syncwarp();
+    };
+    uint32_t tokens = 0, pages = 0, codes = 0, bad = 0, alive = 0;
+    /* False: there are no more groups. */
+    const auto open_step = [&](typename state::step &s) {
+      uint32_t above;
+      for (;;) {
+        bool mine = false;
 #pragma unroll
-      for (int j = 0; j < STEP; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) c_of[j][i] = 0;
-#pragma unroll
-      for (int w = 0; w < WORDS; w++)
-#pragma unroll
-        for (int j = 0; j < STEP; j++) {
-          constexpr uint32_t LOW = 0x0f0f0f0fu;
-          const uint4 &p = s.x[j][w];
-          dot_tile(c_of[j], p.x & LOW, p.y & LOW, p.x >> 4 & LOW, p.y >> 4 & LOW, column[w][0], column[w][1]);
-          dot_tile(c_of[j], p.z & LOW, p.w & LOW, p.z >> 4 & LOW, p.w >> 4 & LOW, column[w][2], column[w][3]);
+        for (int r = 0; r < R; r++) mine |= !(bound[r] <= limit[r]);
+        above = alive ? alive & __ballot_sync(EMXI_FULL, mine) : 0;
+        if (!above && next_turn >= groups && i) { /* of others' turns one at a time: none shall wait while some warp is idle */
+          next_turn = take_turn();
+          fetch(row_again);
         }
-      float base = -emxi_inf(), scale = 0;
-      if (s.group >= 0 && my_row < it.rows) {
-        const cert_query &q = query[my_row];
-        base = s.upper;
-        if (s.upper < emxi_inf() && s.unit.x > 0) {
-          scale = 0.5f * q.s2 * s.unit.y;
-          base = key_base(q, s.upper, s.radius, make_float2(s.unit.z, s.unit.w), scale);
-        } else if (s.upper > -emxi_inf()) {
-          base = emxi_inf(); /* nothing is known */
+        if (above) break;
+        if (next_turn >= groups) return false;
+#pragma unroll
+        for (int r = 0; r < R; r++) bound[r] = next_bound[r];
+        page = checked_page(a.batch, pool, it.b, (next_turn + lane) >> (pool.shift - 4), next_page), turn = next_turn,
+        alive = EMXI_FULL;
+#pragma unroll
+        for (int r = 0; r < R; r++)
+          if (r < it.rows && lane < 32 * GROUP / CHUNK && turn * GROUP + lane * CHUNK < length) { /* without candidates */
+            const int64_t at = query[r].row * a.chunks + turn * GROUP / CHUNK + lane;
+            a.count[at] = 0, a.chunk_max[at] = -emxi_inf();
+          }
+        next_turn = groups;
+        if (!i) {
+          next_turn = take_turn();
+          fetch(row_again);
         }
       }
-      /* Keys key and 8 + key of a group whose bounds are above the limit */
-      const auto above = [&](int32_t group, const int(&c)[4], float b, float f, int r, float lim, bool(&pass)[2]) {
+      const int32_t place = ((page * pool.G + it.g) << (pool.shift - 4)) + ((turn + lane) & ((1 << (pool.shift - 4)) - 1));
+      const int first = __ffs(above) - 1;
+      int mine = -1;
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int dot = 508 * c[2 * i] + 2 * c[2 * i + 1] - 15 * query[r].sum;
-          pass[i] = group >= 0 && group * GROUP + 8 * i + key < length && !(fmaf(f, (float)dot, b) <= lim);
+      for (int j = 0; j < STEP; j++) {
+        if (!above) break;
+        const int from_lane = __ffs(above) - 1;
+        if (my_j == j) mine = from_lane;
+        codes++;
+        above &= above - 1;
+        const uint4 *at =
+            (const uint4 *)(pool.sketch.codes + (int64_t)__shfl_sync(EMXI_FULL, place, from_lane) * (GROUP / 2) * dp) + lane;
+#pragma unroll
+        for (int w = 0; w < WORDS; w++)
+          if (w < dims) copy16(&s.codes[j * WORDS + w][lane], at + w * 32);
+      }
+      alive = above;
+      const int of = mine < 0 ? first : mine, place_of_mine = __shfl_sync(EMXI_FULL, place, of),
+                page_of_mine = __shfl_sync(EMXI_FULL, page, of);
+      float upper = -emxi_inf();
+#pragma unroll
+      for (int r = 0; r < R; r++) {
+        const float of_row = __shfl_sync(EMXI_FULL, bound[r], of);
+        if (r == my_row) upper = of_row;
+      }
+      if (lane < (R == 1 ? 8 : 4 * STEP)) {
+        if (mine >= 0 && half < 2)
+          copy16((uint4 *)&s.record[my_j] + half, (const uint4 *)(pool.sketch.group + place_of_mine) + half);
+        if (R > 1 || half == 0) s.upper[my_j][my_row] = upper;
+        if (half == 0) s.group[my_j] = mine < 0 ? -1 : turn + mine, s.page[my_j] = page_of_mine;
+      }
+      asm volatile("cp.async.commit_group;" ::: "memory");
+      return true;
+    };
+
+    int waiting = 0, front = 0, last_page = -1; /* keys in the queue; the first */
+    int32_t open_chunk = -1;
+    const auto push = [&](int place, int32_t group, int i, int32_t page_of) {
+      my.queue[(front + waiting + place) % QUEUE] = {group * GROUP + 8 * i + key, page_of};
+    };
+    const auto note_page = [&](int32_t group) {
+      const int32_t number = group >> (pool.shift - 4);
+      pages += number != last_page;
+      last_page = number;
+    };
+
+    int polled = to_ordered(-emxi_inf()), number = 0, opened = 0, done = 0; /* steps */
+    bool more = true;                                                       /* groups */
+    do {
+      if (number % 4 == 1) take(polled);
+      while (more && opened - done < DEEP)
+        if ((more = open_step(my.steps[opened % DEEP]))) opened++;
+      if (number++ % 4 == 0) polled = poll();
+      if (done < opened) {
+        if (more)
+          asm volatile("cp.async.wait_group %0;" ::"n"(DEEP - 1) : "memory");
+        else
+          asm volatile("cp.async.wait_group 0;" ::: "memory");
+        __syncwarp();
+        const typename state::step &s = my.steps[done++ % DEEP];
+        int c_of[STEP][4];
+#pragma unroll
+        for (int j = 0; j < STEP; j++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) c_of[j][i] = 0;
+#pragma unroll
+        for (int w = 0; w < WORDS; w++)
+#pragma unroll
+          for (int j = 0; j < STEP; j++) {
+            constexpr uint32_t LOW = 0x0f0f0f0fu;
+            const uint4 p = s.codes[j * WORDS + w][lane];
+            dot_tile(c_of[j], p.x & LOW, p.y & LOW, p.x >> 4 & LOW, p.y >> 4 & LOW, column[w][0], column[w][1]);
+            dot_tile(c_of[j], p.z & LOW, p.w & LOW, p.z >> 4 & LOW, p.w >> 4 & LOW, column[w][2], column[w][3]);
+          }
+        const int32_t group_of_mine = s.group[my_j];
+        float base = -emxi_inf(), scale = 0;
+        if (group_of_mine >= 0 && my_row < it.rows) {
+          const cert_query &q = query[my_row];
+          const emxi_cuda_group &own = s.record[my_j];
+          const float upper = s.upper[my_j][my_row];
+          base = upper;
+          if (upper < emxi_inf() && own.size > 0) {
+            scale = 0.5f * q.s2 * own.step;
+            base = key_base(q, upper, make_float2(own.radius, own.radius_far), make_float2(own.error, own.error_far), scale);
+          } else if (upper > -emxi_inf()) {
+            base = emxi_inf(); /* nothing is known */
+          }
         }
-      };
-      if constexpr (R == 1) {
-        int c_mine[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          c_mine[i] = c_of[0][i];
-#pragma unroll
-          for (int j = 1; j < STEP; j++)
-            if (t == j) c_mine[i] = c_of[j][i];
-        }
-        bool pass[2];
-        above(s.group, c_mine, base, scale, 0, limit[0], pass);
-        const uint32_t low = __ballot_sync(EMXI_FULL, pass[0]), high = __ballot_sync(EMXI_FULL, pass[1]);
-        if (low | high) {
-          const uint32_t self = 0x11111111u << t, before = 0x11111111u * ((1u << t) - 1), below = (1u << lane) - 1;
-          const int start = __popc(low & before) + __popc(high & before);
-          if (pass[0]) push(start + __popc(low & self & below), s.group, 0, s.page);
-          if (pass[1]) push(start + __popc(low & self) + __popc(high & self & below), s.group, 1, s.page);
-          waiting += __popc(low) + __popc(high);
-#pragma unroll
-          for (int j = 0; j < STEP; j++)
-            if ((low | high) & 0x11111111u << j) note_page(__shfl_sync(EMXI_FULL, s.group, j));
-        }
-      } else {
-        const float lim = limit[t];
-#pragma unroll
-        for (int j = 0; j < STEP; j++) {
-          const float b = __shfl_sync(EMXI_FULL, base, R * j + t), f = __shfl_sync(EMXI_FULL, scale, R * j + t);
-          const int32_t group = __shfl_sync(EMXI_FULL, s.group, R * j), of = __shfl_sync(EMXI_FULL, s.page, R * j);
-          bool pass[2];
-          above(t < it.rows ? group : -1, c_of[j], b, f, t < it.rows ? t : 0, lim, pass);
-          uint32_t keys[2];
-#pragma unroll
-          for (int i = 0; i < 2; i++) keys[i] = __ballot_sync(EMXI_FULL, pass[i]);
-          if (!(keys[0] | keys[1])) continue;
+        /* Keys key and 8 + key of a group whose bounds are above the limit */
+        const auto above = [&](int32_t group, const int(&c)[4], float b, float f, int r, float lim, bool(&pass)[2]) {
 #pragma unroll
           for (int i = 0; i < 2; i++) {
-            uint32_t any = keys[i] | keys[i] >> 1; /* of some row */
-            any = (any | any >> 2) & 0x11111111u;
-            if (any >> lane & 1) push(__popc(any & ((1u << lane) - 1)), group, i, of);
-            waiting += __popc(any);
+            const int dot = 508 * c[2 * i] + 2 * c[2 * i + 1] - 15 * query[r].sum;
+            pass[i] = group >= 0 && group * GROUP + 8 * i + key < length && !(fmaf(f, (float)dot, b) <= lim);
           }
-          note_page(group);
-        }
-      }
-      __syncwarp();
-    }
-    while (waiting >= full || (!more && waiting)) {
-      const int n = waiting < BATCH ? waiting : BATCH;
-      full = BATCH;
-      tokens += n;
-      cert_reader<T, FIXED, R, R == 1 ? 8 : 4, R == 1 ? 8 : 4>::read(
-          a, it, shared_q, query, n, [&](int i) { return queue[warp][(front + i) % QUEUE]; },
-          [&](int i, int r, float score) {
-            if (i >= 0) scores[warp][r][i] = score;
-          });
-      __syncwarp();
-      /* lane: a key. What is above the limit goes to its chunk's segment; the first chunk may be that of the last key before. */
-      const int32_t position = queue[warp][(front + (lane < n ? lane : 0)) % QUEUE].position,
-                    chunk = lane < n ? position / CHUNK : -1, before = __shfl_up_sync(EMXI_FULL, chunk, 1);
-      const uint32_t starts = __ballot_sync(EMXI_FULL, lane == 0 || chunk != before);
-      const int start = 31 - __clz((int)(starts & (EMXI_FULL >> (31 - lane))));
-      const bool goes_on = start == 0 && chunk == open_chunk, last = lane == n - 1 || (lane < n && starts >> lane >> 1 & 1);
-      uint32_t raised = 0;
-      for (int r = 0; r < it.rows; r++) {
-        const float score = lane < n ? scores[warp][r][lane] : -emxi_inf();
-        bad |= (uint32_t) !(score < emxi_inf()) << r;
-        const bool here = score > limit[r];
-        const uint32_t mask = __ballot_sync(EMXI_FULL, here);
-        int count = __popc(mask & ((1u << lane) - 1) & (EMXI_FULL << start)) + (goes_on ? open_count[warp][r] : 0);
-        const int64_t row = query[r].row;
-        if (here) {
-          const int64_t to_place = (row * a.chunks + chunk) * CHUNK + count;
-          a.z[to_place] = score;
-          a.local[to_place] = (uint8_t)(position % CHUNK);
-          const float bin = (score - edge[r][0] - edge[r][1]) / BIN - 1e-3f;
-          /* of a key without a sketch nobody knows how far off its score is: the slack is not its */
-          if (bin >= 0 && score < emxi_inf() && a.cert_upper[row * a.cert_groups + position / GROUP] < emxi_inf())
-            atomicAdd(&a.cert_bins[row * BINS + (int)fminf(bin, BINS - 1)], 1u);
-          count++;
-        }
-        float top = score < emxi_inf() ? score : -emxi_inf();
+        };
+        if constexpr (R == 1) {
+          int c_mine[4];
 #pragma unroll
-        for (int step = 1; step < 32; step <<= 1) {
-          const float other = __shfl_up_sync(EMXI_FULL, top, step);
-          if (lane - step >= start) top = fmaxf(top, other);
-        }
-        if (goes_on) top = fmaxf(top, open_top[warp][r]);
-        if (last) {
-          a.count[row * a.chunks + chunk] = (uint8_t)count;
-          a.chunk_max[row * a.chunks + chunk] = top;
-          atomicMax(&shared_max[r], to_ordered(top));
+          for (int i = 0; i < 4; i++) {
+            c_mine[i] = c_of[0][i];
+#pragma unroll
+            for (int j = 1; j < STEP; j++)
+              if (t == j) c_mine[i] = c_of[j][i];
+          }
+          bool pass[2];
+          above(group_of_mine, c_mine, base, scale, 0, limit[0], pass);
+          const uint32_t low = __ballot_sync(EMXI_FULL, pass[0]), high = __ballot_sync(EMXI_FULL, pass[1]);
+          if (low | high) {
+            const uint32_t self = 0x11111111u << t, before = 0x11111111u * ((1u << t) - 1), below = (1u << lane) - 1;
+            const int start = __popc(low & before) + __popc(high & before);
+            if (pass[0]) push(start + __popc(low & self & below), group_of_mine, 0, s.page[my_j]);
+            if (pass[1]) push(start + __popc(low & self) + __popc(high & self & below), group_of_mine, 1, s.page[my_j]);
+            waiting += __popc(low) + __popc(high);
+#pragma unroll
+            for (int j = 0; j < STEP; j++)
+              if ((low | high) & 0x11111111u << j) note_page(s.group[j]);
+          }
+        } else {
+          const float lim = limit[t];
+#pragma unroll
+          for (int j = 0; j < STEP; j++) {
+            const float b = __shfl_sync(EMXI_FULL, base, R * j + t), f = __shfl_sync(EMXI_FULL, scale, R * j + t);
+            const int32_t group = s.group[j], of = s.page[j];
+            bool pass[2];
+            above(t < it.rows ? group : -1, c_of[j], b, f, t < it.rows ? t : 0, lim, pass);
+            uint32_t keys[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) keys[i] = __ballot_sync(EMXI_FULL, pass[i]);
+            if (!(keys[0] | keys[1])) continue;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              uint32_t any = keys[i] | keys[i] >> 1; /* of some row */
+              any = (any | any >> 2) & 0x11111111u;
+              if (any >> lane & 1) push(__popc(any & ((1u << lane) - 1)), group, i, of);
+              waiting += __popc(any);
+            }
+            note_page(group);
+          }
         }
         __syncwarp();
-        if (lane == n - 1) open_count[warp][r] = count, open_top[warp][r] = top;
-        raised |= (uint32_t)__any_sync(EMXI_FULL, here && score > limit[r] + 0.125f) << r;
       }
-      open_chunk = __shfl_sync(EMXI_FULL, chunk, n - 1);
-      front += n, waiting -= n;
-      if (raised) __threadfence();
-      for (; raised; raised &= raised - 1) {
-        const int64_t row = query[__ffs(raised) - 1].row;
-        raise_limit(a, row, alpha_of(a, head_of(a, row)), from_ordered(__ldcg(&a.cert[row].limit)));
+      while (waiting >= full || (!more && done == opened && waiting)) {
+        const int n = waiting < BATCH ? waiting : BATCH;
+        full = BATCH;
+        tokens += n;
+        cert_reader<T, FIXED, R, R == 1 ? 8 : 4, R == 1 ? 8 : 4>::read(
+            a, it, my.q, query, n, [&](int i) { return my.queue[(front + i) % QUEUE]; },
+            [&](int i, int r, float score) {
+              if (i >= 0) my.scores[r][i] = score;
+            });
+        __syncwarp();
+        /* lane: a key. What is above the limit goes to its chunk's segment; the first chunk may be that of the last key
+         * before. */
+        const int32_t position = my.queue[(front + (lane < n ? lane : 0)) % QUEUE].position,
+                      chunk = lane < n ? position / CHUNK : -1, before = __shfl_up_sync(EMXI_FULL, chunk, 1);
+        const uint32_t starts = __ballot_sync(EMXI_FULL, lane == 0 || chunk != before);
+        const int start = 31 - __clz((int)(starts & (EMXI_FULL >> (31 - lane))));
+        const bool goes_on = start == 0 && chunk == open_chunk, last = lane == n - 1 || (lane < n && starts >> lane >> 1 & 1);
+        uint32_t raised = 0;
+        for (int r = 0; r < it.rows; r++) {
+          const float score = lane < n ? my.scores[r][lane] : -emxi_inf();
+          bad |= (uint32_t) !(score < emxi_inf()) << r;
+          const bool here = score > limit[r];
+          const uint32_t mask = __ballot_sync(EMXI_FULL, here);
+          int count = __popc(mask & ((1u << lane) - 1) & (EMXI_FULL << start)) + (goes_on ? my.open_count[r] : 0);
+          const int64_t row = query[r].row;
+          if (here) {
+            const int64_t to_place = (row * a.chunks + chunk) * CHUNK + count;
+            a.z[to_place] = score;
+            a.local[to_place] = (uint8_t)(position % CHUNK);
+            const float bin = (score - my.slack[r] - my.base[r]) / BIN - 1e-3f;
+            /* of a key without a sketch nobody knows how far off its score is: the slack is not its */
+            if (bin >= 0 && score < emxi_inf() && a.cert_upper[row * a.cert_groups + position / GROUP] < emxi_inf())
+              atomicAdd(&a.cert_bins[row * BINS + (int)fminf(bin, BINS - 1)], 1u);
+            count++;
+          }
+          float top = score < emxi_inf() ? score : -emxi_inf();
+#pragma unroll
+          for (int step = 1; step < 32; step <<= 1) {
+            const float other = __shfl_up_sync(EMXI_FULL, top, step);
+            if (lane - step >= start) top = fmaxf(top, other);
+          }
+          if (goes_on) top = fmaxf(top, my.open_top[r]);
+          if (last) {
+            a.count[row * a.chunks + chunk] = (uint8_t)count;
+            a.chunk_max[row * a.chunks + chunk] = top;
+            atomicMax(&my.top[r], to_ordered(top));
+          }
+          __syncwarp();
+          if (lane == n - 1) my.open_count[r] = count, my.open_top[r] = top;
+          raised |= (uint32_t)__any_sync(EMXI_FULL, here && score > limit[r] + 0.125f) << r;
+        }
+        open_chunk = __shfl_sync(EMXI_FULL, chunk, n - 1);
+        front += n, waiting -= n;
+        if (raised) __threadfence();
+        for (; raised; raised &= raised - 1) {
+          const int64_t row = query[__ffs(raised) - 1].row;
+          raise_limit(a, row, alpha_of(a, head_of(a, row)), from_ordered(__ldcg(&a.cert[row].limit)));
+        }
+        take(poll());
+        __syncwarp();
       }
-      take(poll());
-      __syncwarp();
+    } while (more || done < opened);
+    bad = __reduce_or_sync(EMXI_FULL, bad);
+    if (lane < it.rows) {
+      const int64_t row = query[lane].row;
+      emxi_cuda_cert *cert = &a.cert[row];
+      if (tokens) atomicAdd(&cert->tokens, tokens), atomicAdd(&cert->pages, pages);
+      if (codes) atomicAdd(&cert->codes, codes);
+      if (tokens) raise(&a.split_max[row * a.splits + part % a.splits], from_ordered(my.top[lane]));
+      if (bad >> lane & 1) a.bad[row * a.splits + part % a.splits] = 1;
     }
-  } while (more);
-  if (bad) atomicOr(&shared_bad, (int)bad);
-  for (int r = 0; r < it.rows && lane == 0; r++) {
-    emxi_cuda_cert *cert = &a.cert[query[r].row];
-    if (tokens) atomicAdd(&cert->tokens, tokens), atomicAdd(&cert->pages, pages);
-    if (codes) atomicAdd(&cert->codes, codes);
   }
-  __syncthreads();
-  if ((int)threadIdx.x < it.rows) {
-    a.split_max[query[threadIdx.x].row * (int64_t)a.splits + split] = from_ordered(shared_max[threadIdx.x]);
-    a.bad[query[threadIdx.x].row * (int64_t)a.splits + split] = shared_bad >> threadIdx.x & 1;
-  }
+  if (!waited) wait_for_previous();
+  if constexpr (FIXED > 0)
+    if (blockIdx.x < a.batch.n * all * a.splits) scan_part<T, FIXED, R, R == 1 ? 8 : 4, false, false>(a); /* a flat item's */
 }
 
 template <typename T, int FIXED, int R>
@@ -518,7 +592,10 @@ bool certified_any(const emxi_cuda_decode &d, cudaStream_t stream) {
     emxi_cuda_limits(&d, stream);
     return false;
   }
-  launch(sieve<T, FIXED, R>, (unsigned)(d.batch.n * d.pool.G * d.blocks * d.splits), CERT_THREADS, 0, stream, d.overlap, d);
+  const int all = d.pool.G * d.blocks, window = all < SIEVE_ITEMS ? all : SIEVE_ITEMS, windows = (all + window - 1) / window;
+  constexpr size_t shared = sizeof(sieve_warp<FIXED, R>) * CERT_WARPS;
+  (void)cudaFuncSetAttribute(sieve<T, FIXED, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+  launch(sieve<T, FIXED, R>, (unsigned)(d.batch.n * windows * window * d.splits), CERT_THREADS, shared, stream, d.overlap, d);
   return FIXED > 0;
 }
 /* What comes before solve; where it says so but for ALL's scan, which then does flat items only. */

@@ -91,9 +91,10 @@ typedef struct emxi_cuda_query {
   int32_t row, visible;
   float far, far_down; /* the same in the others; 0: there are none, above 0 else */
 } emxi_cuda_query;
-/* a and b, zero from D on, as words of four dimensions. */
+/* a and b as words of four dimensions, and scale q itself; zero from D on. */
 typedef struct emxi_cuda_words {
   int32_t a[64], b[64];
+  float q[256];
 } emxi_cuda_words;
 /* Alphas whose rows CERTIFIED's kernels take; others, and 1, are ALL's: bounds of a threshold need a convex power of moderate exponent. */
 #define EMXI_CUDA_CERT_ALPHA_LEAST 1.05

@@ -20,34 +20,28 @@ __device__ __forceinline__ float round_up(double x) { return __double2float_ru(x
 using cert_query = emxi_cuda_query;
 using cert_words = emxi_cuda_words;
 
-/* Elements lane + 32 e of a row, 0 from D on; all of them are asked for before one is waited for. */
-__device__ __forceinline__ void load_lanes(const char *p, int32_t dtype, int64_t at, int D, float (&x)[8]) {
-  const int lane = threadIdx.x % 32;
-  if (dtype == EMX_F32) {
-#pragma unroll
-    for (int e = 0; e < 8; e++) x[e] = lane + 32 * e < D ? ((const float *)p)[at + lane + 32 * e] : 0.0f;
-    return;
-  }
-  uint16_t bits[8];
-#pragma unroll
-  for (int e = 0; e < 8; e++) bits[e] = lane + 32 * e < D ? ((const uint16_t *)p)[at + lane + 32 * e] : (uint16_t)0;
-#pragma unroll
-  for (int e = 0; e < 8; e++)
-    x[e] = dtype == EMX_F16 ? __half2float(__ushort_as_half(bits[e])) : __uint_as_float((uint32_t)bits[e] << 16);
-}
-/* By one warp. */
-__device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64_t row, int64_t visible, cert_query *out,
-                           cert_words *words) {
+/* What a lane has of a query, elements lane + 32 e, and of the weights of its channels, as they lie in memory. */
+template <int E>
+struct raw_query {
+  uint32_t q[E];
+  float weight[E];
+};
+/* By one warp; D is at most 32 E. */
+template <int E>
+__device__ __forceinline__ void open_query(const emxi_cuda_decode &a, int h, int64_t row, int64_t visible,
+                                           const raw_query<E> &raw, cert_query *out, cert_words *words) {
   const int lane = threadIdx.x % 32, D = a.pool.D;
-  const float *weights = a.pool.sketch.weights + (int64_t)(h / a.group) * a.pool.sketch.dp;
-  float q[8], weight[8];
-  load_lanes(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2], D, q);
+  const float(&weight)[E] = raw.weight;
+  float q[E];
 #pragma unroll
-  for (int e = 0; e < 8; e++) weight[e] = lane + 32 * e < D ? __ldg(weights + lane + 32 * e) : 1.0f; /* 0: not set, as 1 */
-  double w[8], top = 0, square = 0, far = 0, plain = 0; /* squares: of channels of weight 1; of the others, with and without it */
+  for (int e = 0; e < E; e++)
+    q[e] = a.q_dtype == EMX_F16 ? __half2float(__ushort_as_half((uint16_t)raw.q[e]))
+                                : __uint_as_float(a.q_dtype == EMX_F32 ? raw.q[e] : raw.q[e] << 16);
+  double w[E], top = 0, square = 0, far = 0, plain = 0; /* squares: of channels of weight 1; of the others, with and without it */
   bool weighted = false;
 #pragma unroll
-  for (int e = 0; e < 8; e++) {
+  for (int e = 0; e < E; e++) {
+    words->q[lane + 32 * e] = q[e] * a.scale;
     w[e] = (double)(q[e] * a.scale);
     weighted |= weight[e] > 1;
     square += w[e] * w[e];
@@ -56,7 +50,7 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
   if (weighted) {
     square = 0;
 #pragma unroll
-    for (int e = 0; e < 8; e++) {
+    for (int e = 0; e < E; e++) {
       const double own = w[e] * w[e];
       square += weight[e] > 1 ? 0 : own;
       plain += weight[e] > 1 ? own : 0;
@@ -67,7 +61,7 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
     plain = warp_sum_double(plain);
   }
 #pragma unroll
-  for (int e = 0; e < 8; e++) top = fmax(top, fabs(w[e]));
+  for (int e = 0; e < E; e++) top = fmax(top, fabs(w[e]));
 #pragma unroll
   for (int step = 16; step; step >>= 1) top = fmax(top, __shfl_xor_sync(EMXI_FULL, top, step));
   square = warp_sum_double(square);
@@ -76,7 +70,7 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
   double two = 0;
   int sum = 0, size = 0;
 #pragma unroll
-  for (int e = 0; e < 8; e++) {
+  for (int e = 0; e < E; e++) {
     double x = 0, y = 0;
     if (s2 > 0 && 32 * e < D) { /* any integers will do: e2 is measured */
       x = fmin(fmax(nearbyint(w[e] * per_s1), -127.0), 127.0);
@@ -89,6 +83,9 @@ __device__ void open_query(const emxi_cuda_decode &a, int b, int h, int s, int64
     ((int8_t *)words->a)[lane + 32 * e] = (int8_t)x;
     ((int8_t *)words->b)[lane + 32 * e] = (int8_t)y;
   }
+#pragma unroll
+  for (int e = E; e < MAX_D / 32; e++)
+    ((int8_t *)words->a)[lane + 32 * e] = ((int8_t *)words->b)[lane + 32 * e] = 0, words->q[lane + 32 * e] = 0;
   two = warp_sum_double(two);
   sum = __reduce_add_sync(EMXI_FULL, sum);
   size = __reduce_add_sync(EMXI_FULL, size);
@@ -148,25 +145,47 @@ struct cert_item {
   int64_t length, groups;
   const int32_t *table;
 };
+/* An item of the sequence that `it` is of. */
+template <int R>
+__device__ __forceinline__ void enter_item(const emxi_cuda_decode &a, uint32_t item, cert_item *it) {
+  it->first_row = (int)(item % (uint32_t)a.blocks) * R;
+  it->g = (int)(item / (uint32_t)a.blocks % (uint32_t)a.pool.G);
+  const int left = a.group * a.S - it->first_row;
+  it->rows = left >= R ? R : left;
+}
 template <int R>
 __device__ __forceinline__ cert_item open_item(const emxi_cuda_decode &a, int item) {
   cert_item it;
-  it.first_row = item % a.blocks * R;
-  it.g = item / a.blocks % a.pool.G;
-  it.b = item / a.blocks / a.pool.G;
-  const int left = a.group * a.S - it.first_row;
-  it.rows = left >= R ? R : left;
+  enter_item<R>(a, (uint32_t)item, &it);
+  it.b = (int)((uint32_t)item / (uint32_t)a.blocks / (uint32_t)a.pool.G);
   it.table = batch_entry(a.batch, it.b, &it.length);
   it.groups = (it.length + GROUP - 1) / GROUP;
   return it;
 }
+/* The query of an item that this warp opens, if there is one: asked for before anything else, for all warps wait for it. */
+template <int E>
+__device__ __forceinline__ void load_query(const emxi_cuda_decode &a, const cert_item &it, raw_query<E> *raw) {
+  const int lane = threadIdx.x % 32, r = threadIdx.x / 32;
+  if (r >= it.rows) return;
+  const int index = it.first_row + r, s = index / a.group, h = it.g * a.group + index % a.group;
+  const int64_t at = it.b * a.q_stride[0] + h * a.q_stride[1] + s * a.q_stride[2] + lane;
+  const float *weights = a.pool.sketch.weights + (int64_t)it.g * a.pool.sketch.dp + lane;
+#pragma unroll
+  for (int e = 0; e < E; e++) {
+    const bool there = lane + 32 * e < a.pool.D;
+    raw->q[e] = !there ? 0 : a.q_dtype == EMX_F32 ? ((const uint32_t *)a.q)[at + 32 * e] : ((const uint16_t *)a.q)[at + 32 * e];
+    raw->weight[e] = there ? __ldg(weights + 32 * e) : 1.0f; /* 0: not set, as 1 */
+  }
+}
 /* Queries of an item, a warp each; afterwards a barrier. */
-template <int R>
-__device__ __forceinline__ void open_queries(const emxi_cuda_decode &a, const cert_item &it, cert_query *q, cert_words *words) {
-  for (int r = threadIdx.x / 32; r < it.rows; r += blockDim.x / 32) {
+template <int E>
+__device__ __forceinline__ void open_queries(const emxi_cuda_decode &a, const cert_item &it, const raw_query<E> &raw,
+                                             cert_query *q, cert_words *words) {
+  const int r = threadIdx.x / 32;
+  if (r < it.rows) {
     const int index = it.first_row + r, s = index / a.group, h = it.g * a.group + index % a.group;
     const int64_t visible = it.length - a.S + s + 1;
-    open_query(a, it.b, h, s, ((int64_t)it.b * a.H + h) * a.S + s, visible > 0 ? visible : 0, &q[r], &words[r]);
+    open_query(a, h, ((int64_t)it.b * a.H + h) * a.S + s, visible > 0 ? visible : 0, raw, &q[r], &words[r]);
   }
   __syncthreads();
 }

@@ -265,6 +265,25 @@ static void test_alphas(void **state) {
   assert_true(ladders * 4 > rows_done);
 }
 
+/* So many keys that a block of the sieve has several turns of groups of every head: its warps go on with other heads' turns. */
+static void test_turns(void **state) {
+  (void)state;
+  rows_done = ladders = 0;
+  for (int i = 0; i < 2; i++) {
+    decode_case c = {.G = 4,
+                     .H = i ? 16 : 4,
+                     .D = 64,
+                     .dtype = EMX_F16,
+                     .summaries = EMX_SUMMARY_SKETCH,
+                     .len = {300000},
+                     .alpha = 1.5,
+                     .data = i ? DATA_AR : DATA_IID,
+                     .seed = 710 + (uint64_t)i};
+    run(&c);
+  }
+  assert_true(ladders * 2 > rows_done); /* ALL's path would prove nothing here */
+}
+
 /* Rows with weights in more chunks than one block solves (MAX_ALIVE in decode.cuh): all parts of the row pack what they have, and the last
  * one to arrive solves. Independent keys whose scores deviate so little have some 2,000 weights among 400,000. */
 static void test_wide(void **state) {
@@ -571,7 +590,8 @@ int main(int argc, char **argv) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(test_refused),       cmocka_unit_test(test_changes),        cmocka_unit_test(test_weights),
       cmocka_unit_test(test_wide_channels), cmocka_unit_test(test_odd_beginnings), cmocka_unit_test(test_random),
-      cmocka_unit_test(test_many),          cmocka_unit_test(test_wide),           cmocka_unit_test(test_alphas),
+      cmocka_unit_test(test_many),          cmocka_unit_test(test_turns),          cmocka_unit_test(test_wide),
+      cmocka_unit_test(test_alphas),
   };
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   emx_ctx_destroy(gpu);
