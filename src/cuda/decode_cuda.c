@@ -130,7 +130,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   k.n_list = emxi_arena_take(arena, sparse ? rows : 0, sizeof *k.n_list);
   k.choice = emxi_arena_take(arena, sparse ? rows : 0, sizeof *k.choice);
   k.judged = emxi_arena_take(arena, judged ? rows : 0, sizeof *k.judged);
-  k.bins = emxi_arena_take(arena, judged ? rows * k.picks : 0, EMXI_CUDA_BINS * sizeof *k.bins);
+  k.bins = emxi_arena_take(arena, judged ? rows : 0, EMXI_CUDA_BINS * sizeof *k.bins);
   if (ladder) {
     const int64_t cut = items * splits;
     k.cert_groups = at_least_one(ceil_div(d->max_len, EMXI_CUDA_GROUP));

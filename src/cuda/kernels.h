@@ -204,7 +204,7 @@ typedef struct emxi_cuda_choice {
 typedef struct emxi_cuda_judged {
   double norm, lost;              /* of the query; what its elements below the normal floats may cost a score */
   uint32_t picked, certified;     /* parts that have begun to choose, that have counted bounds */
-  uint64_t part[EMXI_CUDA_PICKS]; /* of choose: pages + 1, ordered integer of the largest bound left out; of certify, alpha = 1: a sum */
+  uint64_t part[EMXI_CUDA_PICKS]; /* choose: pages + 1, ordered integer of the largest bound left out; of certify, alpha = 1: a sum */
 } emxi_cuda_judged;
 
 /* One slice of a selection or a decode. Rows of the workspace: (b, h, s) in BHND order within the slice. */
@@ -261,7 +261,7 @@ typedef struct emxi_cuda_decode {
   emxi_cuda_choice *choice;       /* [rows] */
   int32_t picks;                  /* parts of a row's pages, at most EMXI_CUDA_PICKS */
   emxi_cuda_judged *judged;       /* [rows] */
-  uint32_t *bins;                 /* [rows, picks, BINS] certify: pages by bound */
+  uint32_t *bins;                 /* [rows, BINS] certify: pages by bound */
   /* CERTIFIED; items as in the scan */
   int64_t cert_groups; /* room for each row */
   float *cert_upper;   /* [rows, cert_groups] no score of the group is larger */

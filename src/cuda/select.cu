@@ -51,10 +51,14 @@ __device__ double load_query(const emxi_cuda_decode &a, int b, int h, int s, int
 
 /* ---- judge */
 
+static_assert(EMXI_CUDA_PICKS == 32, "a lane each");
 /* By 32 threads, i: nothing has been chosen yet. */
 __device__ __forceinline__ void open_row(const emxi_cuda_decode &a, int64_t row, double norm, double lost, int i) {
   emxi_cuda_judged *state = &a.judged[row];
-  if (i < EMXI_CUDA_PICKS) state->part[i] = 0;
+  if (i >= 32) return;
+  state->part[i] = 0;
+#pragma unroll
+  for (int j = 0; j < BINS; j += 32) a.bins[row * BINS + j + i] = 0;
   if (i) return;
   state->norm = norm;
   state->lost = lost;
@@ -100,22 +104,19 @@ __device__ float size_of_keys(const emxi_cuda_pool &p, int64_t page, int head, i
   return up == up ? up : emxi_inf();
 }
 
-/* Whether a page's summary says something that is wanted. The newest page is read, but for lists, which may leave it out; then it must be
- * complete. */
-__device__ __forceinline__ bool page_is_judged(const emxi_cuda_decode &a, int64_t length, int64_t pages, int64_t p,
-                                               const emxi_cuda_tail &tail) {
-  return tail.size > 0 && (p < pages - 1 || (a.kind == EMX_SELECT_PAGES && length == pages << a.pool.shift));
+/* Pages whose summaries are wanted: the newest one is read, but for lists, which may leave it out; then it must be complete. */
+__device__ __forceinline__ int judged_pages(const emxi_cuda_decode &a, int64_t length, int pages) {
+  return a.kind == EMX_SELECT_PAGES && length == (int64_t)pages << a.pool.shift ? pages : pages - 1;
 }
-/* How large the keys of pages without a summary are, of the lanes with `unknown`: what rounding may do to their scores. By a warp. */
-__device__ __forceinline__ float unknown_sizes(const emxi_cuda_decode &a, int head, int64_t length, bool unknown, int64_t p,
-                                               int32_t page, int lane) {
+/* How large the keys of pages without a summary are, page p of every lane with `unknown`: what rounding may do to their scores. By a warp. */
+__device__ __noinline__ float sizes_of_keys(const emxi_cuda_decode &a, int b, int head, int64_t length, const int32_t *table,
+                                            bool unknown, int p) {
   float size = 0;
-  if (!a.bounds) return size;
   for (uint32_t left = __ballot_sync(EMXI_FULL, unknown); left; left &= left - 1) {
-    const int from = __ffs(left) - 1;
-    const int64_t tokens = length - (__shfl_sync(EMXI_FULL, p, from) << a.pool.shift);
-    const int32_t at = __shfl_sync(EMXI_FULL, page, from);
-    size = fmaxf(size, size_of_keys(a.pool, at, head, tokens < a.pool.P ? tokens : a.pool.P, lane));
+    const int at = __shfl_sync(EMXI_FULL, p, __ffs(left) - 1);
+    const int64_t tokens = length - ((int64_t)at << a.pool.shift);
+    size = fmaxf(size, size_of_keys(a.pool, table_page(a.batch, a.pool, table, b, at), head,
+                                    tokens < a.pool.P ? tokens : a.pool.P, threadIdx.x % 32));
   }
   return size;
 }
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(JUDGE_THREADS, 2) judge_boxes(const __grid_con
   const int64_t row0 = (int64_t)b * a.H + g * a.group + first; /* S = 1 */
   int64_t length;
   const int32_t *table = batch_entry(a.batch, b, &length);
-  const int64_t pages = (length + pool.P - 1) >> pool.shift;
+  const int pages = (int)((length + pool.P - 1) >> pool.shift), judged = judged_pages(a, length, pages);
   for (int r = 0; r < R; r++) {
     double lost = 0;
     const double norm = r < rows ? load_query(a, b, g * a.group + first + r, 0, padded, shared_q[r], scratch, &lost) : 0;
@@ -154,14 +155,13 @@ __global__ void __launch_bounds__(JUDGE_THREADS, 2) judge_boxes(const __grid_con
   float size = 0; /* of the pages whose leader this lane is */
 
   const uint64_t once = read_once();
-  for (int64_t base = ((int64_t)split * JUDGE_WARPS + warp) * subs * AHEAD; base < pages;
-       base += (int64_t)a.page_splits * JUDGE_WARPS * subs * AHEAD) {
+  for (int base = (split * JUDGE_WARPS + warp) * subs * AHEAD; base < pages; base += a.page_splits * JUDGE_WARPS * subs * AHEAD) {
     int32_t page[AHEAD];
     emxi_cuda_tail tail[AHEAD];
     eight<T> low[AHEAD], high[AHEAD];
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
-      const int64_t p = base + u * subs + sub;
+      const int p = base + u * subs + sub;
       page[u] = p < pages ? table_page(a.batch, pool, table, b, p) : 0;
     }
 #pragma unroll
@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(JUDGE_THREADS, 2) judge_boxes(const __grid_con
     }
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
-      const int64_t p = base + u * subs + sub;
-      const bool there = p < pages, usable = there && page_is_judged(a, length, pages, p, tail[u]);
+      const int p = base + u * subs + sub;
+      const bool there = p < pages, usable = p < judged && tail[u].size > 0;
       float sum[R];
 #pragma unroll
       for (int r = 0; r < R; r++) {
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(JUDGE_THREADS, 2) judge_boxes(const __grid_con
         for (int r = 0; r < R; r++) sum[r] += __shfl_xor_sync(EMXI_FULL, sum[r], step);
       if (l == 0 && there) {
         if (usable) size = fmaxf(size, tail[u].size);
-        const double from = (double)(p * pool.P - (length - 1)), last = from + (double)(pool.P - 1);
+        const double from = (double)((int64_t)p * pool.P - (length - 1)), last = from + (double)(pool.P - 1);
 #pragma unroll
         for (int r = 0; r < R; r++) {
           if (r >= rows) continue;
@@ -207,8 +207,7 @@ __global__ void __launch_bounds__(JUDGE_THREADS, 2) judge_boxes(const __grid_con
           a.upper[(row0 + r) * a.pages + p] = up;
         }
       }
-      const float unknown = unknown_sizes(a, g, length, l == 0 && there && !(tail[u].size > 0), p, page[u], lane);
-      size = fmaxf(size, unknown);
+      if (a.bounds) size = fmaxf(size, sizes_of_keys(a, b, g, length, table, l == 0 && there && !(tail[u].size > 0), p));
     }
   }
   size = warp_max(size);
@@ -228,15 +227,17 @@ struct ball_query {
   float s2, e2;                       /* e2 >= |q - s2 (254 a + b)| */
   float norm, slack_k, slack_0;       /* rounding costs a score of keys of norm k no more than slack_k k + slack_0 */
 };
-/* By one warp. Differences are exact but for 2^-24 of what is left by a, which is at most s1: 16 2^-24 s1 in all. */
-__device__ void open_ball_query(const emxi_cuda_decode &a, int b, int h, ball_query *out, double *norm, double *lost) {
+/* By one warp, a lane E elements. Differences are exact but for 2^-24 of what is left by a, which is at most s1: 16 2^-24 s1 in all. */
+template <int E>
+__device__ __forceinline__ void open_ball_query(const emxi_cuda_decode &a, int b, int h, ball_query *out, double *norm,
+                                                double *lost) {
   const int lane = threadIdx.x % 32, D = a.pool.D;
-  float w[8], top = 0;
+  float w[E], top = 0;
   double square = 0, two = 0;
   int small = 0;
   load_lanes(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1], D, w);
 #pragma unroll
-  for (int e = 0; e < 8; e++) {
+  for (int e = 0; e < E; e++) {
     const float x = w[e];
     w[e] = x * a.scale;
     top = fmaxf(top, fabsf(w[e]));
@@ -251,7 +252,7 @@ __device__ void open_ball_query(const emxi_cuda_decode &a, int b, int h, ball_qu
   const float s2 = some ? __uint_as_float((__float_as_uint(top * (1.0f / 32258)) + 255) & ~255u) : 0.0f, s1 = 254 * s2,
               per_s1 = some ? 1 / s1 : 0.0f, per_s2 = 254 * per_s1, per_top = some ? 1 / top : 0.0f;
 #pragma unroll
-  for (int e = 0; e < 8; e++) {
+  for (int e = 0; e < E; e++) {
     const float x = fminf(fmaxf(rintf(w[e] * per_s1), -127.0f), 127.0f), left = fmaf(-s1, x, w[e]),
                 y = fminf(fmaxf(rintf(left * per_s2), -127.0f), 127.0f), rest = fmaf(-s2, y, left), part = w[e] * per_top;
     two += (double)rest * (double)rest;
@@ -269,6 +270,11 @@ __device__ void open_ball_query(const emxi_cuda_decode &a, int b, int h, ball_qu
   out->norm = round_up(*norm);
   out->slack_k = round_up((2 * D + 8) * 0x1p-24 * 1.01 * *norm);
   out->slack_0 = round_up(1e-35 + *lost);
+}
+__device__ __forceinline__ float root_near(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 /* Squares of the bytes of a word, two by two. 1024 + byte has it in its last bits. */
 __device__ __forceinline__ void byte_squares(uint32_t w, uint32_t *low, uint32_t *high) {
@@ -288,14 +294,36 @@ __device__ __forceinline__ void half_tile(float (&c)[4], uint32_t x0, uint32_t x
       : "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(y0), "r"(y1));
 }
 
+/* Sixteen bytes into shared memory, for the thread that asks for them. */
+__device__ __forceinline__ void copy16(uint4 *to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy16_once(uint4 *to, const void *from, uint64_t once) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+               "l"(from), "l"(once)
+               : "memory");
+}
+/* What a turn of judge_balls copies, and how many turns ahead of the sums. */
+template <int WORDS, int R>
+struct ball_turns {
+  static constexpr int TILES = R == 1 && WORDS == 1 ? 2 : 1, MINE = R == 1 ? 1 : 2, CODES = 4 * TILES * WORDS,
+                       SLOTS = CODES + MINE,
+                       AHEAD = WORDS == 4   ? 1
+                               : SLOTS <= 6 ? 3
+                                            : 2;
+  static constexpr size_t SHARED = (size_t)JUDGE_WARPS * AHEAD * SLOTS * 32 * 16;
+};
+
 /* A warp has sixteen pages in a tensor product; four lanes have a page's codes, 64 dimensions in each of WORDS pieces. Columns 2 r and 2 r + 1
  * are row r's (of one row: all are): a and b with centres, squares with the squares of spreads. Of four rows a lane has the sums of one with two
  * pages; of one row alone those of one page. */
 template <int WORDS, int R>
 __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls(const __grid_constant__ emxi_cuda_decode a) {
-  constexpr int TILES = R == 1 && WORDS == 1 ? 2 : 1, MINE = R == 1 ? 1 : 2, AT_ONCE = 16 * TILES;
+  using turns = ball_turns<WORDS, R>;
+  constexpr int TILES = turns::TILES, MINE = turns::MINE, AT_ONCE = 16 * TILES, AHEAD = turns::AHEAD;
   __shared__ __align__(16) ball_query query[R];
   __shared__ float shared_stats[JUDGE_WARPS][R][4], shared_size[JUDGE_WARPS];
+  extern __shared__ uint4 ring[]; /* [warps][AHEAD][SLOTS][lanes]: a lane reads what it has copied */
   wait_for_previous();
   const emxi_cuda_pool &pool = a.pool;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = lane / 4, t = lane % 4, padded = EMXI_CUDA_PADDED(pool.D),
@@ -307,53 +335,60 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
   const int32_t *table = batch_entry(a.batch, b, &length);
   const int pages = (int)((length + pool.P - 1) >> pool.shift);
 
-  /* A turn's codes are asked for as soon as those of the turn before have been multiplied, the first ones before anything else; page numbers, a
-   * lane each, a turn before that. What is not there is read from page 0 and not used. */
+  /* Codes are copied some turns ahead, the first ones before anything else; page numbers, a lane each, are asked for a turn before that. What is
+   * not there is read from page 0, or from the last dimensions, and not used. */
   const uint64_t once = read_once();
-  int32_t page = 0, next_own[MINE];
-  uint4 centre[2 * TILES][WORDS], spread[2 * TILES][WORDS];
-  emxi_cuda_tail next_tail[MINE];
-  const auto look_up = [&](int base) { page = lane < AT_ONCE && base + lane < pages ? __ldg(table + base + lane) : 0; };
-  const auto load = [&](int base) {
-    const int32_t here = checked_page(a.batch, pool, b, base + lane, page);
+  const uint8_t *codes = pool.sum.codes + (int64_t)g * 2 * padded;
+  const emxi_cuda_tail *tails = pool.sum.tails + g;
+  const int page_step = pool.G * 2 * padded;
+  const auto look_up = [&](int base) { return lane < AT_ONCE && base + lane < pages ? __ldg(table + base + lane) : 0; };
+  const auto slots = [&](int stage) { return ring + (warp * AHEAD + stage) * turns::SLOTS * 32 + lane; };
+  const auto copy = [&](int base, int32_t page, int stage) {
+    if (base < pages) {
+      const int32_t here = checked_page(a.batch, pool, b, base + lane, page);
+      uint4 *to = slots(stage);
 #pragma unroll
-    for (int i = 0; i < 2 * TILES; i++) {
-      const uint8_t *codes =
-          pool.sum.codes + ((int64_t)__shfl_sync(EMXI_FULL, here, 8 * i + key) * pool.G + g) * 2 * padded + 16 * t;
+      for (int i = 0; i < 2 * TILES; i++) {
+        const uint8_t *at = codes + (int64_t)__shfl_sync(EMXI_FULL, here, 8 * i + key) * page_step;
 #pragma unroll
-      for (int w = 0; w < WORDS; w++) {
-        centre[i][w] = spread[i][w] = make_uint4(0, 0, 0, 0);
-        if (64 * w + 16 * t < padded) {
-          centre[i][w] = load16(codes + 64 * w, once);
-          spread[i][w] = load16(codes + 64 * w + padded, once);
+        for (int w = 0; w < WORDS; w++) {
+          const int in = min(64 * w + 16 * t, padded - 16);
+          copy16_once(to + (i * WORDS + w) * 64, at + in, once);
+          copy16_once(to + (i * WORDS + w) * 64 + 32, at + padded + in, once);
         }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < MINE; i++) {
-      next_own[i] = __shfl_sync(EMXI_FULL, here, (8 * (R == 1 ? t : i) + key) % 32);
-      const float4 x = __ldg((const float4 *)(pool.sum.tails + (int64_t)next_own[i] * pool.G + g));
-      next_tail[i] = {x.x, x.y, x.z, x.w};
+      for (int i = 0; i < MINE; i++)
+        copy16(to + (turns::CODES + i) * 32,
+               tails + (int64_t)__shfl_sync(EMXI_FULL, here, (8 * (R == 1 ? t : i) + key) % 32) * pool.G);
     }
+    asm volatile("cp.async.commit_group;" ::: "memory");
   };
   const int stride = a.page_splits * JUDGE_WARPS * AT_ONCE;
-  int base = (split * JUDGE_WARPS + warp) * AT_ONCE;
-  look_up(base);
-  load(base);
-  look_up(base + stride);
+  int base = (split * JUDGE_WARPS + warp) * AT_ONCE, stage = 0;
+  int32_t page;
+  {
+    int32_t begin[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) begin[i] = look_up(base + i * stride);
+    page = look_up(base + AHEAD * stride);
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) copy(base + i * stride, begin[i], i);
+  }
 
   if (warp < R) {
     double norm = 0, lost = 0;
     if (warp < rows)
-      open_ball_query(a, b, g * a.group + first + warp, &query[warp], &norm, &lost);
+      open_ball_query<2 * WORDS>(a, b, g * a.group + first + warp, &query[warp], &norm, &lost);
     else
-      for (int i = lane; i < MAX_D; i += 32)
+      for (int i = lane; i < 64 * WORDS; i += 32)
         ((int8_t *)query[warp].a)[i] = ((int8_t *)query[warp].b)[i] = 0, query[warp].squares[i] = __ushort_as_half(0);
     if (split == 0 && warp < rows) open_row(a, row0 + warp, norm, lost, lane);
   }
   __syncthreads();
   const int r = R == 1 ? 0 : t; /* the row of this lane */
   const bool mine = r < rows && (R > 1 || t < 2 * TILES);
+  const int last = mine ? pages : 0, judged = mine ? judged_pages(a, length, pages) : 0;
   int32_t column[WORDS][4]; /* dimensions as this lane's sixteen bytes lie */
   uint2 square[WORDS][4];
 #pragma unroll
@@ -367,10 +402,13 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
     }
   const float s2 = query[r].s2, e2 = query[r].e2, norm = query[r].norm, slack_k = query[r].slack_k, slack_0 = query[r].slack_0,
               top = query[r].top, slope = a.slopes && mine ? a.slopes[g * a.group + first + r] : 0.0f;
-  float *upper = a.upper + (row0 + r) * a.pages, *mu = a.mu + (row0 + r) * a.pages, *sigma = a.sigma + (row0 + r) * a.pages;
-  float stats[4] = {0, 0, 0, 0}, size = 0; /* of the pages that this lane has */
+  const int64_t row_at = (row0 + r) * a.pages;
+  float count = 0, sum_mean = 0, sum_spread = 0, sum_square = 0, size = 0; /* of the pages that this lane has */
+  int unknown = 0, unknown_at = 0;                                         /* without a summary: how many, one of them */
 
   for (; base < pages; base += stride) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
+    const uint4 *in = slots(stage);
     int dot[MINE];
     float wide[MINE];
 #pragma unroll
@@ -379,20 +417,19 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
       float f[4] = {0, 0, 0, 0};
 #pragma unroll
       for (int w = 0; w < WORDS; w++) {
-        const uint4 x = centre[2 * tile][w], y = centre[2 * tile + 1][w];
+        const int low_page = (2 * tile * WORDS + w) * 64, high_page = low_page + WORDS * 64;
+        const uint4 x = in[low_page], y = in[high_page];
         constexpr uint32_t SIGN = 0x80808080u; /* code - 128 */
         dot_tile(c, x.x ^ SIGN, y.x ^ SIGN, x.y ^ SIGN, y.y ^ SIGN, column[w][0], column[w][1]);
         dot_tile(c, x.z ^ SIGN, y.z ^ SIGN, x.w ^ SIGN, y.w ^ SIGN, column[w][2], column[w][3]);
-        if (a.kind == EMX_SELECT_GAUSSIAN) {
-          const uint4 u = spread[2 * tile][w], v = spread[2 * tile + 1][w];
-          const uint32_t low[4] = {u.x, u.y, u.z, u.w}, high[4] = {v.x, v.y, v.z, v.w};
+        const uint4 u = in[low_page + 32], v = in[high_page + 32];
+        const uint32_t low[4] = {u.x, u.y, u.z, u.w}, high[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
-          for (int j = 0; j < 4; j++) {
-            uint32_t x0, x1, x2, x3;
-            byte_squares(low[j], &x0, &x2);
-            byte_squares(high[j], &x1, &x3);
-            half_tile(f, x0, x1, x2, x3, square[w][j].x, square[w][j].y);
-          }
+        for (int j = 0; j < 4; j++) {
+          uint32_t x0, x1, x2, x3;
+          byte_squares(low[j], &x0, &x2);
+          byte_squares(high[j], &x1, &x3);
+          half_tile(f, x0, x1, x2, x3, square[w][j].x, square[w][j].y);
         }
       }
       if constexpr (R == 1) { /* this lane's page last */
@@ -405,57 +442,64 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
         wide[0] = f[0], wide[MINE - 1] = f[2];
       }
     }
-    emxi_cuda_tail tail[MINE];
-    int32_t own[MINE];
+    float4 tail[MINE]; /* step, step of the spread, radius, size */
 #pragma unroll
-    for (int i = 0; i < MINE; i++) tail[i] = next_tail[i], own[i] = next_own[i];
-    load(base + stride);
-    look_up(base + 2 * stride);
+    for (int i = 0; i < MINE; i++) tail[i] = ((const float4 *)in)[(turns::CODES + i) * 32];
+    copy(base + AHEAD * stride, page, stage);
+    page = look_up(base + (AHEAD + 1) * stride);
+    stage = stage + 1 == AHEAD ? 0 : stage + 1;
 #pragma unroll
     for (int i = 0; i < MINE; i++) {
       const int p = base + 8 * (R == 1 ? t : i) + key;
-      const bool there = mine && p < pages, usable = there && page_is_judged(a, length, pages, p, tail[i]);
-      const float mid = tail[i].step * (s2 * (float)dot[i]);
-      double from = 0;
-      if (slope != 0) from = (double)((int64_t)p * pool.P - (length - 1));
-      if (there && a.bounds) {
-        float up = emxi_inf();
-        if (usable && fabsf(mid) < emxi_inf()) {
-          const float far = __fadd_ru(tail[i].size, tail[i].radius);
-          float loose = __fmaf_ru(slack_k, __fadd_ru(far, tail[i].radius), slack_0);
-          loose = __fmaf_ru(norm, tail[i].radius, __fmaf_ru(e2, far, loose));
-          loose = __fmaf_ru(0x1p-21f, fabsf(mid), loose);
-          up = __fadd_ru(mid, loose);
-          if (slope != 0) {
-            const double x = (double)slope * from, y = (double)slope * (from + (double)(pool.P - 1));
-            up = round_up((double)mid + (double)loose + fmax(x, y) + (0x1p-22 + 1e-12) * fmax(fabs(x), fabs(y)));
-          }
-          if (!(up < emxi_inf())) up = emxi_inf();
-        }
-        upper[p] = up;
+      const bool there = p < last, usable = p < judged && tail[i].w > 0;
+      float mid = tail[i].x * (s2 * (float)dot[i]);
+      const float far = __fadd_ru(tail[i].w, tail[i].z);
+      float loose = __fmaf_ru(slack_k, __fadd_ru(far, tail[i].z), slack_0);
+      loose = __fmaf_ru(norm, tail[i].z, __fmaf_ru(e2, far, loose));
+      loose = __fmaf_ru(0x1p-21f, fabsf(mid), loose);
+      const bool finite = fabsf(mid) < emxi_inf();
+      float up = mid;
+      if (a.slopes) { /* within 2^-23 of the larger one, and so is a score's */
+        const int from = p * pool.P - (int)(length - 1);
+        const float x = slope * (float)from, y = slope * (float)(from + pool.P - 1);
+        loose = __fadd_ru(__fmaf_ru(0x1p-21f, fmaxf(fabsf(x), fabsf(y)), loose), fmaxf(x, y));
+        mid += 0.5f * (x + y);
       }
-      if (usable) size = fmaxf(size, tail[i].size);
-      if (there && a.kind == EMX_SELECT_GAUSSIAN) {
-        const float middle = slope != 0 ? (float)((double)mid + (double)slope * (from + 0.5 * (pool.P - 1))) : mid,
-                    broad = tail[i].spread_step * top * sqrtf(wide[i]);
-        if (a.slopes) {
-          mu[p] = middle;
-          sigma[p] = usable ? broad : -1.0f;
-        } else { /* what choose compares is enough */
-          mu[p] = usable ? fmaf(a.page_z, broad, middle) : emxi_inf();
-        }
+      up = __fadd_ru(up, loose);
+      if (there && a.bounds) a.upper[row_at + p] = usable && finite && fabsf(up) < emxi_inf() ? up : emxi_inf();
+      if (usable) size = fmaxf(size, tail[i].w);
+      if (a.kind == EMX_SELECT_GAUSSIAN) {
+        const float broad = tail[i].y * top * root_near(wide[i]);
+        if (there) /* without slopes: what choose compares is enough */
+          a.mu[row_at + p] = a.slopes ? mid : usable ? fmaf(a.page_z, broad, mid) : emxi_inf();
+        if (there && a.slopes) a.sigma[row_at + p] = usable ? broad : -1.0f;
         if (usable) {
-          stats[0] += 1;
-          stats[1] += middle;
-          stats[2] += broad;
-          stats[3] = fmaf(middle, middle, fmaf(broad, broad, stats[3]));
+          count += 1;
+          sum_mean += mid;
+          sum_spread += broad;
+          sum_square = fmaf(mid, mid, fmaf(broad, broad, sum_square));
         }
       }
-      const bool leads = (R == 1 || t == 0) && there;
-      size = fmaxf(size, unknown_sizes(a, g, length, leads && !(tail[i].size > 0), p, own[i], lane));
+      if (there && !(tail[i].w > 0)) unknown++, unknown_at = p;
+    }
+  }
+  if (R > 1 && t) unknown = 0; /* other rows of the same pages */
+  if (a.bounds && __any_sync(EMXI_FULL, unknown > 0)) {
+    if (!__any_sync(EMXI_FULL, unknown > 1)) {
+      size = fmaxf(size, sizes_of_keys(a, b, g, length, table, unknown > 0, unknown_at));
+    } else { /* too many to remember: once more through the records */
+      for (base = (split * JUDGE_WARPS + warp) * AT_ONCE; base < pages; base += stride) {
+        const int p = base + lane;
+        const bool there = lane < AT_ONCE && p < pages;
+        size = fmaxf(
+            size,
+            sizes_of_keys(a, b, g, length, table,
+                          there && !(tails[(int64_t)table_page(a.batch, pool, table, b, there ? p : 0) * pool.G].size > 0), p));
+      }
     }
   }
   size = warp_max(size);
+  float stats[4] = {count, sum_mean, sum_spread, sum_square};
 #pragma unroll
   for (int step = 16; step >= (R == 1 ? 1 : 4); step >>= 1)
 #pragma unroll
@@ -467,13 +511,16 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
   __syncthreads();
   if (threadIdx.x < rows) {
     const int64_t at = (row0 + threadIdx.x) * a.page_splits + split;
+#pragma unroll
     for (int w = 1; w < JUDGE_WARPS; w++) size = fmaxf(size, shared_size[w]);
     a.sizes[at] = fmaxf(size, shared_size[0]);
-    for (int i = 0; a.kind == EMX_SELECT_GAUSSIAN && i < 4; i++) {
-      double x = 0;
-      for (int w = 0; w < JUDGE_WARPS; w++) x += (double)shared_stats[w][threadIdx.x][i];
-      a.stats[at * 4 + i] = x;
-    }
+  }
+  if (a.kind == EMX_SELECT_GAUSSIAN && (int)threadIdx.x < 4 * rows) {
+    const int of = threadIdx.x / 4, i = threadIdx.x % 4;
+    double x = 0;
+#pragma unroll
+    for (int w = 0; w < JUDGE_WARPS; w++) x += (double)shared_stats[w][of][i];
+    a.stats[((row0 + of) * a.page_splits + split) * 4 + i] = x;
   }
 }
 
@@ -618,51 +665,61 @@ __global__ void __launch_bounds__(CHOOSE_THREADS, 2) choose(const __grid_constan
   uint32_t *chosen = a.chosen + row * ((a.pages + 31) / 32);
   int32_t *list = a.list + row * a.pages, *place = a.place + row * a.pages;
   __syncthreads();
-  /* Words of this part, of this warp. */
+  /* Words of this part, of this warp. The first pages are asked for before the threshold is known. */
   const int part = shared_part, words = (int)((pages + 31) / 32), each = (words + a.picks - 1) / a.picks,
             begin = min(part * each, words), share = (min(begin + each, words) - begin + CHOOSE_WARPS - 1) / CHOOSE_WARPS,
             end = min(begin + each, words), from = min(begin + warp * share, end), to = min(from + share, end);
+
+  float up[WORDS], x[WORDS];
+  const auto load = [&](int first) {
+#pragma unroll
+    for (int u = 0; u < WORDS; u++) {
+      const int p = (first + u) * 32 + lane;
+      const bool there = first + u < to && p < pages;
+      up[u] = there && a.bounds ? upper[p] : -emxi_inf();
+      x[u] = there ? mu[p] : -emxi_inf();
+    }
+  };
+  load(from);
 
   emxi_cuda_choice choice = {0, -emxi_inf(), shared_size, 0, 0};
   float floor = -emxi_inf();
   bool all = alpha == 0;
   if (!all) {
-    const double count = sums[0], mean = sums[1] / count, spread = sqrt(fmax(sums[3] / count - mean * mean, 0.0)),
-                 unit = alpha - 1.0;
+    const double count = sums[0], per = 1 / count, mean = sums[1] * per, spread = sqrt(fmax(sums[3] * per - mean * mean, 0.0));
     choice.judged = (int32_t)count;
     if (count > 0 && !(spread < emxi_inf() && fabs(mean) < emxi_inf())) {
       all = true; /* means that overflow say nothing */
     } else if (count > 0) {
       const float slope = a.slopes ? a.slopes[h] : 0.0f;
-      const double tau = slope == 0 ? single_tau(threshold_of(a, alpha, 0), count * pool.P, mean, spread)
-                                    : mixture_tau(alpha, pool.P, mu, sigma, pages, {scratch, shared_top});
-      const double excess = tau / unit - (sums[1] + 1.5 * sums[2]) / count;
-      floor = (float)(tau / unit - fmax((double)a.safety_margin * spread, (double)a.excess_margin * fmax(excess, 0.0)));
+      const threshold k = threshold_of(a, alpha, 0);
+      const double tau = slope == 0 ? single_tau(k, count * pool.P, mean, spread)
+                                    : mixture_tau(alpha, pool.P, mu, sigma, pages, {scratch, shared_top}),
+                   excess = tau * k.b - (sums[1] + 1.5 * sums[2]) * per;
+      floor = (float)(tau * k.b - fmax((double)a.safety_margin * spread, (double)a.excess_margin * fmax(excess, 0.0)));
       choice.estimate = tau;
       choice.estimated = 1;
     }
   }
 
   int n = 0;
+  uint32_t kept = 0; /* word `lane` of up to 32; more are in `chosen` */
   float unread = -emxi_inf();
   for (int first = from; first < to; first += WORDS) {
-    float up[WORDS], x[WORDS], y[WORDS];
+    if (first > from) load(first);
 #pragma unroll
     for (int u = 0; u < WORDS; u++) {
-      const int64_t p = (int64_t)(first + u) * 32 + lane;
-      const bool there = first + u < to && p < pages;
-      up[u] = there && a.bounds ? upper[p] : -emxi_inf();
-      x[u] = there ? mu[p] : -emxi_inf();
-      y[u] = there && a.slopes ? sigma[p] : 0.0f;
-    }
-#pragma unroll
-    for (int u = 0; u < WORDS; u++) {
-      const int64_t p = (int64_t)(first + u) * 32 + lane;
-      const bool there = first + u < to && p < pages,
-                 take = there && (all || (!a.slopes ? x[u] > floor : !(y[u] >= 0) || fmaf(a.page_z, y[u], x[u]) > floor));
+      const int p = (first + u) * 32 + lane;
+      bool take = x[u] > floor || all;
+      if (a.slopes && first + u < to && p < pages) {
+        const float y = sigma[p];
+        take = all || !(y >= 0) || fmaf(a.page_z, y, x[u]) > floor;
+      }
+      take &= first + u < to && p < pages;
       const uint32_t bits = __ballot_sync(EMXI_FULL, take);
       n += __popc(bits);
-      if (lane == 0 && first + u < to) chosen[first + u] = bits;
+      if (lane == first + u - from) kept = bits;
+      if (share > 32 && lane == 0 && first + u < to) chosen[first + u] = bits;
       if (!take && !(up[u] <= unread)) unread = up[u];
       if (take && a.bounds) upper[p] = -emxi_inf();
     }
@@ -706,7 +763,8 @@ __global__ void __launch_bounds__(CHOOSE_THREADS, 2) choose(const __grid_constan
     int32_t page[AHEAD];
 #pragma unroll
     for (int u = 0; u < AHEAD; u++) {
-      bits[u] = first + u < to ? chosen[first + u] : 0;
+      bits[u] = share <= 32 ? __shfl_sync(EMXI_FULL, kept, (first + u - from) % 32) : first + u < to ? chosen[first + u] : 0;
+      if (first + u >= to) bits[u] = 0;
       page[u] = !a.select_only && bits[u] >> lane & 1 ? __ldg(table + (int64_t)(first + u) * 32 + lane) : 0;
     }
 #pragma unroll
@@ -902,20 +960,32 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
   __shared__ int bins[BINS], listed[SOLVE_WARPS];
   __shared__ double scratch[SOLVE_WARPS];
   __shared__ bool shared_last;
+  constexpr int AHEAD = 8;
+  for (int i = threadIdx.x; i < BINS; i += CERTIFY_THREADS) bins[i] = 0;
   wait_for_previous();
+  __syncthreads();
   const int64_t row = blockIdx.x / (uint32_t)a.picks;
   const int part = (int)(blockIdx.x % (uint32_t)a.picks), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const row_place place = place_of(a, row);
+  const int64_t all_pages = (place.visible + a.pool.P - 1) >> a.pool.shift, each = (all_pages + a.picks - 1) / a.picks,
+                from = part * each, to = from + each < all_pages ? from + each : all_pages;
+  const float *upper = a.upper + row * a.pages;
+  float up[AHEAD];
+  const auto load = [&](int64_t first) {
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) up[u] = first + u * CERTIFY_THREADS < to ? upper[first + u * CERTIFY_THREADS] : -emxi_inf();
+  };
+  if (a.judged) load(from + threadIdx.x);
   const emxi_cuda_choice choice = a.choice[row];
   const emxi_cuda_wide *wide = &a.wide[row];
   const double alpha = alpha_of(a, place.h), unit = alpha > 1.0 ? alpha - 1.0 : 1.0;
   const bool unread = choice.max_unread > -emxi_inf(), known = wide->solved && choice.max_unread < emxi_inf();
-  double slack = 0, tau = 0, low = 0;
+  double slack = 0, low = 0;
   if (unread && known) { /* judge has been there */
-    const double bias = a.slopes ? fabs((double)a.slopes[place.h]) * (double)place.visible : 0.0;
+    const double bias = a.slopes ? fabs((double)a.slopes[place.h]) * (double)place.visible : 0.0,
+                 tau = wide->exact + unit * (double)wide->m;
     slack = score_slack(a.pool.D, a.judged[row].norm, (double)choice.size, bias) + a.judged[row].lost;
-    tau = wide->exact + unit * (double)wide->m;
-    low = tau - unit * slack - 1e-9 * fmax(1.0, fabs(tau)) - (double)place.count * 0x1p-50;
+    low = tau - unit * slack - 1e-9 * fmax(1.0, fabs(tau)) - (double)place.visible * 0x1p-50;
   }
   const bool sound = unread && known && slack < emxi_inf(),
              clear = sound && alpha != 1.0 && unit * (double)choice.max_unread <= low;
@@ -924,22 +994,15 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
     if (part) return;
   } else {
     emxi_cuda_judged *state = &a.judged[row];
-    const int64_t all_pages = (place.visible + a.pool.P - 1) >> a.pool.shift, each = (all_pages + a.picks - 1) / a.picks,
-                  from = part * each, to = from + each < all_pages ? from + each : all_pages;
-    const float *upper = a.upper + row * a.pages;
     /* Unread pages by their bounds, rounded up to the edge of a bin: of a bound above `base`, a float not above low, the float quotient is off by
      * less than 1e-4 of a bin. */
-    const float base = alpha == 1.0 ? 0.0f : nextafterf(__double2float_rd(low / unit), -emxi_inf()),
+    const float edge = __double2float_rd(low / unit), base = alpha == 1.0 ? 0.0f : nextafterf(edge, -emxi_inf()),
                 reach = choice.max_unread - base, per = BINS / reach, ref = fmaxf(wide->m, choice.max_unread);
     double sum = 0;
-    for (int i = threadIdx.x; i < BINS; i += CERTIFY_THREADS) bins[i] = 0;
-    __syncthreads();
-    for (int64_t first = from + threadIdx.x; first < to; first += 8 * CERTIFY_THREADS) {
-      float up[8];
+    for (int64_t first = from + threadIdx.x; first < to; first += AHEAD * CERTIFY_THREADS) {
+      if (first >= from + CERTIFY_THREADS) load(first);
 #pragma unroll
-      for (int u = 0; u < 8; u++) up[u] = first + u * CERTIFY_THREADS < to ? upper[first + u * CERTIFY_THREADS] : -emxi_inf();
-#pragma unroll
-      for (int u = 0; u < 8; u++) {
+      for (int u = 0; u < AHEAD; u++) {
         if (alpha == 1.0) { /* the share of a sum of exponentials; exp here and in the scan is off by less than 1e-4 */
           if (up[u] > -emxi_inf()) sum += (double)expf(up[u] - ref) * (1 + 1e-4) + 1e-37;
         } else if (up[u] > base) {
@@ -952,34 +1015,16 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
       if (threadIdx.x == 0) state->part[part] = (uint64_t)__double_as_longlong(sum);
     } else {
       __syncthreads();
-      uint32_t *mine = a.bins + (row * a.picks + part) * BINS;
-      for (int i = threadIdx.x; i < BINS; i += CERTIFY_THREADS) mine[i] = (uint32_t)bins[i];
+      for (int i = threadIdx.x; i < BINS; i += CERTIFY_THREADS)
+        if (bins[i]) atomicAdd(&a.bins[row * BINS + i], (uint32_t)bins[i]);
     }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) shared_last = atomicAdd(&state->certified, 1u) == (uint32_t)a.picks - 1;
-    __syncthreads();
-    if (!shared_last) return;
-    __threadfence();
-    if (alpha == 1.0) {
-      sum = 0;
-      for (int i = 0; i < a.picks; i++)
-        sum += __longlong_as_double((long long)__ldcg((const unsigned long long *)&state->part[i]));
-      sum *= a.pool.P;
-      const double read = wide->exact * exp((double)wide->m - (double)ref - slack) * (1 - 1e-4);
-      delta = fmin(sum / (sum + read) * (1 + 1e-12), 1.0);
-    } else {
-      for (int i = threadIdx.x; i < BINS; i += CERTIFY_THREADS) {
-        uint32_t n = 0;
-#pragma unroll 8
-        for (int j = 0; j < a.picks; j++) n += __ldcg(a.bins + (row * a.picks + j) * BINS + i);
-        bins[i] = (int)n;
-      }
-      /* Scores above the lower bound of tau; those of too many to hold count as nothing known. */
+    /* Scores above the lower bound of tau, by every part, for the last one has been waited for; those of too many to hold count as nothing
+     * known. */
+    int n = 0;
+    if (alpha != 1.0) {
       const float *z = a.z + row * a.chunks * CHUNK, *chunk_max = a.chunk_max + row * a.chunks,
-                  thr = nextafterf((float)(low / unit), -emxi_inf());
+                  thr = nextafterf(edge, -emxi_inf());
       const int64_t chunks = (place.count + CHUNK - 1) / CHUNK;
-      int n = 0;
       for (int64_t first = warp * 32; first < chunks && n <= LISTED; first += CERTIFY_THREADS) {
         const int64_t mine = first + lane;
         uint32_t alive = __ballot_sync(EMXI_FULL, mine < chunks && chunk_max[mine] > thr);
@@ -997,10 +1042,25 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
         }
       }
       if (lane == 0) listed[warp] = n;
-      const bool held = !__syncthreads_or(n > LISTED);
-      const int before = __reduce_add_sync(EMXI_FULL, lane < warp ? listed[lane] : 0),
-                scores = __reduce_add_sync(EMXI_FULL, lane < SOLVE_WARPS ? listed[lane] : 0);
-      for (int i = lane; held && i < n; i += 32) all_listed[before + i] = list[warp][i];
+    }
+    __threadfence();
+    const bool held = !__syncthreads_or(n > LISTED);
+    if (threadIdx.x == 0) shared_last = atomicAdd(&state->certified, 1u) == (uint32_t)a.picks - 1;
+    const int before = __reduce_add_sync(EMXI_FULL, alpha != 1.0 && lane < warp ? listed[lane] : 0),
+              scores = __reduce_add_sync(EMXI_FULL, alpha != 1.0 && lane < SOLVE_WARPS ? listed[lane] : 0);
+    for (int i = lane; held && i < n; i += 32) all_listed[before + i] = list[warp][i];
+    __syncthreads();
+    if (!shared_last) return;
+    __threadfence();
+    if (alpha == 1.0) {
+      sum = 0;
+      for (int i = 0; i < a.picks; i++)
+        sum += __longlong_as_double((long long)__ldcg((const unsigned long long *)&state->part[i]));
+      sum *= a.pool.P;
+      const double read = wide->exact * exp((double)wide->m - (double)ref - slack) * (1 - 1e-4);
+      delta = fmin(sum / (sum + read) * (1 + 1e-12), 1.0);
+    } else {
+      for (int i = threadIdx.x; i < BINS; i += CERTIFY_THREADS) bins[i] = (int)__ldcg(a.bins + row * BINS + i);
       __syncthreads();
       const threshold k = threshold_of(a, alpha, 0);
       const double floor = unit * (double)base, width = unit * ((double)choice.max_unread - (double)base) / BINS,
@@ -1058,12 +1118,18 @@ void launch_boxes(const emxi_cuda_decode &d, cudaStream_t stream) {
   else
     launch(judge_boxes<T, 4>, judge_grid(d, 4), JUDGE_THREADS, 0, stream, d.overlap, d);
 }
+template <int WORDS, int R>
+void launch_balls(const emxi_cuda_decode &d, cudaStream_t stream) {
+  constexpr size_t shared = ball_turns<WORDS, R>::SHARED;
+  (void)cudaFuncSetAttribute(judge_balls<WORDS, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+  launch(judge_balls<WORDS, R>, judge_grid(d, R), JUDGE_THREADS, shared, stream, d.overlap, d);
+}
 template <int WORDS>
 void launch_balls(const emxi_cuda_decode &d, cudaStream_t stream) {
   if (d.group == 1)
-    launch(judge_balls<WORDS, 1>, judge_grid(d, 1), JUDGE_THREADS, 0, stream, d.overlap, d);
+    launch_balls<WORDS, 1>(d, stream);
   else
-    launch(judge_balls<WORDS, 4>, judge_grid(d, 4), JUDGE_THREADS, 0, stream, d.overlap, d);
+    launch_balls<WORDS, 4>(d, stream);
 }
 
 } // namespace

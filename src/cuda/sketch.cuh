@@ -21,18 +21,19 @@ using cert_query = emxi_cuda_query;
 using cert_words = emxi_cuda_words;
 
 /* Elements lane + 32 e of a row, 0 from D on; all of them are asked for before one is waited for. */
-__device__ __forceinline__ void load_lanes(const char *p, int32_t dtype, int64_t at, int D, float (&x)[8]) {
+template <int N>
+__device__ __forceinline__ void load_lanes(const char *p, int32_t dtype, int64_t at, int D, float (&x)[N]) {
   const int lane = threadIdx.x % 32;
   if (dtype == EMX_F32) {
 #pragma unroll
-    for (int e = 0; e < 8; e++) x[e] = lane + 32 * e < D ? ((const float *)p)[at + lane + 32 * e] : 0.0f;
+    for (int e = 0; e < N; e++) x[e] = lane + 32 * e < D ? ((const float *)p)[at + lane + 32 * e] : 0.0f;
     return;
   }
-  uint16_t bits[8];
+  uint16_t bits[N];
 #pragma unroll
-  for (int e = 0; e < 8; e++) bits[e] = lane + 32 * e < D ? ((const uint16_t *)p)[at + lane + 32 * e] : (uint16_t)0;
+  for (int e = 0; e < N; e++) bits[e] = lane + 32 * e < D ? ((const uint16_t *)p)[at + lane + 32 * e] : (uint16_t)0;
 #pragma unroll
-  for (int e = 0; e < 8; e++)
+  for (int e = 0; e < N; e++)
     x[e] = dtype == EMX_F16 ? __half2float(__ushort_as_half(bits[e])) : __uint_as_float((uint32_t)bits[e] << 16);
 }
 /* By one warp. */
