@@ -294,7 +294,7 @@ __device__ __forceinline__ void half_tile(float (&c)[4], uint32_t x0, uint32_t x
       : "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(y0), "r"(y1));
 }
 
-/* Sixteen bytes into shared memory, for the thread that asks for them. */
+/* Sixteen bytes into shared memory. */
 __device__ __forceinline__ void copy16(uint4 *to, const void *from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
@@ -303,15 +303,15 @@ __device__ __forceinline__ void copy16_once(uint4 *to, const void *from, uint64_
                "l"(from), "l"(once)
                : "memory");
 }
-/* What a turn of judge_balls copies, and how many turns ahead of the sums. */
+/* What a warp of judge_balls copies in a turn, in 16 bytes: ROW for a page's centre and spread, then records; and how many turns ahead of the
+ * sums, as the shared memory of two blocks a multiprocessor allows. */
 template <int WORDS, int R>
 struct ball_turns {
-  static constexpr int TILES = R == 1 && WORDS == 1 ? 2 : 1, MINE = R == 1 ? 1 : 2, CODES = 4 * TILES * WORDS,
-                       SLOTS = CODES + MINE,
-                       AHEAD = WORDS == 4   ? 1
-                               : SLOTS <= 6 ? 3
-                                            : 2;
-  static constexpr size_t SHARED = (size_t)JUDGE_WARPS * AHEAD * SLOTS * 32 * 16;
+  static constexpr int TILES = R == 1 && WORDS == 1 ? 2 : 1, AT_ONCE = 16 * TILES, ROW = 8 * WORDS, SIZE = AT_ONCE * (ROW + 1),
+                       AHEAD = SIZE < 200   ? 4
+                               : WORDS == 4 ? 2
+                                            : 3;
+  static constexpr size_t SHARED = (size_t)JUDGE_WARPS * AHEAD * SIZE * 16;
 };
 
 /* A warp has sixteen pages in a tensor product; four lanes have a page's codes, 64 dimensions in each of WORDS pieces. Columns 2 r and 2 r + 1
@@ -320,10 +320,10 @@ struct ball_turns {
 template <int WORDS, int R>
 __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls(const __grid_constant__ emxi_cuda_decode a) {
   using turns = ball_turns<WORDS, R>;
-  constexpr int TILES = turns::TILES, MINE = turns::MINE, AT_ONCE = 16 * TILES, AHEAD = turns::AHEAD;
+  constexpr int TILES = turns::TILES, MINE = R == 1 ? 1 : 2, AT_ONCE = turns::AT_ONCE, ROW = turns::ROW, AHEAD = turns::AHEAD;
   __shared__ __align__(16) ball_query query[R];
   __shared__ float shared_stats[JUDGE_WARPS][R][4], shared_size[JUDGE_WARPS];
-  extern __shared__ uint4 ring[]; /* [warps][AHEAD][SLOTS][lanes]: a lane reads what it has copied */
+  extern __shared__ uint4 ring[]; /* [warps][AHEAD]: [pages][ROW], in odd rows halves of eight the other way round; records */
   wait_for_previous();
   const emxi_cuda_pool &pool = a.pool;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = lane / 4, t = lane % 4, padded = EMXI_CUDA_PADDED(pool.D),
@@ -338,29 +338,23 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
   /* Codes are copied some turns ahead, the first ones before anything else; page numbers, a lane each, are asked for a turn before that. What is
    * not there is read from page 0, or from the last dimensions, and not used. */
   const uint64_t once = read_once();
-  const uint8_t *codes = pool.sum.codes + (int64_t)g * 2 * padded;
+  const int piece = lane % ROW, in = 16 * (piece % (ROW / 2)), odd = lane / ROW % 2 * 4, page_step = pool.G * 2 * padded;
+  const uint8_t *codes = pool.sum.codes + (int64_t)g * 2 * padded + (piece < ROW / 2 ? 0 : padded) + min(in, padded - 16);
   const emxi_cuda_tail *tails = pool.sum.tails + g;
-  const int page_step = pool.G * 2 * padded;
+  uint4 *const own_ring = ring + warp * AHEAD * turns::SIZE;
   const auto look_up = [&](int base) { return lane < AT_ONCE && base + lane < pages ? __ldg(table + base + lane) : 0; };
-  const auto slots = [&](int stage) { return ring + (warp * AHEAD + stage) * turns::SLOTS * 32 + lane; };
   const auto copy = [&](int base, int32_t page, int stage) {
     if (base < pages) {
       const int32_t here = checked_page(a.batch, pool, b, base + lane, page);
-      uint4 *to = slots(stage);
+      uint4 *to = own_ring + stage * turns::SIZE;
+      constexpr int PAGES = 32 / ROW; /* of one copy */
 #pragma unroll
-      for (int i = 0; i < 2 * TILES; i++) {
-        const uint8_t *at = codes + (int64_t)__shfl_sync(EMXI_FULL, here, 8 * i + key) * page_step;
-#pragma unroll
-        for (int w = 0; w < WORDS; w++) {
-          const int in = min(64 * w + 16 * t, padded - 16);
-          copy16_once(to + (i * WORDS + w) * 64, at + in, once);
-          copy16_once(to + (i * WORDS + w) * 64 + 32, at + padded + in, once);
-        }
+      for (int i = 0; i < AT_ONCE; i += PAGES) {
+        const int32_t of = __shfl_sync(EMXI_FULL, here, i + lane / ROW);
+        copy16_once(to + i * ROW + lane / ROW * ROW + (piece ^ (PAGES > 1 ? odd : i % 2 * 4)), codes + (int64_t)of * page_step,
+                    once);
       }
-#pragma unroll
-      for (int i = 0; i < MINE; i++)
-        copy16(to + (turns::CODES + i) * 32,
-               tails + (int64_t)__shfl_sync(EMXI_FULL, here, (8 * (R == 1 ? t : i) + key) % 32) * pool.G);
+      if (lane < AT_ONCE) copy16(to + AT_ONCE * ROW + lane, tails + (int64_t)here * pool.G);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
@@ -408,7 +402,8 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
 
   for (; base < pages; base += stride) {
     asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD - 1) : "memory");
-    const uint4 *in = slots(stage);
+    __syncwarp();
+    const uint4 *turn = own_ring + stage * turns::SIZE;
     int dot[MINE];
     float wide[MINE];
 #pragma unroll
@@ -417,12 +412,14 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
       float f[4] = {0, 0, 0, 0};
 #pragma unroll
       for (int w = 0; w < WORDS; w++) {
-        const int low_page = (2 * tile * WORDS + w) * 64, high_page = low_page + WORDS * 64;
-        const uint4 x = in[low_page], y = in[high_page];
+        const auto piece_of = [&](int half, int i) { /* this lane's of a page's */
+                                                     return turn[(16 * tile + 8 * half + key) * ROW + ((i + t) ^ (key % 2 * 4))];
+        };
+        const uint4 x = piece_of(0, 4 * w), y = piece_of(1, 4 * w);
         constexpr uint32_t SIGN = 0x80808080u; /* code - 128 */
         dot_tile(c, x.x ^ SIGN, y.x ^ SIGN, x.y ^ SIGN, y.y ^ SIGN, column[w][0], column[w][1]);
         dot_tile(c, x.z ^ SIGN, y.z ^ SIGN, x.w ^ SIGN, y.w ^ SIGN, column[w][2], column[w][3]);
-        const uint4 u = in[low_page + 32], v = in[high_page + 32];
+        const uint4 u = piece_of(0, ROW / 2 + 4 * w), v = piece_of(1, ROW / 2 + 4 * w);
         const uint32_t low[4] = {u.x, u.y, u.z, u.w}, high[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -444,7 +441,9 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
     }
     float4 tail[MINE]; /* step, step of the spread, radius, size */
 #pragma unroll
-    for (int i = 0; i < MINE; i++) tail[i] = ((const float4 *)in)[(turns::CODES + i) * 32];
+    for (int i = 0; i < MINE; i++)
+      tail[i] = ((const float4 *)turn)[AT_ONCE * ROW + (R > 1 ? 8 * i : t < 2 * TILES ? 8 * t : 0) + key];
+    __syncwarp();
     copy(base + AHEAD * stride, page, stage);
     page = look_up(base + (AHEAD + 1) * stride);
     stage = stage + 1 == AHEAD ? 0 : stage + 1;
@@ -545,36 +544,39 @@ __device__ __noinline__ double slow_term(double a, double b, double mean, double
   double slope;
   return emxi_gauss_term(a, b, mean, spread, tau, &slope);
 }
-/* ln(n E[(a X - tau)_+^b]) of one normal crosses zero: a threshold a thread, three rounds leave a 10^-8th of the bracket. For b = 1, 2, 3 in
- * float and in spreads, with the recurrence forward: at the fifth spread, where a token in a million is, 1e-4 of the mass is lost, which
- * moves tau by 1e-5 spreads. */
-__device__ double single_tau(const threshold &k, double n, double mean, double spread) {
-  const float rare = sqrtf(2.0f * logf((float)n + 1.0f)) + 8.0f, unit = (float)(k.a * spread);
-  const int kind = k.power <= 3 ? k.power : 0;
-  if (kind) {
-    const float whole = kind == 1 ? 1 / (float)n : kind == 2 ? rsqrtf((float)n) : slow_power((float)n, -1.0f / 3);
-    if (!(unit > 1e-5f * whole)) return k.a * mean - (double)whole; /* a point */
-    const float count = (float)n * (kind == 1 ? unit : kind == 2 ? unit * unit : unit * unit * unit);
-    float lo = -rare, hi = 1.0001f * (whole / unit); /* tau = a mean - t unit; where t is hi the mass is above 1 */
-    for (int round = 0; round < 3; round++) {
-      const float width = (hi - lo) / (CHOOSE_THREADS + 1), t = hi - width * (float)(threadIdx.x + 1);
-      float low = 0.5f * erfcf(-t * 0.70710678f), x = fmaf(t, low, 0.39894228f * __expf(-0.5f * t * t));
-      for (int i = 2; i <= kind; i++) {
-        const float next = fmaf(t, x, (float)(i - 1) * low);
-        low = x;
-        x = next;
-      }
-      hi -= width * (float)__syncthreads_count(count * x >= 1.0f);
-      lo = hi - width;
+/* ln(n E[(a X - tau)_+^b]) of one normal crosses zero, b = 1, 2, 3: 32 thresholds at a time, five rounds leave a 10^-7th of the bracket. In float
+ * and in spreads, with the recurrence forward: at the fifth spread, where a token in a million is, 1e-4 of the mass is lost, which moves tau
+ * by 1e-5 spreads. By a warp. */
+__device__ __forceinline__ double single_tau(double a, int kind, float n, double mean, float spread) {
+  const float rare = sqrtf(2.0f * __logf(n + 1.0f)) + 8.0f, unit = (float)a * spread,
+              whole = kind == 1   ? 1 / n
+                      : kind == 2 ? rsqrtf(n)
+                                  : exp2f(-__log2f(n) / 3);
+  if (!(unit > 1e-5f * whole)) return a * mean - (double)whole; /* a point */
+  const float count = n * (kind == 1 ? unit : kind == 2 ? unit * unit : unit * unit * unit);
+  float lo = -rare, hi = 1.0001f * (whole / unit); /* tau = a mean - t unit; where t is hi the mass is above 1 */
+#pragma unroll 1
+  for (int round = 0; round < 5; round++) {
+    const float width = (hi - lo) / 33, t = hi - width * (float)(threadIdx.x % 32 + 1);
+    float low = 0.5f * erfcf(-t * 0.70710678f), x = fmaf(t, low, 0.39894228f * __expf(-0.5f * t * t));
+    for (int i = 2; i <= kind; i++) {
+      const float next = fmaf(t, x, (float)(i - 1) * low);
+      low = x;
+      x = next;
     }
-    return k.a * mean - (double)hi * (double)unit;
+    hi -= width * (float)__popc(__ballot_sync(EMXI_FULL, count * x >= 1.0f));
+    lo = hi - width;
   }
-  const double a = k.a;
-  double lo = a * mean - slow_power(n, -a) - (k.b < 1.0 ? 1.0 + 8.0 * a * spread : 1e-9 * (1.0 + fabs(a * mean))),
-         hi = a * mean + a * spread * (double)rare + 1e-9;
+  return a * mean - (double)hi * (double)unit;
+}
+/* Any b, by the block. */
+__device__ __noinline__ double general_tau(double a, double b, double n, double mean, double spread) {
+  const double rare = sqrtf(2.0f * logf((float)n + 1.0f)) + 8.0f;
+  double lo = a * mean - slow_power(n, -a) - (b < 1.0 ? 1.0 + 8.0 * a * spread : 1e-9 * (1.0 + fabs(a * mean))),
+         hi = a * mean + a * spread * rare + 1e-9;
   for (int round = 0; round < 3; round++) {
     const double width = (hi - lo) / (CHOOSE_THREADS + 1), tau = lo + width * (double)(threadIdx.x + 1);
-    lo += width * (double)__syncthreads_count(n * slow_term(a, k.b, mean, spread, tau) >= 1.0);
+    lo += width * (double)__syncthreads_count(n * slow_term(a, b, mean, spread, tau) >= 1.0);
     hi = lo + width;
   }
   return lo;
@@ -636,7 +638,7 @@ __device__ __noinline__ double mixture_tau(double alpha, double n, const float *
 /* Parts of a row get their number when they start, so one may wait for those before it. */
 __global__ void __launch_bounds__(CHOOSE_THREADS, 2) choose(const __grid_constant__ emxi_cuda_decode a) {
   constexpr int WORDS = 8; /* of 32 pages, at a time, so that loads overlap */
-  __shared__ double scratch[32], sums[4];
+  __shared__ double scratch[32], sums[4], shared_tau;
   __shared__ float shared_top[32], shared_size;
   __shared__ int shared_part, shared_n[CHOOSE_WARPS], before, total;
   wait_for_previous();
@@ -665,38 +667,37 @@ __global__ void __launch_bounds__(CHOOSE_THREADS, 2) choose(const __grid_constan
   uint32_t *chosen = a.chosen + row * ((a.pages + 31) / 32);
   int32_t *list = a.list + row * a.pages, *place = a.place + row * a.pages;
   __syncthreads();
-  /* Words of this part, of this warp. The first pages are asked for before the threshold is known. */
+  /* Words of this part, of this warp. */
   const int part = shared_part, words = (int)((pages + 31) / 32), each = (words + a.picks - 1) / a.picks,
             begin = min(part * each, words), share = (min(begin + each, words) - begin + CHOOSE_WARPS - 1) / CHOOSE_WARPS,
             end = min(begin + each, words), from = min(begin + warp * share, end), to = min(from + share, end);
-
-  float up[WORDS], x[WORDS];
-  const auto load = [&](int first) {
-#pragma unroll
-    for (int u = 0; u < WORDS; u++) {
-      const int p = (first + u) * 32 + lane;
-      const bool there = first + u < to && p < pages;
-      up[u] = there && a.bounds ? upper[p] : -emxi_inf();
-      x[u] = there ? mu[p] : -emxi_inf();
-    }
-  };
-  load(from);
 
   emxi_cuda_choice choice = {0, -emxi_inf(), shared_size, 0, 0};
   float floor = -emxi_inf();
   bool all = alpha == 0;
   if (!all) {
-    const double count = sums[0], per = 1 / count, mean = sums[1] * per, spread = sqrt(fmax(sums[3] * per - mean * mean, 0.0));
+    const double count = sums[0], near = (double)(1 / (float)count), per = near * (2 - count * near), mean = sums[1] * per;
+    const float spread = sqrtf((float)fmax(sums[3] * per - mean * mean, 0.0));
     choice.judged = (int32_t)count;
     if (count > 0 && !(spread < emxi_inf() && fabs(mean) < emxi_inf())) {
       all = true; /* means that overflow say nothing */
     } else if (count > 0) {
-      const float slope = a.slopes ? a.slopes[h] : 0.0f;
       const threshold k = threshold_of(a, alpha, 0);
-      const double tau = slope == 0 ? single_tau(k, count * pool.P, mean, spread)
-                                    : mixture_tau(alpha, pool.P, mu, sigma, pages, {scratch, shared_top}),
-                   excess = tau * k.b - (sums[1] + 1.5 * sums[2]) * per;
-      floor = (float)(tau * k.b - fmax((double)a.safety_margin * spread, (double)a.excess_margin * fmax(excess, 0.0)));
+      double tau;
+      if (a.slopes && a.slopes[h] != 0) {
+        tau = mixture_tau(alpha, pool.P, mu, sigma, pages, {scratch, shared_top});
+      } else if (k.power >= 1 && k.power <= 3) {
+        if (warp == 0) {
+          tau = single_tau(k.a, k.power, (float)count * (float)pool.P, mean, spread);
+          if (lane == 0) shared_tau = tau;
+        }
+        __syncthreads();
+        tau = shared_tau;
+      } else {
+        tau = general_tau(k.a, k.b, count * pool.P, mean, (double)spread);
+      }
+      const double excess = tau * k.b - (sums[1] + 1.5 * sums[2]) * per;
+      floor = (float)(tau * k.b - fmax((double)(a.safety_margin * spread), (double)a.excess_margin * fmax(excess, 0.0)));
       choice.estimate = tau;
       choice.estimated = 1;
     }
@@ -706,7 +707,14 @@ __global__ void __launch_bounds__(CHOOSE_THREADS, 2) choose(const __grid_constan
   uint32_t kept = 0; /* word `lane` of up to 32; more are in `chosen` */
   float unread = -emxi_inf();
   for (int first = from; first < to; first += WORDS) {
-    if (first > from) load(first);
+    float up[WORDS], x[WORDS];
+#pragma unroll
+    for (int u = 0; u < WORDS; u++) {
+      const int p = (first + u) * 32 + lane;
+      const bool there = first + u < to && p < pages;
+      up[u] = there && a.bounds ? upper[p] : -emxi_inf();
+      x[u] = there ? mu[p] : -emxi_inf();
+    }
 #pragma unroll
     for (int u = 0; u < WORDS; u++) {
       const int p = (first + u) * 32 + lane;
@@ -996,8 +1004,9 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
     emxi_cuda_judged *state = &a.judged[row];
     /* Unread pages by their bounds, rounded up to the edge of a bin: of a bound above `base`, a float not above low, the float quotient is off by
      * less than 1e-4 of a bin. */
-    const float edge = __double2float_rd(low / unit), base = alpha == 1.0 ? 0.0f : nextafterf(edge, -emxi_inf()),
-                reach = choice.max_unread - base, per = BINS / reach, ref = fmaxf(wide->m, choice.max_unread);
+    const float edge = __double2float_rd(alpha == 1.0 ? 0.0 : low * threshold_of(a, alpha, 0).b),
+                base = alpha == 1.0 ? 0.0f : nextafterf(edge, -emxi_inf()), reach = choice.max_unread - base, per = BINS / reach,
+                ref = fmaxf(wide->m, choice.max_unread);
     double sum = 0;
     for (int64_t first = from + threadIdx.x; first < to; first += AHEAD * CERTIFY_THREADS) {
       if (first >= from + CERTIFY_THREADS) load(first);
@@ -1076,15 +1085,31 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
           if (bins[i]) add(floor + width * (double)(i + 1) + nudge - t, (double)bins[i] * a.pool.P);
         return warp_sum_double(sum);
       };
+      /* The same for a threshold t above that of the largest score alone, in float: near enough to find where to look. */
+      const double top = unit * (double)wide->m;
+      const auto near_mass = [&](float t) {
+        float sum = 0;
+        const auto add = [&](float y, float times) {
+          if (y > 0) sum = fmaf(times, k.power == 2 ? y * y : k.power == 1 ? y : slow_power(y, (float)k.b), sum);
+        };
+        for (int i = lane; i < scores; i += 32) add((float)unit * (all_listed[i] - wide->m) - t, 1);
+        for (int i = lane; i < BINS; i += 32)
+          if (bins[i]) add((float)(floor - top) + (float)width * (float)(i + 1) - t, (float)bins[i] * (float)a.pool.P);
+        return warp_sum(sum);
+      };
       /* Its root, at SOLVE_WARPS thresholds at a time. One above every score that was read leaves nothing of them. */
-      double lo = low, hi = unit * (double)wide->m;
-      if (held && reach < emxi_inf() && lo < hi && mass(hi, true) < 1.0) {
-        for (int round = 0; round < 12 && hi - lo > 1e-6 * (1.0 + fabs(lo)); round++) {
-          const double step = (hi - lo) / (SOLVE_WARPS + 1);
-          const bool above = mass(lo + step * (double)(warp + 1), true) >= 1.0;
-          lo += step * (double)(__syncthreads_count(above) / 32); /* it falls with t: the first ones are above */
-          hi = lo + step;
+      double hi = top;
+      if (held && reach < emxi_inf() && low < hi && mass(hi, true) < 1.0) {
+        float below = (float)(low - top), above = 0;
+        for (int round = 0; round < 4; round++) {
+          const float step = (above - below) / (SOLVE_WARPS + 1);
+          below += step * (float)(__syncthreads_count(near_mass(below + step * (float)(warp + 1)) >= 1.0f) / 32);
+          above = below + step; /* it falls with t: the first ones are above 1 */
         }
+        const double margin = 1e-5 * (1.0 + fabs(top)), first = fmax(top + (double)below - margin, low),
+                     step = (top + (double)above + margin - first) / (SOLVE_WARPS - 1);
+        const int over = __syncthreads_count(mass(first + step * (double)warp, true) >= 1.0) / 32;
+        if (over < SOLVE_WARPS) hi = fmin(hi, first + step * (double)over);
         hi += 1e-12 * (1.0 + fabs(hi)); /* of the sections' arithmetic */
         /* Scores may be lower than computed by the slack, and the root lower by as much again. */
         const double read = mass(hi + 2 * unit * slack + 1e-12 * (1.0 + fabs(hi)), false);
