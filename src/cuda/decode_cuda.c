@@ -74,7 +74,10 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   int64_t splits = at_least_one(target / items), shares = at_least_one(target / at_least_one(rows));
   splits = splits > most ? most : splits;
   shares = shares > most ? most : shares;
-  const int64_t judges = at_least_one(slice * kv->G * ceil_div(group, group == 1 ? 1 : 4)), few = ceil_div(k.pages, 256);
+  k.judge_heads = k.box ? 1 : 8; /* eight warps a block */
+  while (kv->G % k.judge_heads) k.judge_heads /= 2;
+  const int64_t judges = at_least_one(slice * kv->G / k.judge_heads * ceil_div(group, group == 1 ? 1 : 4)),
+                few = ceil_div(k.pages, 256 / k.judge_heads);
   int64_t page_splits = at_least_one((int64_t)emxi_cuda_of(ctx)->processors * 2 / judges);
   page_splits = page_splits > few ? few : page_splits;
   k.page_splits = (int32_t)page_splits;

@@ -250,7 +250,7 @@ typedef struct emxi_cuda_decode {
   int32_t kind, select_only, sparse, bounds, box; /* bounds: of what is left out are wanted; box: by boxes, else by balls */
   int32_t tau_mode, tau_steps;
   int64_t pages, budget; /* pages: room for each row; budget: in pages */
-  int32_t page_splits;
+  int32_t page_splits, judge_heads; /* judge_heads: KV heads of a block that judges by balls */
   float page_z, safety_margin, excess_margin;
   float *upper;                   /* [rows, pages] no score of the page is larger; +inf: not known, -inf: the page is read */
   float *mu, *sigma;              /* [rows, pages] GAUSSIAN; without slopes mu is mu + page_z sigma, and sigma is not there */

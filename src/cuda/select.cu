@@ -220,17 +220,19 @@ __global__ void __launch_bounds__(JUDGE_THREADS, 2) judge_boxes(const __grid_con
 }
 
 /* A query as balls want it; zeros from D on. */
+template <int WORDS>
 struct ball_query {
-  int32_t a[MAX_D / 4], b[MAX_D / 4]; /* four dimensions a word */
-  __half squares[MAX_D];              /* (q / top)^2 */
-  float top;                          /* largest element */
-  float s2, e2;                       /* e2 >= |q - s2 (254 a + b)| */
-  float norm, slack_k, slack_0;       /* rounding costs a score of keys of norm k no more than slack_k k + slack_0 */
+  int32_t a[16 * WORDS], b[16 * WORDS]; /* four dimensions a word */
+  __half squares[64 * WORDS];           /* (q / top)^2 */
+  float top;                            /* largest element */
+  float s2, e2;                         /* e2 >= |q - s2 (254 a + b)| */
+  float norm, slack_k, slack_0;         /* rounding costs a score of keys of norm k no more than slack_k k + slack_0 */
+  double exact_norm, lost;
 };
 /* By one warp, a lane E elements. Differences are exact but for 2^-24 of what is left by a, which is at most s1: 16 2^-24 s1 in all. */
-template <int E>
-__device__ __forceinline__ void open_ball_query(const emxi_cuda_decode &a, int b, int h, ball_query *out, double *norm,
-                                                double *lost) {
+template <int WORDS>
+__device__ __forceinline__ void open_ball_query(const emxi_cuda_decode &a, int b, int h, ball_query<WORDS> *out) {
+  constexpr int E = 2 * WORDS;
   const int lane = threadIdx.x % 32, D = a.pool.D;
   float w[E], top = 0;
   double square = 0, two = 0;
@@ -261,15 +263,17 @@ __device__ __forceinline__ void open_ball_query(const emxi_cuda_decode &a, int b
     out->squares[lane + 32 * e] = __float2half_rn(part * part);
   }
   two = warp_sum_double(two);
-  *norm = sqrt(square) * (1 + 1e-12);
-  *lost = (double)small * 0x1p-22; /* off by 2^-150 each, an element of a key is below 2^128 */
+  const double norm = sqrt(square) * (1 + 1e-12),
+               lost = (double)small * 0x1p-22; /* off by 2^-150 each, an element of a key is below 2^128 */
   if (lane) return;
+  out->exact_norm = norm;
+  out->lost = lost;
   out->top = some ? top : 0.0f;
   out->s2 = s2;
   out->e2 = round_up(sqrt(two) * (1 + 1e-6) + 0x1p-20 * (double)s1);
-  out->norm = round_up(*norm);
-  out->slack_k = round_up((2 * D + 8) * 0x1p-24 * 1.01 * *norm);
-  out->slack_0 = round_up(1e-35 + *lost);
+  out->norm = round_up(norm);
+  out->slack_k = round_up((2 * D + 8) * 0x1p-24 * 1.01 * norm);
+  out->slack_0 = round_up(1e-35 + lost);
 }
 __device__ __forceinline__ float root_near(float x) {
   float y;
@@ -321,15 +325,18 @@ template <int WORDS, int R>
 __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls(const __grid_constant__ emxi_cuda_decode a) {
   using turns = ball_turns<WORDS, R>;
   constexpr int TILES = turns::TILES, MINE = R == 1 ? 1 : 2, AT_ONCE = turns::AT_ONCE, ROW = turns::ROW, AHEAD = turns::AHEAD;
-  __shared__ __align__(16) ball_query query[R];
+  __shared__ __align__(16) ball_query<WORDS> queries[JUDGE_WARPS];
   __shared__ float shared_stats[JUDGE_WARPS][R][4], shared_size[JUDGE_WARPS];
   extern __shared__ uint4 ring[]; /* [warps][AHEAD]: [pages][ROW], in odd rows halves of eight the other way round; records */
   wait_for_previous();
   const emxi_cuda_pool &pool = a.pool;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = lane / 4, t = lane % 4, padded = EMXI_CUDA_PADDED(pool.D),
             blocks = (a.group + R - 1) / R;
-  const int split = blockIdx.x % a.page_splits, item = blockIdx.x / a.page_splits, g = item / blocks % pool.G,
-            b = item / blocks / pool.G, first = item % blocks * R, rows = a.group - first < R ? a.group - first : R;
+  /* Warps of a block have neighbouring KV heads, whose records are neighbours, and the same pages; of what is left, other pages. */
+  const int heads = a.judge_heads, slots = JUDGE_WARPS / heads, slot = warp / heads, items = pool.G / heads;
+  const int split = blockIdx.x % a.page_splits, item = blockIdx.x / a.page_splits,
+            g = item / blocks % items * heads + warp % heads, b = item / blocks / items, first = item % blocks * R,
+            rows = a.group - first < R ? a.group - first : R;
   const int64_t row0 = (int64_t)b * a.H + g * a.group + first; /* S = 1 */
   int64_t length;
   const int32_t *table = batch_entry(a.batch, b, &length);
@@ -358,8 +365,8 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
-  const int stride = a.page_splits * JUDGE_WARPS * AT_ONCE;
-  int base = (split * JUDGE_WARPS + warp) * AT_ONCE, stage = 0;
+  const int stride = a.page_splits * slots * AT_ONCE;
+  int base = (split * slots + slot) * AT_ONCE, stage = 0;
   int32_t page;
   {
     int32_t begin[AHEAD];
@@ -370,32 +377,32 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
     for (int i = 0; i < AHEAD; i++) copy(base + i * stride, begin[i], i);
   }
 
-  if (warp < R) {
-    double norm = 0, lost = 0;
-    if (warp < rows)
-      open_ball_query<2 * WORDS>(a, b, g * a.group + first + warp, &query[warp], &norm, &lost);
-    else
-      for (int i = lane; i < 64 * WORDS; i += 32)
-        ((int8_t *)query[warp].a)[i] = ((int8_t *)query[warp].b)[i] = 0, query[warp].squares[i] = __ushort_as_half(0);
-    if (split == 0 && warp < rows) open_row(a, row0 + warp, norm, lost, lane);
-  }
-  __syncthreads();
   const int r = R == 1 ? 0 : t; /* the row of this lane */
   const bool mine = r < rows && (R > 1 || t < 2 * TILES);
   const int last = mine ? pages : 0, judged = mine ? judged_pages(a, length, pages) : 0;
-  int32_t column[WORDS][4]; /* dimensions as this lane's sixteen bytes lie */
-  uint2 square[WORDS][4];
+  int32_t column[WORDS][4] = {}; /* dimensions as this lane's sixteen bytes lie */
+  uint2 square[WORDS][4] = {};
+  float s2 = 0, e2 = 0, norm = 0, slack_k = 0, slack_0 = 0, top = 0;
+#pragma unroll 1
+  for (int of = 0; of < rows; of++) {
+    ball_query<WORDS> &query = queries[warp];
+    open_ball_query(a, b, g * a.group + first + of, &query);
+    __syncwarp();
+    if (split == 0 && slot == 0) open_row(a, row0 + of, query.exact_norm, query.lost, lane);
+    if (R == 1 || key / 2 == of)
 #pragma unroll
-  for (int w = 0; w < WORDS; w++)
+      for (int w = 0; w < WORDS; w++)
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const ball_query &of = query[R == 1 ? 0 : key / 2];
-      const int word = 16 * w + 4 * t + j;
-      column[w][j] = key % 2 ? of.b[word] : of.a[word];
-      square[w][j] = ((const uint2 *)of.squares)[word];
-    }
-  const float s2 = query[r].s2, e2 = query[r].e2, norm = query[r].norm, slack_k = query[r].slack_k, slack_0 = query[r].slack_0,
-              top = query[r].top, slope = a.slopes && mine ? a.slopes[g * a.group + first + r] : 0.0f;
+        for (int j = 0; j < 4; j++) {
+          const int word = 16 * w + 4 * t + j;
+          column[w][j] = key % 2 ? query.b[word] : query.a[word];
+          square[w][j] = ((const uint2 *)query.squares)[word];
+        }
+    if (r == of)
+      s2 = query.s2, e2 = query.e2, norm = query.norm, slack_k = query.slack_k, slack_0 = query.slack_0, top = query.top;
+    __syncwarp();
+  }
+  const float slope = a.slopes && mine ? a.slopes[g * a.group + first + r] : 0.0f;
   const int64_t row_at = (row0 + r) * a.pages;
   float count = 0, sum_mean = 0, sum_spread = 0, sum_square = 0, size = 0; /* of the pages that this lane has */
   int unknown = 0, unknown_at = 0;                                         /* without a summary: how many, one of them */
@@ -487,7 +494,7 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
     if (!__any_sync(EMXI_FULL, unknown > 1)) {
       size = fmaxf(size, sizes_of_keys(a, b, g, length, table, unknown > 0, unknown_at));
     } else { /* too many to remember: once more through the records */
-      for (base = (split * JUDGE_WARPS + warp) * AT_ONCE; base < pages; base += stride) {
+      for (base = (split * slots + slot) * AT_ONCE; base < pages; base += stride) {
         const int p = base + lane;
         const bool there = lane < AT_ONCE && p < pages;
         size = fmaxf(
@@ -508,18 +515,14 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
     for (int i = 0; i < 4; i++) shared_stats[warp][lane][i] = stats[i];
   if (lane == 0) shared_size[warp] = size;
   __syncthreads();
-  if (threadIdx.x < rows) {
-    const int64_t at = (row0 + threadIdx.x) * a.page_splits + split;
-#pragma unroll
-    for (int w = 1; w < JUDGE_WARPS; w++) size = fmaxf(size, shared_size[w]);
-    a.sizes[at] = fmaxf(size, shared_size[0]);
-  }
-  if (a.kind == EMX_SELECT_GAUSSIAN && (int)threadIdx.x < 4 * rows) {
-    const int of = threadIdx.x / 4, i = threadIdx.x % 4;
+  /* By the first warp of each head. */
+  if (slot) return;
+  for (int w = warp + heads; w < JUDGE_WARPS; w += heads) size = fmaxf(size, shared_size[w]);
+  if (lane < rows) a.sizes[(row0 + lane) * a.page_splits + split] = size;
+  if (a.kind == EMX_SELECT_GAUSSIAN && lane < 4 * rows) {
     double x = 0;
-#pragma unroll
-    for (int w = 0; w < JUDGE_WARPS; w++) x += (double)shared_stats[w][of][i];
-    a.stats[((row0 + of) * a.page_splits + split) * 4 + i] = x;
+    for (int w = warp; w < JUDGE_WARPS; w += heads) x += (double)shared_stats[w][lane / 4][lane % 4];
+    a.stats[((row0 + lane / 4) * a.page_splits + split) * 4 + lane % 4] = x;
   }
 }
 
@@ -544,9 +547,9 @@ __device__ __noinline__ double slow_term(double a, double b, double mean, double
   double slope;
   return emxi_gauss_term(a, b, mean, spread, tau, &slope);
 }
-/* ln(n E[(a X - tau)_+^b]) of one normal crosses zero, b = 1, 2, 3: 32 thresholds at a time, five rounds leave a 10^-7th of the bracket. In float
+/* ln(n E[(a X - tau)_+^b]) of one normal crosses zero, b = 1, 2, 3: a threshold a thread, three rounds leave a 10^-8th of the bracket. In float
  * and in spreads, with the recurrence forward: at the fifth spread, where a token in a million is, 1e-4 of the mass is lost, which moves tau
- * by 1e-5 spreads. By a warp. */
+ * by 1e-5 spreads. */
 __device__ __forceinline__ double single_tau(double a, int kind, float n, double mean, float spread) {
   const float rare = sqrtf(2.0f * __logf(n + 1.0f)) + 8.0f, unit = (float)a * spread,
               whole = kind == 1   ? 1 / n
@@ -556,15 +559,15 @@ __device__ __forceinline__ double single_tau(double a, int kind, float n, double
   const float count = n * (kind == 1 ? unit : kind == 2 ? unit * unit : unit * unit * unit);
   float lo = -rare, hi = 1.0001f * (whole / unit); /* tau = a mean - t unit; where t is hi the mass is above 1 */
 #pragma unroll 1
-  for (int round = 0; round < 5; round++) {
-    const float width = (hi - lo) / 33, t = hi - width * (float)(threadIdx.x % 32 + 1);
+  for (int round = 0; round < 3; round++) {
+    const float width = (hi - lo) * (1.0f / (CHOOSE_THREADS + 1)), t = hi - width * (float)(threadIdx.x + 1);
     float low = 0.5f * erfcf(-t * 0.70710678f), x = fmaf(t, low, 0.39894228f * __expf(-0.5f * t * t));
     for (int i = 2; i <= kind; i++) {
       const float next = fmaf(t, x, (float)(i - 1) * low);
       low = x;
       x = next;
     }
-    hi -= width * (float)__popc(__ballot_sync(EMXI_FULL, count * x >= 1.0f));
+    hi -= width * (float)__syncthreads_count(count * x >= 1.0f);
     lo = hi - width;
   }
   return a * mean - (double)hi * (double)unit;
@@ -638,7 +641,7 @@ __device__ __noinline__ double mixture_tau(double alpha, double n, const float *
 /* Parts of a row get their number when they start, so one may wait for those before it. */
 __global__ void __launch_bounds__(CHOOSE_THREADS, 2) choose(const __grid_constant__ emxi_cuda_decode a) {
   constexpr int WORDS = 8; /* of 32 pages, at a time, so that loads overlap */
-  __shared__ double scratch[32], sums[4], shared_tau;
+  __shared__ double scratch[32], sums[4];
   __shared__ float shared_top[32], shared_size;
   __shared__ int shared_part, shared_n[CHOOSE_WARPS], before, total;
   wait_for_previous();
@@ -649,11 +652,13 @@ __global__ void __launch_bounds__(CHOOSE_THREADS, 2) choose(const __grid_constan
   if (threadIdx.x == CHOOSE_THREADS - 1) shared_part = (int)atomicAdd(&state->picked, 1u);
   if (warp < 4) {
     double x = 0;
+#pragma unroll 4
     for (int j = lane; j < a.page_splits; j += 32) x += a.stats[((int64_t)row * a.page_splits + j) * 4 + warp];
     x = warp_sum_double(x);
     if (lane == 0) sums[warp] = x;
   } else if (warp == 4) {
     float size = 0;
+#pragma unroll 4
     for (int j = lane; j < a.page_splits; j += 32) size = fmaxf(size, a.sizes[(int64_t)row * a.page_splits + j]);
     size = warp_max(size);
     if (lane == 0) shared_size = size;
@@ -687,12 +692,7 @@ __global__ void __launch_bounds__(CHOOSE_THREADS, 2) choose(const __grid_constan
       if (a.slopes && a.slopes[h] != 0) {
         tau = mixture_tau(alpha, pool.P, mu, sigma, pages, {scratch, shared_top});
       } else if (k.power >= 1 && k.power <= 3) {
-        if (warp == 0) {
-          tau = single_tau(k.a, k.power, (float)count * (float)pool.P, mean, spread);
-          if (lane == 0) shared_tau = tau;
-        }
-        __syncthreads();
-        tau = shared_tau;
+        tau = single_tau(k.a, k.power, (float)count * (float)pool.P, mean, spread);
       } else {
         tau = general_tau(k.a, k.b, count * pool.P, mean, (double)spread);
       }
@@ -1069,11 +1069,14 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
       const double read = wide->exact * exp((double)wide->m - (double)ref - slack) * (1 - 1e-4);
       delta = fmin(sum / (sum + read) * (1 + 1e-12), 1.0);
     } else {
-      for (int i = threadIdx.x; i < BINS; i += CERTIFY_THREADS) bins[i] = (int)__ldcg(a.bins + row * BINS + i);
-      __syncthreads();
+      constexpr int EACH = BINS / 32; /* bins a lane, of all parts */
       const threshold k = threshold_of(a, alpha, 0);
-      const double floor = unit * (double)base, width = unit * ((double)choice.max_unread - (double)base) / BINS,
+      const double top = unit * (double)wide->m, floor = unit * (double)base,
+                   width = unit * ((double)choice.max_unread - (double)base) / BINS,
                    nudge = 0x1p-10 * width + 1e-12 * (1.0 + fabs(floor) + fabs(unit * (double)choice.max_unread));
+      float times[EACH];
+#pragma unroll
+      for (int i = 0; i < EACH; i++) times[i] = __uint2float_ru(__ldcg(a.bins + row * BINS + 32 * i + lane)) * (float)a.pool.P;
       /* The mass at t, with every unread token at its bound or with none; by each warp for itself. */
       const auto mass = [&](double t, bool far) {
         double sum = 0;
@@ -1081,25 +1084,26 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
           if (y > 0) sum += times * power_of(y, k.b, k.power);
         };
         for (int i = lane; i < scores; i += 32) add(unit * (double)all_listed[i] - t, 1);
-        for (int i = lane; far && i < BINS; i += 32)
-          if (bins[i]) add(floor + width * (double)(i + 1) + nudge - t, (double)bins[i] * a.pool.P);
+        for (int i = 0; far && i < EACH; i++)
+          if (times[i] > 0) add(floor + width * (double)(32 * i + lane + 1) + nudge - t, (double)times[i]);
         return warp_sum_double(sum);
       };
       /* The same for a threshold t above that of the largest score alone, in float: near enough to find where to look. */
-      const double top = unit * (double)wide->m;
+      const float a_near = (float)unit, floor_near = (float)(floor - top), m = wide->m, width_near = (float)width,
+                  b_near = (float)k.b;
       const auto near_mass = [&](float t) {
         float sum = 0;
         const auto add = [&](float y, float times) {
-          if (y > 0) sum = fmaf(times, k.power == 2 ? y * y : k.power == 1 ? y : slow_power(y, (float)k.b), sum);
+          y = fmaxf(y, 0.0f);
+          sum = fmaf(times, k.power == 2 ? y * y : k.power == 1 ? y : y > 0 ? slow_power(y, b_near) : 0.0f, sum);
         };
-        for (int i = lane; i < scores; i += 32) add((float)unit * (all_listed[i] - wide->m) - t, 1);
-        for (int i = lane; i < BINS; i += 32)
-          if (bins[i]) add((float)(floor - top) + (float)width * (float)(i + 1) - t, (float)bins[i] * (float)a.pool.P);
+        for (int i = lane; i < scores; i += 32) add(a_near * (all_listed[i] - m) - t, 1);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) add(fmaf(width_near, (float)(32 * i + lane + 1), floor_near) - t, times[i]);
         return warp_sum(sum);
       };
       /* Its root, at SOLVE_WARPS thresholds at a time. One above every score that was read leaves nothing of them. */
-      double hi = top;
-      if (held && reach < emxi_inf() && low < hi && mass(hi, true) < 1.0) {
+      if (held && reach < emxi_inf() && low < top && near_mass(0.0f) < 1.0f) {
         float below = (float)(low - top), above = 0;
         for (int round = 0; round < 4; round++) {
           const float step = (above - below) / (SOLVE_WARPS + 1);
@@ -1109,11 +1113,13 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
         const double margin = 1e-5 * (1.0 + fabs(top)), first = fmax(top + (double)below - margin, low),
                      step = (top + (double)above + margin - first) / (SOLVE_WARPS - 1);
         const int over = __syncthreads_count(mass(first + step * (double)warp, true) >= 1.0) / 32;
-        if (over < SOLVE_WARPS) hi = fmin(hi, first + step * (double)over);
-        hi += 1e-12 * (1.0 + fabs(hi)); /* of the sections' arithmetic */
-        /* Scores may be lower than computed by the slack, and the root lower by as much again. */
-        const double read = mass(hi + 2 * unit * slack + 1e-12 * (1.0 + fabs(hi)), false);
-        delta = fmin(fmax(1.0 - read + 1e-12 + (double)place.count * 0x1p-50, 0.0), 1.0);
+        double hi = first + step * (double)over;
+        if (over < SOLVE_WARPS && hi < top) { /* else nothing of what was read is sure */
+          hi += 1e-12 * (1.0 + fabs(hi));     /* of the sections' arithmetic */
+          /* Scores may be lower than computed by the slack, and the root lower by as much again. */
+          const double read = mass(hi + 2 * unit * slack + 1e-12 * (1.0 + fabs(hi)), false);
+          delta = fmin(fmax(1.0 - read + 1e-12 + (double)place.count * 0x1p-50, 0.0), 1.0);
+        }
       }
     }
   }
@@ -1134,7 +1140,7 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
 /* ---- launches */
 
 unsigned judge_grid(const emxi_cuda_decode &d, int rows) {
-  return (unsigned)(d.batch.n * d.pool.G * ((d.group + rows - 1) / rows) * d.page_splits);
+  return (unsigned)(d.batch.n * (d.pool.G / d.judge_heads) * ((d.group + rows - 1) / rows) * d.page_splits);
 }
 template <typename T>
 void launch_boxes(const emxi_cuda_decode &d, cudaStream_t stream) {
