@@ -202,9 +202,10 @@ typedef struct emxi_cuda_choice {
 #define EMXI_CUDA_PICKS 32
 /* What kernels of a selector leave each other of a row. */
 typedef struct emxi_cuda_judged {
-  double norm, lost;              /* of the query; what its elements below the normal floats may cost a score */
-  uint32_t picked, certified;     /* parts that have begun to choose, that have counted bounds */
-  uint64_t part[EMXI_CUDA_PICKS]; /* choose: pages + 1, ordered integer of the largest bound left out; of certify, alpha = 1: a sum */
+  double norm, lost;          /* of the query; what its elements below the normal floats may cost a score */
+  uint32_t picked, certified; /* parts that have begun to choose, that have counted bounds */
+  uint64_t
+      part[EMXI_CUDA_PICKS]; /* choose: pages + 1, ordered integer of the largest bound left out; of certify, alpha = 1: a sum */
 } emxi_cuda_judged;
 
 /* One slice of a selection or a decode. Rows of the workspace: (b, h, s) in BHND order within the slice. */
@@ -249,7 +250,7 @@ typedef struct emxi_cuda_decode {
    * positions of the workspace above count along them. */
   int32_t kind, select_only, sparse, bounds, box; /* bounds: of what is left out are wanted; box: by boxes, else by balls */
   int32_t tau_mode, tau_steps;
-  int64_t pages, budget; /* pages: room for each row; budget: in pages */
+  int64_t pages, budget;            /* pages: room for each row; budget: in pages */
   int32_t page_splits, judge_heads; /* judge_heads: KV heads of a block that judges by balls */
   float page_z, safety_margin, excess_margin;
   float *upper;                   /* [rows, pages] no score of the page is larger; +inf: not known, -inf: the page is read */
