@@ -74,10 +74,18 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   int64_t splits = at_least_one(target / items), shares = at_least_one(target / at_least_one(rows));
   splits = splits > most ? most : splits;
   shares = shares > most ? most : shares;
-  const int64_t judges = at_least_one(slice * kv->G * ceil_div(group, group == 1 ? 1 : 4)), few = ceil_div(k.pages, 256);
+  k.judge_heads = k.box ? 1 : 8; /* eight warps a block */
+  while (kv->G % k.judge_heads) k.judge_heads /= 2;
+  const int64_t judges = at_least_one(slice * kv->G / k.judge_heads * ceil_div(group, group == 1 ? 1 : 4)),
+                few = ceil_div(k.pages, 256 / k.judge_heads);
   int64_t page_splits = at_least_one((int64_t)emxi_cuda_of(ctx)->processors * 2 / judges);
   page_splits = page_splits > few ? few : page_splits;
   k.page_splits = (int32_t)page_splits;
+  /* Blocks of 512 threads, two a multiprocessor. Each finds the threshold: with slopes that is a long way over all pages. */
+  int64_t picks = at_least_one((int64_t)emxi_cuda_of(ctx)->processors * 2 / at_least_one(rows));
+  picks = picks > EMXI_CUDA_PICKS ? EMXI_CUDA_PICKS : picks;
+  picks = picks > at_least_one(k.pages / 1024) ? at_least_one(k.pages / 1024) : picks;
+  k.picks = d->slopes ? 1 : (int32_t)picks;
   if (items * splits > INT32_MAX || rows * shares > INT32_MAX || judges * page_splits > INT32_MAX)
     return emxi_fail(EMX_ERR_UNSUPPORTED, "%s: %d query heads of %d tokens in %d sequences are too many for one call", who, d->H,
                      d->S, d->B);
@@ -124,6 +132,8 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   k.place = emxi_arena_take(arena, listed, sizeof *k.place);
   k.n_list = emxi_arena_take(arena, sparse ? rows : 0, sizeof *k.n_list);
   k.choice = emxi_arena_take(arena, sparse ? rows : 0, sizeof *k.choice);
+  k.judged = emxi_arena_take(arena, judged ? rows : 0, sizeof *k.judged);
+  k.bins = emxi_arena_take(arena, judged ? rows : 0, EMXI_CUDA_BINS * sizeof *k.bins);
   if (ladder) {
     const int64_t cut = items * splits;
     k.cert_groups = at_least_one(ceil_div(d->max_len, EMXI_CUDA_GROUP));

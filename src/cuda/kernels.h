@@ -199,6 +199,16 @@ typedef struct emxi_cuda_choice {
   int32_t judged;    /* pages whose summaries were read */
 } emxi_cuda_choice;
 
+/* Blocks that share a row's pages. */
+#define EMXI_CUDA_PICKS 32
+/* What kernels of a selector leave each other of a row. */
+typedef struct emxi_cuda_judged {
+  double norm, lost;          /* of the query; what its elements below the normal floats may cost a score */
+  uint32_t picked, certified; /* parts that have begun to choose, that have counted bounds */
+  uint64_t
+      part[EMXI_CUDA_PICKS]; /* choose: pages + 1, ordered integer of the largest bound left out; of certify, alpha = 1: a sum */
+} emxi_cuda_judged;
+
 /* One slice of a selection or a decode. Rows of the workspace: (b, h, s) in BHND order within the slice. */
 typedef struct emxi_cuda_decode {
   emxi_cuda_pool pool;
@@ -241,8 +251,8 @@ typedef struct emxi_cuda_decode {
    * positions of the workspace above count along them. */
   int32_t kind, select_only, sparse, bounds, box; /* bounds: of what is left out are wanted; box: by boxes, else by balls */
   int32_t tau_mode, tau_steps;
-  int64_t pages, budget; /* pages: room for each row; budget: in pages */
-  int32_t page_splits;
+  int64_t pages, budget;            /* pages: room for each row; budget: in pages */
+  int32_t page_splits, judge_heads; /* judge_heads: KV heads of a block that judges by balls */
   float page_z, safety_margin, excess_margin;
   float *upper;                   /* [rows, pages] no score of the page is larger; +inf: not known, -inf: the page is read */
   float *mu, *sigma;              /* [rows, pages] GAUSSIAN; without slopes mu is mu + page_z sigma, and sigma is not there */
@@ -251,6 +261,9 @@ typedef struct emxi_cuda_decode {
   uint32_t *chosen;               /* [rows, pages/32] */
   int32_t *list, *place, *n_list; /* [rows, pages] logical and physical; [rows] */
   emxi_cuda_choice *choice;       /* [rows] */
+  int32_t picks;                  /* parts of a row's pages, at most EMXI_CUDA_PICKS */
+  emxi_cuda_judged *judged;       /* [rows] */
+  uint32_t *bins;                 /* [rows, BINS] certify: pages by bound */
   /* CERTIFIED; items as in the scan */
   int64_t cert_groups; /* room for each row */
   float *cert_upper;   /* [rows, cert_groups] no score of the group is larger */

@@ -149,6 +149,26 @@ static void test_topk(void **state) {
   }
 }
 
+/* Pages of the lists that the case holds and of those of the CPU. */
+static void count_pages(decode_case *c, const emx_select_desc *d, int64_t *same, int64_t *differ) {
+  const int64_t width = c->tp.shape[3], rows = (int64_t)c->B * c->H;
+  int32_t *list = case_take(sizeof(int32_t) * (size_t)(rows * width)), *n = case_take(sizeof(int32_t) * (size_t)rows);
+  memcpy(list, c->pages, sizeof(int32_t) * (size_t)(rows * width));
+  memcpy(n, c->n_pages, sizeof(int32_t) * (size_t)rows);
+  OK(case_select(c, d));
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t x = 0, y = 0;
+    while (x < n[r] && y < c->n_pages[r]) {
+      const int32_t p = list[r * width + x], q = c->pages[r * width + y];
+      *same += p == q, *differ += p != q;
+      x += p <= q, y += q <= p;
+    }
+    *differ += n[r] - x + c->n_pages[r] - y;
+    for (int64_t k = n[r]; k < width; k++) assert_int_equal(list[r * width + k], -1);
+  }
+  free(list), free(n);
+}
+
 /* Lists as the CPU's, but for pages at the threshold: the GPU's centres and spreads are bytes. */
 static void test_gaussian(void **state) {
   (void)state;
@@ -178,22 +198,40 @@ static void test_gaussian(void **state) {
       gpu_decode_by(&g, &d);
       check_rows(&c, &d);
     }
-    const int64_t width = c.tp.shape[3], rows = (int64_t)c.B * c.H;
-    int32_t *list = case_take(sizeof(int32_t) * (size_t)(rows * width)), *n = case_take(sizeof(int32_t) * (size_t)rows);
-    memcpy(list, c.pages, sizeof(int32_t) * (size_t)(rows * width));
-    memcpy(n, c.n_pages, sizeof(int32_t) * (size_t)rows);
-    OK(case_select(&c, &d));
-    for (int64_t r = 0; r < rows; r++) {
-      int64_t x = 0, y = 0;
-      while (x < n[r] && y < c.n_pages[r]) {
-        const int32_t p = list[r * width + x], q = c.pages[r * width + y];
-        same += p == q, differ += p != q;
-        x += p <= q, y += q <= p;
-      }
-      differ += n[r] - x + c.n_pages[r] - y;
-      for (int64_t k = n[r]; k < width; k++) assert_int_equal(list[r * width + k], -1);
+    count_pages(&c, &d, &same, &differ);
+    gpu_close(&g);
+  }
+  print_message("pages in both lists: %lld, in one: %lld\n", (long long)same, (long long)differ);
+  assert_true(differ * 50 < same);
+}
+
+/* Rows that several blocks share, each with more than a thousand pages; the last one's pages in two turns of its warps. */
+static void test_parts(void **state) {
+  (void)state;
+  static const int32_t groups[] = {1, 4, 3, 1};
+  int64_t same = 0, differ = 0;
+  for (int i = 0; i < 4; i++) {
+    decode_case c = {.B = 1 + i % 2,
+                     .G = 1 + i / 2,
+                     .H = (1 + i / 2) * groups[i],
+                     .D = dims[i % 3],
+                     .P = 16,
+                     .dtype = dtypes[i % 2],
+                     .summaries = BOTH,
+                     .len = {70000 + 4000 * i, 33333},
+                     .alpha = i == 2 ? 2 : 1.5,
+                     .data = i % 2 ? DATA_TOPIC : 0,
+                     .seed = (uint64_t)i};
+    gpu_case g;
+    gpu_open(&g, &c);
+    for (int kind = 0; kind < 3; kind++) {
+      emx_select_desc d = case_desc(kind == 1 ? EMX_SELECT_TOPK : EMX_SELECT_GAUSSIAN, 2000);
+      d.safety_margin = kind == 2 ? 1 : 0; /* most pages of some rows */
+      gpu_select(&g, &d);
+      gpu_decode_by(&g, &d);
+      check_rows(&c, &d);
+      if (kind != 1) count_pages(&c, &d, &same, &differ);
     }
-    free(list), free(n);
     gpu_close(&g);
   }
   print_message("pages in both lists: %lld, in one: %lld\n", (long long)same, (long long)differ);
@@ -547,11 +585,11 @@ int main(int argc, char **argv) {
   if (argc > 1) cmocka_set_test_filter(argv[1]);
   const int missing = gpu_missing();
   if (missing) return missing;
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_get_summary), cmocka_unit_test(test_topk),
-                                     cmocka_unit_test(test_gaussian),    cmocka_unit_test(test_pages),
-                                     cmocka_unit_test(test_certified),   cmocka_unit_test(test_alphas),
-                                     cmocka_unit_test(test_summarize),   cmocka_unit_test(test_recycled),
-                                     cmocka_unit_test(test_odd_data),    cmocka_unit_test(test_faults)};
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(test_get_summary), cmocka_unit_test(test_topk),      cmocka_unit_test(test_gaussian),
+      cmocka_unit_test(test_parts),       cmocka_unit_test(test_pages),     cmocka_unit_test(test_certified),
+      cmocka_unit_test(test_alphas),      cmocka_unit_test(test_summarize), cmocka_unit_test(test_recycled),
+      cmocka_unit_test(test_odd_data),    cmocka_unit_test(test_faults)};
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   emx_ctx_destroy(gpu);
   emx_ctx_destroy(cpu);
