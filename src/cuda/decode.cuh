@@ -621,6 +621,8 @@ __device__ __forceinline__ int32_t *positions_of(solve_space &space) { return (i
 __device__ __forceinline__ bool is_closed(const threshold &k) { return k.alpha == 2.0 || k.alpha == 1.5; }
 /* How far a Newton step in float may end beyond the root. */
 __device__ __forceinline__ constexpr float float_slack(bool closed) { return closed ? 2e-5f : 1e-4f; }
+/* From thresholds that leave less no step is taken: sums of powers below the normal floats tell nothing. */
+constexpr float LEAST_MASS = 1e-30f;
 /* Newton's step on the norm of the positive parts, given the sums of their powers and of the powers one lower. The norm is convex for
  * alpha <= 2: a step ends at or below the root wherever it starts. */
 template <bool CLOSED>
@@ -653,8 +655,10 @@ template <bool CLOSED>
 __device__ __noinline__ float bound_of(solve_space &space, float *x, int n, int turns, float low, bool two, float fa, float fb,
                                        float m) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float high = !CLOSED ? 0.0f : two ? __fdividef(-1.0f, (float)n) : -rsqrtf((float)n); /* of n equal scores */
-  float2 *sums = (float2 *)space.alive;                                                /* [SOLVE_WARPS][32] */
+  float high = !CLOSED ? -slow_power((float)n, -fa)
+               : two   ? __fdividef(-1.0f, (float)n)
+                       : -rsqrtf((float)n); /* of n equal scores */
+  float2 *sums = (float2 *)space.alive;   /* [SOLVE_WARPS][32] */
   if (threadIdx.x < 3) x[n + threadIdx.x] = -emxi_inf();
   __syncthreads();
   for (int turn = 0; turn < turns; turn++) {
@@ -671,7 +675,7 @@ __device__ __noinline__ float bound_of(solve_space &space, float *x, int n, int 
     __syncthreads();
     if (warp == 0) {
       for (int w = 1; w < SOLVE_WARPS; w++) mass += sums[w * 32 + lane].x, slope += sums[w * 32 + lane].y;
-      const float best = mass > 0 && slope > 0 ? t + norm_step<CLOSED>(two, fa, mass, slope) : low;
+      const float best = mass > LEAST_MASS ? t + norm_step<CLOSED>(two, fa, mass, slope) : low;
       low = fmaxf(low, from_ordered(__reduce_max_sync(EMXI_FULL, to_ordered(best))));
       high = from_ordered(__reduce_min_sync(EMXI_FULL, to_ordered(mass > 1 ? high : t)));
       if (lane == 0) space.bound = make_float2(low, high);
@@ -731,10 +735,12 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
       for (int i = threadIdx.x; i < n; i += SOLVE_THREADS) list[i] = chunk_max[i * stride];
       low = closed ? bound_of<true>(space, list, n, 2, low, two, fa, fb, m)
                    : bound_of<false>(space, list, n, 2, low, two, fa, fb, m);
+      /* of more than 16 million tokens a part, so that no thread adds up more than 256 of them in float */
+      const int64_t apart = 4 * SOLVE_THREADS * (1 + chunks / (256 * SOLVE_THREADS));
       for (int step = 0; step < 4 && stride > 1; step++) {
         float mass = 0, slope = 0;
         const auto add_all = [&](auto add) {
-          for (int64_t c = 4 * threadIdx.x; c < chunks; c += 4 * SOLVE_THREADS) {
+          for (int64_t c = 4 * threadIdx.x; c < chunks; c += apart) {
             const float4 four = *(const float4 *)(chunk_max + c);
             const auto y_of = [&](int i, float x) { return c + i < chunks ? fmaf(fa, x - m, -low) : -1.0f; };
             add(y_of(0, four.x), mass, slope), add(y_of(1, four.y), mass, slope);
@@ -832,7 +838,7 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
       float mass = 0, best = -1.0f;
       for (int i = 0; i < a.parts; i++) mass += __ldcg(a.points + (row * a.parts + i) * 2 * POINTS + lane);
       const float slope = __shfl_xor_sync(EMXI_FULL, mass, POINTS);
-      if (lane < POINTS && mass > 0 && slope > 0)
+      if (lane < POINTS && mass > LEAST_MASS)
         best = fmaf((float)lane, gap, low) +
                (closed ? norm_step<true>(two, fa, mass, slope) : norm_step<false>(two, fa, mass, slope));
       low = fmaxf(low, warp_max(best));

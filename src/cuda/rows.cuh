@@ -36,8 +36,8 @@ __device__ __forceinline__ row_place place_of(const emxi_cuda_decode &a, int64_t
   if (a.sparse) {
     p.list = a.list + row * a.pages;
     p.place = a.place + row * a.pages;
-    p.pages = a.n_list[row];
-    const int64_t left = p.pages ? p.visible - (int64_t)p.list[p.pages - 1] * a.pool.P : 0;
+    p.pages = __ldcg(a.n_list + row);
+    const int64_t left = p.pages ? p.visible - (int64_t)__ldcg(p.list + p.pages - 1) * a.pool.P : 0;
     p.count = p.pages ? (int64_t)(p.pages - 1) * a.pool.P + (left < a.pool.P ? left : a.pool.P) : 0;
   }
   return p;

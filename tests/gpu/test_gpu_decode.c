@@ -123,6 +123,20 @@ static void test_flat(void **state) {
     run_case((decode_case){
         .D = 64, .dtype = EMX_BF16, .len = {i % 2 ? 14000 : 30011}, .alpha = alphas[i % 3 * 2], .data = DATA_EQUAL});
 }
+/* Alphas so close to one that powers of most differences are no floats: bounds that are found in float must stay below the threshold. */
+static void test_low_alphas(void **state) {
+  (void)state;
+  static const double alphas[] = {1.0003, 1.001, 1.002, 1.01, 1.0337, 1.05};
+  static const int64_t lengths[] = {1, 8, 1000, 40000};
+  for (int i = 0; i < 24; i++)
+    for (int data = 0; data < 3; data++)
+      run_case((decode_case){.D = data == 2 ? 64 : 32,
+                             .dtype = EMX_F16,
+                             .len = {lengths[i / 6]},
+                             .alpha = alphas[i % 6],
+                             .data = (int[]){DATA_IID, DATA_FLAT, DATA_NEEDLE}[data],
+                             .seed = (uint64_t)i});
+}
 static void test_lengths(void **state) {
   (void)state;
   static const int64_t lengths[] = {0, 1, 15, 16, 17, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025};
@@ -667,11 +681,11 @@ int main(int argc, char **argv) {
   const int missing = gpu_missing();
   if (missing) return missing;
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_cache),       cmocka_unit_test(test_lengths),       cmocka_unit_test(test_all),
-      cmocka_unit_test(test_fast_shapes), cmocka_unit_test(test_flat),          cmocka_unit_test(test_query_tokens),
-      cmocka_unit_test(test_odd_data),    cmocka_unit_test(test_deterministic), cmocka_unit_test(test_graph),
-      cmocka_unit_test(test_faults),      cmocka_unit_test(test_streams),       cmocka_unit_test(test_refusals),
-      cmocka_unit_test(test_huge)};
+      cmocka_unit_test(test_cache),        cmocka_unit_test(test_lengths),  cmocka_unit_test(test_all),
+      cmocka_unit_test(test_fast_shapes),  cmocka_unit_test(test_flat),     cmocka_unit_test(test_low_alphas),
+      cmocka_unit_test(test_query_tokens), cmocka_unit_test(test_odd_data), cmocka_unit_test(test_deterministic),
+      cmocka_unit_test(test_graph),        cmocka_unit_test(test_faults),   cmocka_unit_test(test_streams),
+      cmocka_unit_test(test_refusals),     cmocka_unit_test(test_huge)};
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   emx_ctx_destroy(gpu);
   emx_ctx_destroy(cpu);
