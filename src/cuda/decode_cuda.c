@@ -35,6 +35,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
                         .vectors = rows_are_aligned(kv),
                         .q_dtype = d->q_dtype,
                         .o_dtype = d->o_dtype,
+                        .shared = emxi_cuda_of(ctx)->shared,
                         .overlap = emxi_cuda_of(ctx)->overlap,
                         .alpha = d->alpha,
                         .alphas = d->alphas,

@@ -106,9 +106,11 @@ __device__ __forceinline__ void wait_for_previous() {
   asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-/* Kernels of a chain: with `overlap` the next one's blocks may be started while the last blocks of this one run. They wait. */
+/* Kernels of a chain: with `overlap` the next one's blocks may be started while the last blocks of this one run. They wait. After one that
+ * could not be started there is none, for kernels poll what those before them write. */
 template <typename K, typename A>
 void launch(K kernel, dim3 grid, unsigned threads, size_t shared, cudaStream_t stream, bool overlap, const A &argument) {
+  if (cudaPeekAtLastError()) return;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

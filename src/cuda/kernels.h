@@ -218,6 +218,7 @@ typedef struct emxi_cuda_decode {
   int32_t splits, shares;            /* parts of a sequence: in the scan; in the sums of wide rows */
   int32_t parts;                     /* blocks that look at a row's candidates */
   int32_t q_dtype, o_dtype, vectors; /* vectors: rows of K may be read 16 bytes at a time */
+  int32_t shared;                    /* bytes of shared memory that a block may have */
   int32_t overlap;                   /* a kernel may be made ready while the one before it ends */
   double alpha;
   double power; /* 1/(alpha-1), and the integer that it is, 1..4, or 0 */

@@ -207,14 +207,14 @@ __global__ void __launch_bounds__(JUDGE_THREADS, 2) judge_boxes(const __grid_con
 #pragma unroll
         for (int r = 0; r < R; r++) sum[r] += __shfl_xor_sync(EMXI_FULL, sum[r], step);
       if (l == 0 && there) {
-        if (usable) size = fmaxf(size, tail[u].size);
+        size = fmaxf(size, tail[u].size); /* also of the newest page, which is read */
         const double from = (double)((int64_t)p * pool.P - (length - 1)), last = from + (double)(pool.P - 1);
 #pragma unroll
         for (int r = 0; r < R; r++) {
           if (r >= rows) continue;
           const float slope = a.slopes ? a.slopes[g * a.group + first + r] : 0.0f;
           float up = emxi_inf();
-          if (usable) {
+          if (usable && fabsf(sum[r]) < emxi_inf()) { /* of a sum that overflows nothing is known, whatever its sign */
             const double x = (double)slope * from, y = (double)slope * last;
             up = float_up((double)sum[r] + (slope != 0 ? fmax(x, y) : 0.0) +
                           score_slack(pool.D, shared_norm[r], (double)tail[u].size, slope != 0 ? fmax(fabs(x), fabs(y)) : 0.0) +
@@ -328,19 +328,19 @@ __device__ __forceinline__ void copy16_once(uint4 *to, const void *from, uint64_
 template <int WORDS, int R>
 struct ball_turns {
   static constexpr int TILES = R == 1 && WORDS == 1 ? 2 : 1, AT_ONCE = 16 * TILES, ROW = 8 * WORDS, SIZE = AT_ONCE * (ROW + 1),
-                       AHEAD = SIZE < 200   ? 4
-                               : WORDS == 4 ? 2
-                                            : 3;
-  static constexpr size_t SHARED = (size_t)JUDGE_WARPS * AHEAD * SIZE * 16;
+                       MOST = SIZE < 200   ? 4
+                              : WORDS == 4 ? 2
+                                           : 3;
+  static constexpr size_t shared(int ahead) { return (size_t)JUDGE_WARPS * ahead * SIZE * 16; }
 };
 
 /* A warp has sixteen pages in a tensor product; four lanes have a page's codes, 64 dimensions in each of WORDS pieces. Columns 2 r and 2 r + 1
  * are row r's (of one row: all are): a and b with centres, squares with the squares of spreads. Of four rows a lane has the sums of one with two
  * pages; of one row alone those of one page. */
-template <int WORDS, int R>
+template <int WORDS, int R, int AHEAD>
 __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls(const __grid_constant__ emxi_cuda_decode a) {
   using turns = ball_turns<WORDS, R>;
-  constexpr int TILES = turns::TILES, MINE = R == 1 ? 1 : 2, AT_ONCE = turns::AT_ONCE, ROW = turns::ROW, AHEAD = turns::AHEAD;
+  constexpr int TILES = turns::TILES, MINE = R == 1 ? 1 : 2, AT_ONCE = turns::AT_ONCE, ROW = turns::ROW;
   __shared__ __align__(16) ball_query<WORDS> queries[JUDGE_WARPS];
   __shared__ float shared_stats[JUDGE_WARPS][R][4], shared_size[JUDGE_WARPS];
   extern __shared__ uint4 ring[]; /* [warps][AHEAD]: [pages][ROW], in odd rows halves of eight the other way round; records */
@@ -489,7 +489,7 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
       }
       up = __fadd_ru(up, loose);
       if (there && a.bounds) a.upper[row_at + p] = usable && finite && fabsf(up) < emxi_inf() ? up : emxi_inf();
-      if (usable) size = fmaxf(size, tail[i].w);
+      if (there) size = fmaxf(size, tail[i].w); /* also of the newest page, which is read */
       if (a.kind == EMX_SELECT_GAUSSIAN) {
         const float broad = tail[i].y * top * root_near(wide[i]);
         if (there) /* without slopes: what choose compares is enough */
@@ -875,8 +875,9 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
         if (judged) upper[p] = -emxi_inf();
       }
     }
-    if (__syncthreads_or(wrong)) n = 0;
-    if (!judged) {
+    wrong = __syncthreads_or(wrong);
+    if (wrong) n = 0;
+    if (!judged || wrong) { /* a wrong list may have marked pages as read */
       if (n < pages) unread = emxi_inf();
     } else {
       for (int64_t p = threadIdx.x; p < pages; p += PICK_THREADS) leave_out(upper[p]);
@@ -1165,11 +1166,22 @@ void launch_boxes(const emxi_cuda_decode &d, cudaStream_t stream) {
   else
     launch(judge_boxes<T, 4>, judge_grid(d, 4), JUDGE_THREADS, 0, stream, d.overlap, d);
 }
+template <int WORDS, int R, int AHEAD>
+void launch_balls(const emxi_cuda_decode &d, cudaStream_t stream) {
+  const size_t shared = ball_turns<WORDS, R>::shared(AHEAD);
+  (void)cudaFuncSetAttribute(judge_balls<WORDS, R, AHEAD>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+  launch(judge_balls<WORDS, R, AHEAD>, judge_grid(d, R), JUDGE_THREADS, shared, stream, d.overlap, d);
+}
+/* A turn fewer where a block may not have as much (99 KiB on compute 8.6, 8.9, 12.0). */
 template <int WORDS, int R>
 void launch_balls(const emxi_cuda_decode &d, cudaStream_t stream) {
-  constexpr size_t shared = ball_turns<WORDS, R>::SHARED;
-  (void)cudaFuncSetAttribute(judge_balls<WORDS, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-  launch(judge_balls<WORDS, R>, judge_grid(d, R), JUDGE_THREADS, shared, stream, d.overlap, d);
+  using turns = ball_turns<WORDS, R>;
+  constexpr size_t STATIC = JUDGE_WARPS * (sizeof(ball_query<WORDS>) + (4 * R + 1) * sizeof(float)) + 1024, LEAST = 99 << 10;
+  static_assert(turns::shared(turns::MOST - 1) + STATIC <= LEAST, "fits every device");
+  if (turns::shared(turns::MOST) + STATIC <= (size_t)d.shared)
+    launch_balls<WORDS, R, turns::MOST>(d, stream);
+  else
+    launch_balls<WORDS, R, turns::MOST - 1>(d, stream);
 }
 template <int WORDS>
 void launch_balls(const emxi_cuda_decode &d, cudaStream_t stream) {

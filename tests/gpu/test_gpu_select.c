@@ -441,6 +441,72 @@ static void test_odd_data(void **state) {
     }
 }
 
+/* Scores of the newest page that are far off, in a page that has a summary: what they may be off by decides about the page that is not read.
+ * Keys of the pages between cancel, so that they look wide to both selectors. */
+static void test_large_newest(void **state) {
+  (void)state;
+  static const float newest[8] = {0x1p27f, 24, 24, 24, 24, 24, 24, -0x1p27f};
+  for (int i = 0; i < 4; i++) {
+    const int64_t n = 512, last = i % 2 ? n - 16 : n - 1;
+    decode_case c = {.G = 1, .H = i < 2 ? 1 : 4, .D = 64, .dtype = EMX_BF16, .P = 16, .summaries = BOTH, .len = {512}};
+    gpu_case g;
+    gpu_open(&g, &c);
+    emx_seq_truncate(g.kv, g.seqs[0], 0);
+    for (int h = 0; h < c.H; h++)
+      for (int d = 0; d < 64; d++) ((float *)c.q_data)[h * 64 + d] = d < 10;
+    for (int64_t j = 0; j < n; j++) {
+      float *key = case_key(&c, 0, 0, j);
+      memset(key, 0, sizeof(float) * 64);
+      if (j < 16)
+        key[0] = 160;
+      else if (j == last)
+        memcpy(key, newest, sizeof newest);
+      else if (j < n - 16)
+        key[8] = j % 2 ? 1000 : -1000, key[9] = -key[8];
+    }
+    gpu_append(&c, g.kv, g.seqs[0], 0, 0, n);
+    OK(gpu->backend->memory_copy(gpu, g.q.data, c.q_data, gpu_bytes(&c.tq)));
+    for (int kind = 0; kind < 2; kind++) {
+      emx_select_desc d = case_desc(kind ? EMX_SELECT_GAUSSIAN : EMX_SELECT_TOPK, 31 * 16);
+      d.safety_margin = 2;
+      gpu_select(&g, &d);
+      gpu_decode_by(&g, &d);
+      for (int h = 0; h < c.H; h++) {
+        const emx_report *r = &c.reports[h];
+        assert_int_equal(c.n_pages[h], 31); /* all but page 0, which has all the weight */
+        assert_int_equal(c.pages[h * c.tp.shape[3]], 1);
+        assert_true(r->tau > 10); /* computed; in truth it is 8 */
+        assert_true(r->flags == 0 && r->delta_bound == 1 && r->max_unread >= 10);
+      }
+    }
+    gpu_close(&g);
+  }
+}
+
+/* A bound whose sum in floats overflows downwards, of scores that do not: nothing is known of the page, and it is read. */
+static void test_overflow(void **state) {
+  (void)state;
+  decode_case c = {.G = 1, .H = 1, .D = 64, .dtype = EMX_F32, .P = 16, .summaries = BOTH, .len = {200}};
+  gpu_case g;
+  gpu_open(&g, &c);
+  emx_seq_truncate(g.kv, g.seqs[0], 0);
+  for (int d = 0; d < 64; d++) ((float *)c.q_data)[d] = d < 3 ? 8e20f : 0;
+  for (int64_t j = 32; j < 48; j++) {
+    float *key = case_key(&c, 0, 0, j);
+    key[0] = -4e18f, key[1] = key[2] = 3e18f;
+  }
+  gpu_append(&c, g.kv, g.seqs[0], 0, 0, 200);
+  OK(gpu->backend->memory_copy(gpu, g.q.data, c.q_data, gpu_bytes(&c.tq)));
+  for (int kind = 0; kind < 2; kind++) {
+    const emx_select_desc d = case_desc(kind ? EMX_SELECT_GAUSSIAN : EMX_SELECT_TOPK, 32);
+    gpu_select(&g, &d);
+    bool there = false;
+    for (int i = 0; i < c.n_pages[0]; i++) there |= c.pages[i] == 2;
+    assert_true(there || c.bound[0] == INFINITY);
+  }
+  gpu_close(&g);
+}
+
 /* Lists and alphas in device memory that are wrong: the next synchronisation says so, and nothing outside is touched. */
 static void test_faults(void **state) {
   (void)state;
@@ -457,6 +523,8 @@ static void test_faults(void **state) {
     OK(emx_decode(gpu, g.kv, &g.batch, &d, &g.io, work, bytes));
     fails(emx_ctx_sync(gpu), EMX_ERR_INVALID, "ascend");
     OK(emx_ctx_sync(gpu));
+    gpu_fetch(c.reports, g.reports, sizeof(emx_report) * 2);
+    assert_true(c.reports[0].delta_bound == 1 && c.reports[0].max_unread == INFINITY && c.reports[0].flags == 0);
   }
   OK(gpu->backend->memory_copy(gpu, g.n_pages.data, many, sizeof many));
   OK(emx_decode(gpu, g.kv, &g.batch, &d, &g.io, work, bytes));
@@ -589,7 +657,8 @@ int main(int argc, char **argv) {
       cmocka_unit_test(test_get_summary), cmocka_unit_test(test_topk),      cmocka_unit_test(test_gaussian),
       cmocka_unit_test(test_parts),       cmocka_unit_test(test_pages),     cmocka_unit_test(test_certified),
       cmocka_unit_test(test_alphas),      cmocka_unit_test(test_summarize), cmocka_unit_test(test_recycled),
-      cmocka_unit_test(test_odd_data),    cmocka_unit_test(test_faults)};
+      cmocka_unit_test(test_odd_data),    cmocka_unit_test(test_faults),    cmocka_unit_test(test_large_newest),
+      cmocka_unit_test(test_overflow)};
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   emx_ctx_destroy(gpu);
   emx_ctx_destroy(cpu);
