@@ -581,7 +581,7 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
   }
   if (!waited) wait_for_previous();
   if constexpr (FIXED > 0)
-    if (blockIdx.x < a.batch.n * all * a.splits) scan_part<T, FIXED, R, R == 1 ? 8 : 4, false, false>(a); /* a flat item's */
+    if (blockIdx.x < a.batch.n * all * a.splits) scan_part<T, FIXED, R, R == 1 ? 8 : 4, false, false, false>(a); /* a flat item's */
 }
 
 template <typename T, int FIXED, int R>

@@ -8,7 +8,7 @@
  *          a key a lane, L lanes a key; the products of U keys with R queries are summed over the lanes by exchanging halves, so that
  *          afterwards every lane owns different scores. What exceeds the largest score so far minus 1/a (T1 of docs/math.md) goes to the
  *          chunk's segment of the row, which has room for all of it. Bytes: N D of K for all R rows; 5 a candidate.
- *   solve  block = (part, row). The true maximum and a bound from the largest scores of the scan's parts decide which candidates are left: a set,
+ *   solve  block = (part, row). The true maximum and a bound from the largest scores of sets of chunks decide which candidates are left: a set,
  *          and an order, that do not depend on timing. Few are one block's, in shared memory: tau from bounds at 32 thresholds at a time, then
  *          in closed form in double, with values of up to MAX_HERE of them. Of many, all parts pack what is left and weigh it at several
  *          thresholds, and the last one solves, by bracketed steps in double.
@@ -140,6 +140,13 @@ __device__ __noinline__ bool key_is_finite(const T *key, int d) {
 
 /* ---- scan */
 
+/* Ordered integers as parts tell each other: 0 is below all. */
+__device__ __forceinline__ uint32_t as_told(int ordered) { return (uint32_t)ordered ^ 0x80000000u; }
+__global__ void open_told(const __grid_constant__ emxi_cuda_decode a) {
+  wait_for_previous();
+  for (int i = threadIdx.x; i < a.batch.n * a.H * a.S; i += blockDim.x) a.told[i] = {};
+}
+
 /* Scores v[0..COUNT) of a lane: number i is of row own_r[i % OWN], one of R, whose state this lane has. */
 
 /* A new largest score somewhere in the warp: all lanes, and through shared memory the other warps, get to know it. */
@@ -185,11 +192,12 @@ __device__ __forceinline__ void keep_candidates(const emxi_cuda_decode &a, int64
     }
   }
 }
-/* The chunk is complete. */
+/* The chunk is complete. `heard`: in lane r < R, what row r's parts had told each other when it began. */
 template <int R, int OWN, typename F>
 __device__ __forceinline__ void close_chunk(const emxi_cuda_decode &a, int64_t c, int rows, const int (&own_r)[OWN],
-                                            const float (&reach)[OWN], float floor, const int *shared_max, F row_number, int lane,
-                                            float (&chunk_top)[OWN], float (&m)[OWN], float (&bound)[OWN], int (&count)[R]) {
+                                            const float (&reach)[OWN], float floor, int *shared_max, F row_number, int lane,
+                                            int heard, float (&chunk_top)[OWN], float (&m)[OWN], float (&bound)[OWN],
+                                            int (&count)[R]) {
 #pragma unroll
   for (int r = 0; r < R; r++) {
     int top = to_ordered(-emxi_inf());
@@ -197,13 +205,16 @@ __device__ __forceinline__ void close_chunk(const emxi_cuda_decode &a, int64_t c
     for (int i = 0; i < OWN; i++)
       if (own_r[i] == r) top = max(top, to_ordered(chunk_top[i]));
     top = __reduce_max_sync(EMXI_FULL, top);
+    const int here = ((const volatile int *)shared_max)[r], there = __shfl_sync(EMXI_FULL, heard, r);
     if (lane == 0 && r < rows) {
-      const int64_t at = row_number(r) * a.chunks + c;
+      const int64_t row = row_number(r), at = row * a.chunks + c;
       a.chunk_max[at] = from_ordered(top);
       a.count[at] = (uint8_t)count[r];
+      if (there > here) atomicMax(&shared_max[r], there);
+      if (a.told && here > there) atomicMax(&a.told[row].top, as_told(here));
     }
     count[r] = 0;
-    const float all = from_ordered(((const volatile int *)shared_max)[r]);
+    const float all = from_ordered(max(here, there));
 #pragma unroll
     for (int i = 0; i < OWN; i++)
       if (own_r[i] == r && all > m[i]) {
@@ -215,16 +226,53 @@ __device__ __forceinline__ void close_chunk(const emxi_cuda_decode &a, int64_t c
   for (int i = 0; i < OWN; i++) chunk_top[i] = -emxi_inf();
 }
 
+/* A warp's ring of tiles of keys in shared memory, filled by bulk copies of 16 tokens each. */
+template <typename T, int FIXED, int U>
+struct key_ring {
+  static constexpr int TILE = U * 256 / FIXED, PIECES = TILE / 16, PIECE = 16 * FIXED * (int)sizeof(T), STAGES = 3;
+  static constexpr size_t SHARED = (size_t)SCAN_WARPS * STAGES * PIECES * PIECE;
+};
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void ring_open(uint64_t *barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+/* The stage is full when `bytes` have come. */
+__device__ __forceinline__ void ring_expect(uint64_t *barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+#endif
+}
+__device__ __forceinline__ void ring_copy(void *to, const void *from, uint32_t bytes, uint64_t *barrier, uint64_t once) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(once)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void ring_wait(uint64_t *barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t.reg .pred full;\n"
+      "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 full, [%0], %1;\n\t@!full bra again;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
 /* By a block of SCAN_THREADS. */
-template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE>
+template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE, bool RING>
 __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
   static_assert(!SPARSE || R == 1, "rows of a group have lists of their own");
+  static_assert(!RING || (FIXED && !SOFTMAX), "of known rows, and of keys alone");
   using row_piece = piece<T, FIXED>;
   constexpr int L = row_piece::L, SUBS = 32 / L, V = U * R, OWN = V >= L ? V / L : 1, TILE = U * SUBS, TILES = CHUNK / TILE,
                 PAGES = TILE > 16 ? TILE / 16 : 1;
   __shared__ float shared_q[R][MAX_D];
   __shared__ int shared_max[R], shared_bad;
-  extern __shared__ float shared_o[]; /* softmax: [SCAN_WARPS][R][D] */
+  extern __shared__ __align__(128) float shared_o[]; /* softmax: [SCAN_WARPS][R][D]; else the rings */
+  using ring_shape = key_ring<T, RING ? FIXED : 256, U>;
+  __shared__ uint64_t barriers[RING ? SCAN_WARPS : 1][ring_shape::STAGES];
   __shared__ float shared_m[SOFTMAX ? SCAN_WARPS : 1][R], shared_z[SOFTMAX ? SCAN_WARPS : 1][R];
   __shared__ int shared_n[SOFTMAX ? SCAN_WARPS : 1][R];
 
@@ -270,6 +318,12 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
   }
   if (threadIdx.x < R) shared_max[threadIdx.x] = to_ordered(-emxi_inf());
   if (threadIdx.x == 0) shared_bad = 0;
+  if (RING && lane < ring_shape::STAGES) {
+    ring_open(&barriers[warp][lane]);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
   __syncthreads();
   float q[R][8];
 #pragma unroll
@@ -351,29 +405,12 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
     if (++tile == TILES) tile = 0, c += SCAN_WARPS;
   };
 
-  int64_t c = from + warp, next_c = c;
-  int tile = 0, next_tile = 0;
-  int32_t page[PAGES], next_page[PAGES];
-  row_piece x[U], next[U];
-  fetch(c, tile, page);
-  read(k_base, pool.k_page, pool.k_token, c, tile, page, x);
-  advance(next_c, next_tile);
-  fetch(next_c, next_tile, next_page);
-  while (c < to) {
-    row_piece values[SOFTMAX ? U : 1];
-    if constexpr (SOFTMAX) read(v_base, pool.v_page, pool.v_token, c, tile, page, values);
-    int64_t after_c = next_c;
-    int after_tile = next_tile;
-    int32_t after_page[PAGES];
-    read(k_base, pool.k_page, pool.k_token, next_c, next_tile, next_page, next);
-    advance(after_c, after_tile);
-    fetch(after_c, after_tile, after_page);
-
-    float v[V];
+  int heard = INT_MIN;
+  const auto products = [&](auto &v, auto key) {
 #pragma unroll
     for (int u = 0; u < U; u++) {
       float f[8];
-      x[u].get(f);
+      key(u).get(f);
 #pragma unroll
       for (int r = 0; r < R; r++) {
         float sum = f[0] * q[r][0];
@@ -382,10 +419,11 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
         v[u * R + r] = sum;
       }
     }
+  };
+  const auto judge_tile = [&](int64_t c, int tile, auto &v, const auto &values) {
     exchange_sum<V, L>(v, l);
-
     const int32_t start = (int32_t)(c * CHUNK + tile * TILE);
-    bool up = false, pass = false;
+    bool up = false;
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
       const int32_t token = start + own_token[i];
@@ -457,18 +495,97 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
         }
       }
     } else {
+      bool pass = false;
 #pragma unroll
       for (int i = 0; i < OWN; i++) pass |= v[i] > bound[i]; /* what is not visible is -inf */
       if (__any_sync(EMXI_FULL, pass))
         keep_candidates<OWN, R>(a, c, tile * TILE, v, bound, own_r, own_token, row_number, lane, count);
       if (tile == TILES - 1)
-        close_chunk<R>(a, c, rows, own_r, reach, floor, shared_max, row_number, lane, chunk_top, m, bound, count);
+        close_chunk<R>(a, c, rows, own_r, reach, floor, shared_max, row_number, lane, heard, chunk_top, m, bound, count);
+      if (!SPARSE && tile == 0 && a.told && lane < rows)
+        heard = (int)as_told((int)*(const volatile uint32_t *)&a.told[row_number(lane)].top);
     }
-    c = next_c, tile = next_tile, next_c = after_c, next_tile = after_tile;
+  };
+  if constexpr (RING) {
+    /* A copied piece is one lane's: it has the piece's page. Copies are STAGES tiles ahead, so at most one chunk, and a chunk's pages are asked for
+     * one chunk before that. Where parts tell each other, they also take what chunks are left: no block waits for another at the end. */
+    using ring = ring_shape;
+    constexpr int PIECES = ring::PIECES, STAGE = PIECES * ring::PIECE;
+    static_assert(ring::STAGES < TILES && ring::TILE == TILE, "the chunk that is copied is this one or the next one");
+    char *const own = (char *)shared_o + warp * ring::STAGES * STAGE;
+    uint64_t *const full = barriers[warp];
+    const bool shares = !SPARSE && a.told;
+    uint32_t *const next = shares ? &a.told[row_number(0)].next : nullptr;
+    const int end = (int)(shares ? chunks : to), stride = shares ? a.splits * SCAN_WARPS : SCAN_WARPS;
+    const auto pages_of = [&](int chunk) {
+      const int64_t token = (int64_t)chunk * CHUNK + 16 * lane;
+      return chunk < end && lane < CHUNK / 16 && token < length ? page_of(token >> pool.shift) : -1;
+    };
+    int c = shares ? split * SCAN_WARPS + warp : (int)from + warp, lead = c, lead_tile = 0, then = c + stride, stage = 0;
+    uint32_t parity = 0, claimed = 0;
+    int32_t page = pages_of(lead), next_page = pages_of(then);
+    if (shares && lane == 0) claimed = atomicAdd(next, 1);
+    const auto send = [&](int stage) {
+      if (lead < end && lane / PIECES == lead_tile) {
+        const int first = lead * CHUNK + lead_tile * TILE, there = (int)(length - first + 15) / 16;
+        if (lane % PIECES == 0) ring_expect(&full[stage], (uint32_t)(ring::PIECE * min(max(there, 0), PIECES)));
+        if (page >= 0)
+          ring_copy(own + stage * STAGE + lane % PIECES * ring::PIECE,
+                    k_base + page * pool.k_page + ((first + lane % PIECES * 16) & (pool.P - 1)) * FIXED, ring::PIECE,
+                    &full[stage], once);
+      }
+      if (++lead_tile < TILES) return;
+      lead_tile = 0;
+      lead = then, page = next_page;
+      then = shares ? (int)__shfl_sync(EMXI_FULL, claimed, 0) + 2 * stride : then + stride;
+      next_page = pages_of(then);
+      if (shares && lane == 0) claimed = atomicAdd(next, 1);
+    };
+    for (int i = 0; i < ring::STAGES; i++) send(i);
+    const row_piece none[1] = {};
+    for (; c < end; c = lead) {
+#pragma unroll 1
+      for (int tile = 0; tile < TILES; tile++) {
+        ring_wait(&full[stage], parity);
+        float v[V];
+        products(v, [&](int u) {
+          row_piece x;
+          x.x = *(const uint4 *)(own + stage * STAGE + (32 * u + lane) * 16);
+          return x;
+        });
+        __syncwarp(); /* all have read it */
+        send(stage);
+        if (++stage == ring::STAGES) stage = 0, parity ^= 1;
+        judge_tile(c, tile, v, none);
+      }
+    }
+  } else {
+    int64_t c = from + warp, next_c = c;
+    int tile = 0, next_tile = 0;
+    int32_t page[PAGES], next_page[PAGES];
+    row_piece x[U], next[U];
+    fetch(c, tile, page);
+    read(k_base, pool.k_page, pool.k_token, c, tile, page, x);
+    advance(next_c, next_tile);
+    fetch(next_c, next_tile, next_page);
+    while (c < to) {
+      row_piece values[SOFTMAX ? U : 1];
+      if constexpr (SOFTMAX) read(v_base, pool.v_page, pool.v_token, c, tile, page, values);
+      int64_t after_c = next_c;
+      int after_tile = next_tile;
+      int32_t after_page[PAGES];
+      read(k_base, pool.k_page, pool.k_token, next_c, next_tile, next_page, next);
+      advance(after_c, after_tile);
+      fetch(after_c, after_tile, after_page);
+      float v[V];
+      products(v, [&](int u) { return x[u]; });
+      judge_tile(c, tile, v, values);
+      c = next_c, tile = next_tile, next_c = after_c, next_tile = after_tile;
 #pragma unroll
-    for (int u = 0; u < U; u++) x[u] = next[u];
+      for (int u = 0; u < U; u++) x[u] = next[u];
 #pragma unroll
-    for (int i = 0; i < PAGES; i++) page[i] = next_page[i], next_page[i] = after_page[i];
+      for (int i = 0; i < PAGES; i++) page[i] = next_page[i], next_page[i] = after_page[i];
+    }
   }
 
   if (bad) atomicOr(&shared_bad, (int)bad);
@@ -529,16 +646,15 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
   if (threadIdx.x < rows) {
     const row_id id = row_of((int)threadIdx.x);
     if (a.alphas && (alpha_of(a, id.h) == 1.0) != SOFTMAX) return; /* the other scan's row */
-    if (!SOFTMAX) a.split_max[id.row * a.splits + split] = from_ordered(shared_max[threadIdx.x]);
     a.bad[id.row * a.splits + split] = shared_bad >> threadIdx.x & 1;
     if (!SOFTMAX && split == 0) a.wide[id.row].arrived = 0;
   }
 }
 
-template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE>
+template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE, bool RING>
 __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ emxi_cuda_decode a) {
   wait_for_previous();
-  scan_part<T, FIXED, R, U, SOFTMAX, SPARSE>(a);
+  scan_part<T, FIXED, R, U, SOFTMAX, SPARSE, RING>(a);
 }
 
 /* ---- values */
@@ -601,8 +717,8 @@ __device__ __forceinline__ packed packed_of(const emxi_cuda_decode &a, int64_t r
 
 /* What a block that solves a row has in shared memory. */
 struct __align__(16) solve_space {
-  float list[2 * LISTED]; /* scores, then positions; at first the largest scores of the scan's parts, at the end sums of values */
-  int32_t alive[MAX_ALIVE];   /* chunks with a candidate; for bounds what each warp weighs */
+  float list[2 * LISTED];   /* scores, then positions; at first the largest scores of sets of chunks, at the end sums of values */
+  int32_t alive[MAX_ALIVE]; /* chunks with a candidate; for bounds what each warp weighs */
   uint8_t alive_n[MAX_ALIVE]; /* candidates of the scan */
   double scratch[3][SOLVE_WARPS];
   double found[3]; /* by the first warp: threshold, one without margins, mass */
@@ -762,10 +878,10 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
       }
     }
     if (!estimated) thr = fmaxf(thr, nextafterf((float)((double)m + (double)low * k.b), -emxi_inf()));
-    int candidates = 0;
-    for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS)
-      if (chunk_max[c] > thr) candidates += count[c];
-    (void)block_offsets(candidates, space.offset[0], &total);
+    int alive = 0; /* how many candidates the scan has kept depends on timing; so many there may be */
+    for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS) alive += chunk_max[c] > thr;
+    (void)block_offsets(alive, space.offset[0], &total);
+    total = (int)min((int64_t)total * CHUNK, place.count);
     const int64_t share_of = (chunks + a.parts - 1) / a.parts, first = part * share_of,
                   end = first + share_of < chunks ? first + share_of : chunks;
     const int64_t slot = ((row * a.parts + part) * SOLVE_WARPS + warp) * EMXI_CUDA_PACKED;
@@ -1032,7 +1148,7 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
  * be much of it. */
 template <typename T>
 __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ emxi_cuda_decode a) {
-  constexpr int KEPT = 16,
+  constexpr int KEPT = 16, MAX_TOPS = SOLVE_THREADS / 4,
                 TURN = 4 * SOLVE_THREADS; /* chunk maxima of a thread: those of a million tokens; of a block at a time */
   __shared__ solve_space space;
   float *list = space.list;
@@ -1078,13 +1194,22 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
                                            for (int64_t i = c; i < c + 4 && i < chunks; i++) f(i);
   };
 
-  for (int i = threadIdx.x; i < a.splits && alpha != 0; i += SOLVE_THREADS) {
-    bad |= a.bad[row * a.splits + i] != 0;
-    list[i] = a.split_max[row * a.splits + i];
+  for (int i = threadIdx.x; i < a.splits && alpha != 0; i += SOLVE_THREADS) bad |= a.bad[row * a.splits + i] != 0;
+  /* The largest scores of up to 128 sets of chunks, each of a thread's or of four neighbours'. */
+  float top = -emxi_inf();
+#pragma unroll
+  for (int i = 0; i < KEPT; i++) top = fmaxf(top, kept[i]);
+  each_beyond([&](int64_t c) { top = fmaxf(top, chunk_max[c]); });
+  const bool joined = chunks > 4 * MAX_TOPS;
+  if (joined) {
+    top = fmaxf(top, __shfl_xor_sync(EMXI_FULL, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(EMXI_FULL, top, 2));
   }
+  const int tops = joined ? MAX_TOPS : (int)((chunks + 3) / 4), of_top = joined ? (int)threadIdx.x / 4 : (int)threadIdx.x;
+  if (of_top < tops && (!joined || threadIdx.x % 4 == 0)) list[of_top] = top;
   bad = __syncthreads_or(bad);
   float m = -emxi_inf();
-  for (int i = lane; i < a.splits && alpha != 0; i += 32) m = fmaxf(m, list[i]);
+  for (int i = lane; i < tops; i += 32) m = fmaxf(m, list[i]);
   m = warp_max(m);
   if (bad || m == -emxi_inf()) {
     if (part) return;
@@ -1102,14 +1227,14 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
   const threshold &k = known.k;
   /* GAUSSIAN: weights from the estimated threshold, which may lie on either side of the true one. */
   known.estimated = a.sparse && a.tau_mode != EMX_TAU_EXACT && a.choice[row].estimated;
-  /* The largest scores of the scan's parts are scores: the threshold of any subset is a lower bound (T1), and this one leaves little more
+  /* The largest scores of sets of chunks are scores: the threshold of any subset is a lower bound (T1), and this one leaves little more
    * than the support. */
   const bool closed = is_closed(k), two = k.alpha == 2.0;
   const float fa = (float)k.a, fb = (float)k.b;
   if (closed)
-    known.low = bound_of<true>(space, list, a.splits, 1, -1.0f, two, fa, fb, m);
+    known.low = bound_of<true>(space, list, tops, 1, -1.0f, two, fa, fb, m);
   else if (k.alpha < 2.0)
-    known.low = bound_of<false>(space, list, a.splits, 1, -1.0f, two, fa, fb, m);
+    known.low = bound_of<false>(space, list, tops, 1, -1.0f, two, fa, fb, m);
   float thr = fmaxf(below_of(k), nextafterf((float)((double)m + (double)known.low * k.b), -emxi_inf()));
   if (known.estimated) {
     thr = below_of(k);
@@ -1137,23 +1262,20 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
   const int of_warp = lane < SOLVE_WARPS ? space.offsets[0][lane] : 0, n_alive = __reduce_add_sync(EMXI_FULL, of_warp),
             n_candidates = __reduce_add_sync(EMXI_FULL, lane < SOLVE_WARPS ? space.offsets[1][lane] : 0);
   int at = before - mine + __reduce_add_sync(EMXI_FULL, lane < warp ? of_warp : 0);
-  known.few = n_alive <= MAX_ALIVE && n_candidates <= LISTED - 4; /* bounds fill up to fours */
-  if (!known.few) {
-    known.total = n_candidates;
-    solve_long<T>(a, space, known);
-    return;
-  }
-  if (part) return;
+  /* Few in number, by what depends on no timing: the scan's candidates do, those above thr do not. Bounds fill up to fours. */
+  constexpr int MOST = LISTED - 4;
+  if (part && n_alive <= MAX_ALIVE && n_candidates <= MOST) return;
+  const int n_read = n_alive <= MAX_ALIVE ? n_alive : 0;
 #pragma unroll
   for (int i = 0; i < KEPT; i++)
-    if (kept[i] > thr)
+    if (n_read && kept[i] > thr)
       alive[at] = (int32_t)(from + i / 4 * TURN) + i % 4, space.alive_n[at++] = kept_n[i / 4] >> i % 4 * 8 & 0xff;
   each_beyond([&](int64_t c) {
-    if (chunk_max[c] > thr) alive[at] = (int32_t)c, space.alive_n[at++] = count[c];
+    if (n_read && chunk_max[c] > thr) alive[at] = (int32_t)c, space.alive_n[at++] = count[c];
   });
   __syncthreads();
   /* Their candidates: a warp counts what is above thr in four chunks, then all warps write. */
-  for (int first = 0, turn = 0; first < n_alive; first += SOLVE_WARPS * 4, turn ^= 1) {
+  for (int first = 0, turn = 0; first < n_read; first += SOLVE_WARPS * 4, turn ^= 1) {
     constexpr int EACH = CHUNK / 32;
     float v[4][EACH];
     uint8_t in_chunk[4][EACH];
@@ -1162,8 +1284,8 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
 #pragma unroll
     for (int u = 0; u < 4; u++) {
       const int i = first + warp * 4 + u;
-      of_chunk[u] = i < n_alive ? space.alive_n[i] : 0;
-      chunk[u] = i < n_alive ? alive[i] : 0;
+      of_chunk[u] = i < n_read ? space.alive_n[i] : 0;
+      chunk[u] = i < n_read ? alive[i] : 0;
     }
 #pragma unroll
     for (int u = 0; u < 4; u++)
@@ -1190,8 +1312,8 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
       for (int j = 0; j < EACH; j++) {
         if (32 * j >= of_chunk[u]) continue;
         const uint32_t mask = __ballot_sync(EMXI_FULL, v[u][j] > thr);
-        if (v[u][j] > thr) {
-          const int to = place_in + __popc(mask & ((1u << lane) - 1));
+        const int to = place_in + __popc(mask & ((1u << lane) - 1));
+        if (v[u][j] > thr && to < MOST) {
           list[to] = v[u][j];
           position[to] = chunk[u] * CHUNK + in_chunk[u][j];
         }
@@ -1199,7 +1321,9 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
       }
   }
   const int total = known.total;
-  if (known.estimated || !closed) {
+  known.few = n_alive <= MAX_ALIVE && total <= MOST;
+  if (part && known.few) return;
+  if (known.estimated || !closed || !known.few) {
     __syncthreads();
     solve_long<T>(a, space, known);
     return;
@@ -1422,31 +1546,43 @@ __global__ void __launch_bounds__(MAX_D) merge(const __grid_constant__ emxi_cuda
 
 /* ---- launches */
 
-template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE>
+template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE, bool RING>
 void launch_scan(const emxi_cuda_decode &d, cudaStream_t stream) {
   const unsigned grid = (unsigned)(SPARSE ? d.batch.n * d.H * d.splits : d.batch.n * d.pool.G * d.blocks * d.splits);
-  launch(scan<T, FIXED, R, U, SOFTMAX, SPARSE>, grid, SCAN_THREADS,
-         SOFTMAX ? (size_t)SCAN_WARPS * R * d.pool.D * sizeof(float) : 0, stream, d.overlap, d);
+  size_t shared = SOFTMAX ? (size_t)SCAN_WARPS * R * d.pool.D * sizeof(float) : 0;
+  if constexpr (RING) {
+    shared = key_ring<T, FIXED, U>::SHARED;
+    (void)cudaFuncSetAttribute(scan<T, FIXED, R, U, SOFTMAX, SPARSE, RING>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               (int)shared);
+  }
+  launch(scan<T, FIXED, R, U, SOFTMAX, SPARSE, RING>, grid, SCAN_THREADS, shared, stream, d.overlap, d);
+}
+/* Of U keys a lane at a time; with rings in shared memory, of RING. */
+template <typename T, int FIXED, int R, int U, int RING_U, bool SOFTMAX, bool SPARSE>
+void scan_fixed(const emxi_cuda_decode &d, cudaStream_t stream) {
+  if constexpr (!SOFTMAX)
+    if (d.rings) return launch_scan<T, FIXED, R, RING_U, SOFTMAX, SPARSE, true>(d, stream);
+  launch_scan<T, FIXED, R, U, SOFTMAX, SPARSE, false>(d, stream);
 }
 template <typename T, bool SOFTMAX>
 void scan_any(const emxi_cuda_decode &d, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
     if (d.vectors && d.pool.D == 32) {
-      if (d.sparse) return launch_scan<T, 32, 1, 4, SOFTMAX, true>(d, stream);
-      if (d.rows == 1) return launch_scan<T, 32, 1, 4, SOFTMAX, false>(d, stream);
-      if (d.rows == 4) return launch_scan<T, 32, 4, 4, SOFTMAX, false>(d, stream);
+      if (d.sparse) return scan_fixed<T, 32, 1, 4, 4, SOFTMAX, true>(d, stream);
+      if (d.rows == 1) return scan_fixed<T, 32, 1, 4, 4, SOFTMAX, false>(d, stream);
+      if (d.rows == 4) return scan_fixed<T, 32, 4, 4, 4, SOFTMAX, false>(d, stream);
     } else if (d.vectors && d.pool.D == 64) {
-      if (d.sparse) return launch_scan<T, 64, 1, 8, SOFTMAX, true>(d, stream);
-      if (d.rows == 1) return launch_scan<T, 64, 1, 8, SOFTMAX, false>(d, stream);
-      if (d.rows == 4) return launch_scan<T, 64, 4, 4, SOFTMAX, false>(d, stream);
+      if (d.sparse) return scan_fixed<T, 64, 1, 8, 8, SOFTMAX, true>(d, stream);
+      if (d.rows == 1) return scan_fixed<T, 64, 1, 8, 8, SOFTMAX, false>(d, stream);
+      if (d.rows == 4) return scan_fixed<T, 64, 4, 4, 4, SOFTMAX, false>(d, stream);
     } else if (d.vectors && d.pool.D == 128) {
-      if (d.sparse) return launch_scan<T, 128, 1, 8, SOFTMAX, true>(d, stream);
-      if (d.rows == 1) return launch_scan<T, 128, 1, 8, SOFTMAX, false>(d, stream);
-      if (d.rows == 4) return launch_scan<T, 128, 4, 4, SOFTMAX, false>(d, stream);
+      if (d.sparse) return scan_fixed<T, 128, 1, 8, 8, SOFTMAX, true>(d, stream);
+      if (d.rows == 1) return scan_fixed<T, 128, 1, 8, 8, SOFTMAX, false>(d, stream);
+      if (d.rows == 4) return scan_fixed<T, 128, 4, 4, 8, SOFTMAX, false>(d, stream);
     }
   }
-  if (d.sparse) return launch_scan<T, 0, 1, 4, SOFTMAX, true>(d, stream);
-  launch_scan<T, 0, 4, 2, SOFTMAX, false>(d, stream);
+  if (d.sparse) return launch_scan<T, 0, 1, 4, SOFTMAX, true, false>(d, stream);
+  launch_scan<T, 0, 4, 2, SOFTMAX, false, false>(d, stream);
 }
 /* In certified.cuh: whether it has scanned flat items. */
 template <typename T>
@@ -1460,7 +1596,10 @@ void decode_all(const emxi_cuda_decode &d, cudaStream_t stream) {
     launch(merge, rows, MAX_D, 0, stream, d.overlap, d);
   }
   if (!d.alphas && d.alpha == 1.0) return;
-  if (!scanned) scan_any<T, false>(d, stream);
+  if (!scanned) {
+    if (d.told) launch(open_told, 1, 256, 0, stream, d.overlap, d);
+    scan_any<T, false>(d, stream);
+  }
   launch(solve<T>, rows * (unsigned)d.parts, SOLVE_THREADS, 0, stream, d.overlap, d);
   launch(share<T>, rows * (unsigned)d.shares, SCAN_THREADS, 0, stream, d.overlap, d);
 }

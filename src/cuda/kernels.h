@@ -190,6 +190,12 @@ typedef struct emxi_cuda_wide {
   int32_t solved; /* the row has scores, all below +inf */
 } emxi_cuda_wide;
 
+/* What parts of the scan tell each other of a row. */
+typedef struct emxi_cuda_told {
+  uint32_t top;  /* the largest score, as an unsigned integer of the same order; 0: none yet */
+  uint32_t next; /* of an item's first row: chunks that have been taken, but for those that blocks begin with */
+} emxi_cuda_told;
+
 /* What a selector says of a row. */
 typedef struct emxi_cuda_choice {
   double estimate;   /* GAUSSIAN: threshold in units of (alpha-1) score */
@@ -219,6 +225,7 @@ typedef struct emxi_cuda_decode {
   int32_t parts;                     /* blocks that look at a row's candidates */
   int32_t q_dtype, o_dtype, vectors; /* vectors: rows of K may be read 16 bytes at a time */
   int32_t shared;                    /* bytes of shared memory that a block may have */
+  int32_t rings;                     /* keys go through shared memory, by bulk copies of 16 tokens, whose keys are neighbours */
   int32_t overlap;                   /* a kernel may be made ready while the one before it ends */
   double alpha;
   double power; /* 1/(alpha-1), and the integer that it is, 1..4, or 0 */
@@ -238,6 +245,7 @@ typedef struct emxi_cuda_decode {
   uint8_t *count;       /* [rows, chunks] */
   float *chunk_max;     /* [rows, chunks] */
   float *split_max;     /* [rows, splits] */
+  emxi_cuda_told *told; /* [rows] or NULL: parts tell each other nothing */
   int32_t *bad;         /* [rows, splits] NaN or +inf among the scores */
   emxi_cuda_wide *wide; /* [rows] */
   float *share;         /* [rows, shares, D] */

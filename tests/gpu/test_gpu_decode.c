@@ -250,6 +250,31 @@ static void test_deterministic(void **state) {
   }
 }
 
+/* So many query tokens that a part of the scan has many chunks: parts tell each other the largest score, whenever they do. */
+static void test_parts_that_tell(void **state) {
+  (void)state;
+  static const double alphas[] = {1.5, 2, 1.25, 3};
+  static const int data[] = {DATA_IID, DATA_AR, DATA_NEEDLE, DATA_FLAT};
+  for (int i = 0; i < 4; i++) {
+    decode_case c = {
+        .G = 4, .H = 16, .S = 8, .D = 64, .dtype = EMX_F16, .len = {26000 + 31 * i}, .alpha = alphas[i], .data = data[i]};
+    c.alibi = i == 1;
+    gpu_case g;
+    gpu_open(&g, &c);
+    gpu_decode(&g);
+    check(&c);
+    const size_t bytes = gpu_bytes(&c.to);
+    void *first = case_take(bytes);
+    memcpy(first, c.o_data, bytes);
+    for (int n = 0; n < 10; n++) {
+      gpu_decode(&g);
+      assert_memory_equal(first, c.o_data, bytes);
+    }
+    free(first);
+    gpu_close(&g);
+  }
+}
+
 /* ---- the caller's tables: graphs, faults */
 
 enum { STEPS = 64, START = 1000, HEADS = 4, DIM = 64 };
@@ -681,11 +706,11 @@ int main(int argc, char **argv) {
   const int missing = gpu_missing();
   if (missing) return missing;
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_cache),        cmocka_unit_test(test_lengths),  cmocka_unit_test(test_all),
-      cmocka_unit_test(test_fast_shapes),  cmocka_unit_test(test_flat),     cmocka_unit_test(test_low_alphas),
-      cmocka_unit_test(test_query_tokens), cmocka_unit_test(test_odd_data), cmocka_unit_test(test_deterministic),
-      cmocka_unit_test(test_graph),        cmocka_unit_test(test_faults),   cmocka_unit_test(test_streams),
-      cmocka_unit_test(test_refusals),     cmocka_unit_test(test_huge)};
+      cmocka_unit_test(test_cache),           cmocka_unit_test(test_lengths),  cmocka_unit_test(test_all),
+      cmocka_unit_test(test_fast_shapes),     cmocka_unit_test(test_flat),     cmocka_unit_test(test_low_alphas),
+      cmocka_unit_test(test_query_tokens),    cmocka_unit_test(test_odd_data), cmocka_unit_test(test_deterministic),
+      cmocka_unit_test(test_parts_that_tell), cmocka_unit_test(test_graph),    cmocka_unit_test(test_faults),
+      cmocka_unit_test(test_streams),         cmocka_unit_test(test_refusals), cmocka_unit_test(test_huge)};
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   emx_ctx_destroy(gpu);
   emx_ctx_destroy(cpu);
