@@ -102,6 +102,7 @@ class Ours:
         lib.call("emx_kv_create", lib.ctx, C.byref(opts), C.byref(self.kv))
         if select:
             every = torch.arange(pages, dtype=torch.int32, device="cuda")
+            lib.call("emx_ctx_set_stream", lib.ctx, C.c_void_p(torch.cuda.current_stream().cuda_stream))  # behind what made k
             lib.call("emx_kv_summarize", lib.ctx, self.kv, C.byref(lib.tensor(every)), None)
             torch.cuda.synchronize()
         most = max(lengths)

@@ -99,10 +99,7 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
             lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const cert_item it = {place.b, place.g, index, 1, place.length, (place.length + GROUP - 1) / GROUP, place.table};
   for (int i = threadIdx.x; i < BINS; i += SEED_THREADS) a.cert_bins[blockIdx.x * (int64_t)BINS + i] = 0;
-  for (int i = threadIdx.x; i < a.splits; i += SEED_THREADS) { /* where the sieve finds nothing */
-    a.split_max[blockIdx.x * (int64_t)a.splits + i] = -emxi_inf();
-    a.bad[blockIdx.x * (int64_t)a.splits + i] = 0;
-  }
+  for (int i = threadIdx.x; i < a.splits; i += SEED_THREADS) a.bad[blockIdx.x * (int64_t)a.splits + i] = 0;
   if (threadIdx.x < SEED_GROUPS) chosen[threadIdx.x] = -1;
   wait_for_previous();
 
@@ -225,7 +222,6 @@ struct sieve_warp {
   cert_query query[R];
   cert_key queue[QUEUE];
   float limit[R], slack[R], base[R]; /* base: lower edge of the row's bins */
-  int top[R];                        /* largest score, ordered */
   float open_top[R];                 /* open: of the chunk of the last key of the batch before */
   int32_t open_count[R];
 };
@@ -233,14 +229,6 @@ constexpr int SIEVE_ITEMS = 32;
 __device__ __forceinline__ void copy16(void *to, const void *from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
-/* The largest number at p, where -inf is at first. */
-__device__ __forceinline__ void raise(float *p, float x) {
-  if (x >= 0)
-    atomicMax((int *)p, __float_as_int(x + 0.0f)); /* no -0 */
-  else
-    atomicMin((unsigned *)p, __float_as_uint(x));
-}
-
 /* Block = (sequence, up to SIEVE_ITEMS of its items, part of the sequence): turns of 32 groups, of every item as many. Heads
  * differ in how much their limits leave, parts hardly: a warp starts with an item of its own and, when that has no turn left,
  * goes on with others'. In a turn a lane has a group: bounds and pages are asked for one turn ahead, the codes of the next few
@@ -324,7 +312,6 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
     if (lane < R) {
       limit[lane] = lane < it.rows ? first : emxi_inf();
       my.slack[lane] = slack, my.base[lane] = base;
-      my.top[lane] = to_ordered(-emxi_inf());
     }
     __syncwarp();
     /* Lane r: row r's limit */
@@ -552,7 +539,6 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
           if (last) {
             a.count[row * a.chunks + chunk] = (uint8_t)count;
             a.chunk_max[row * a.chunks + chunk] = top;
-            atomicMax(&my.top[r], to_ordered(top));
           }
           __syncwarp();
           if (lane == n - 1) my.open_count[r] = count, my.open_top[r] = top;
@@ -575,13 +561,13 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
       emxi_cuda_cert *cert = &a.cert[row];
       if (tokens) atomicAdd(&cert->tokens, tokens), atomicAdd(&cert->pages, pages);
       if (codes) atomicAdd(&cert->codes, codes);
-      if (tokens) raise(&a.split_max[row * a.splits + part % a.splits], from_ordered(my.top[lane]));
       if (bad >> lane & 1) a.bad[row * a.splits + part % a.splits] = 1;
     }
   }
   if (!waited) wait_for_previous();
   if constexpr (FIXED > 0)
-    if (blockIdx.x < a.batch.n * all * a.splits) scan_part<T, FIXED, R, R == 1 ? 8 : 4, false, false, false>(a); /* a flat item's */
+    if (blockIdx.x < a.batch.n * all * a.splits)
+      scan_part<T, FIXED, R, R == 1 ? 8 : 4, false, false, false>(a); /* a flat item's */
 }
 
 template <typename T, int FIXED, int R>

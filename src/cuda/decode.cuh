@@ -143,6 +143,7 @@ __device__ __noinline__ bool key_is_finite(const T *key, int d) {
 /* Ordered integers as parts tell each other: 0 is below all. */
 __device__ __forceinline__ uint32_t as_told(int ordered) { return (uint32_t)ordered ^ 0x80000000u; }
 __global__ void open_told(const __grid_constant__ emxi_cuda_decode a) {
+  start_next(); /* the scan, which waits at once */
   wait_for_previous();
   for (int i = threadIdx.x; i < a.batch.n * a.H * a.S; i += blockDim.x) a.told[i] = {};
 }
@@ -192,8 +193,8 @@ __device__ __forceinline__ void keep_candidates(const emxi_cuda_decode &a, int64
     }
   }
 }
-/* The chunk is complete. `heard`: in lane r < R, what row r's parts had told each other when it began. */
-template <int R, int OWN, typename F>
+/* The chunk is complete. BULK: parts tell each other the largest score; `heard`: in lane r < R, what row r's had when the chunk began. */
+template <int R, bool BULK, int OWN, typename F>
 __device__ __forceinline__ void close_chunk(const emxi_cuda_decode &a, int64_t c, int rows, const int (&own_r)[OWN],
                                             const float (&reach)[OWN], float floor, int *shared_max, F row_number, int lane,
                                             int heard, float (&chunk_top)[OWN], float (&m)[OWN], float (&bound)[OWN],
@@ -205,13 +206,13 @@ __device__ __forceinline__ void close_chunk(const emxi_cuda_decode &a, int64_t c
     for (int i = 0; i < OWN; i++)
       if (own_r[i] == r) top = max(top, to_ordered(chunk_top[i]));
     top = __reduce_max_sync(EMXI_FULL, top);
-    const int here = ((const volatile int *)shared_max)[r], there = __shfl_sync(EMXI_FULL, heard, r);
+    const int here = ((const volatile int *)shared_max)[r], there = BULK ? __shfl_sync(EMXI_FULL, heard, r) : here;
     if (lane == 0 && r < rows) {
       const int64_t row = row_number(r), at = row * a.chunks + c;
       a.chunk_max[at] = from_ordered(top);
       a.count[at] = (uint8_t)count[r];
       if (there > here) atomicMax(&shared_max[r], there);
-      if (a.told && here > there) atomicMax(&a.told[row].top, as_told(here));
+      if (here > there) atomicMax(&a.told[row].top, as_told(here));
     }
     count[r] = 0;
     const float all = from_ordered(max(here, there));
@@ -226,23 +227,23 @@ __device__ __forceinline__ void close_chunk(const emxi_cuda_decode &a, int64_t c
   for (int i = 0; i < OWN; i++) chunk_top[i] = -emxi_inf();
 }
 
-/* A warp's ring of tiles of keys in shared memory, filled by bulk copies of 16 tokens each. */
+/* A tile of keys for each warp in shared memory, filled by bulk copies of 16 tokens: while one warp waits for its tile, the others have theirs. */
 template <typename T, int FIXED, int U>
-struct key_ring {
-  static constexpr int TILE = U * 256 / FIXED, PIECES = TILE / 16, PIECE = 16 * FIXED * (int)sizeof(T), STAGES = 3;
-  static constexpr size_t SHARED = (size_t)SCAN_WARPS * STAGES * PIECES * PIECE;
+struct key_tile {
+  static constexpr int TOKENS = U * 256 / FIXED, PIECES = TOKENS / 16, PIECE = 16 * FIXED * (int)sizeof(T);
+  static constexpr size_t SHARED = (size_t)SCAN_WARPS * PIECES * PIECE;
 };
 __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void ring_open(uint64_t *barrier) {
+__device__ __forceinline__ void tile_open(uint64_t *barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
 }
-/* The stage is full when `bytes` have come. */
-__device__ __forceinline__ void ring_expect(uint64_t *barrier, uint32_t bytes) {
+/* It is full when `bytes` have come. */
+__device__ __forceinline__ void tile_expect(uint64_t *barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 #endif
 }
-__device__ __forceinline__ void ring_copy(void *to, const void *from, uint32_t bytes, uint64_t *barrier, uint64_t once) {
+__device__ __forceinline__ void tile_copy(void *to, const void *from, uint32_t bytes, uint64_t *barrier, uint64_t once) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
                    shared_address(to)),
@@ -250,7 +251,7 @@ __device__ __forceinline__ void ring_copy(void *to, const void *from, uint32_t b
                : "memory");
 #endif
 }
-__device__ __forceinline__ void ring_wait(uint64_t *barrier, uint32_t parity) {
+__device__ __forceinline__ void tile_wait(uint64_t *barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n\t.reg .pred full;\n"
@@ -261,24 +262,25 @@ __device__ __forceinline__ void ring_wait(uint64_t *barrier, uint32_t parity) {
 }
 
 /* By a block of SCAN_THREADS. */
-template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE, bool RING>
+template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE, bool BULK>
 __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
   static_assert(!SPARSE || R == 1, "rows of a group have lists of their own");
-  static_assert(!RING || (FIXED && !SOFTMAX), "of known rows, and of keys alone");
+  static_assert(!BULK || (FIXED && !SOFTMAX && !SPARSE), "of known rows, and of keys alone");
   using row_piece = piece<T, FIXED>;
   constexpr int L = row_piece::L, SUBS = 32 / L, V = U * R, OWN = V >= L ? V / L : 1, TILE = U * SUBS, TILES = CHUNK / TILE,
                 PAGES = TILE > 16 ? TILE / 16 : 1;
   __shared__ float shared_q[R][MAX_D];
   __shared__ int shared_max[R], shared_bad;
-  extern __shared__ __align__(128) float shared_o[]; /* softmax: [SCAN_WARPS][R][D]; else the rings */
-  using ring_shape = key_ring<T, RING ? FIXED : 256, U>;
-  __shared__ uint64_t barriers[RING ? SCAN_WARPS : 1][ring_shape::STAGES];
+  extern __shared__ __align__(128) float shared_o[]; /* softmax: [SCAN_WARPS][R][D]; else tiles of keys */
+  __shared__ uint64_t barriers[BULK ? SCAN_WARPS : 1];
   __shared__ float shared_m[SOFTMAX ? SCAN_WARPS : 1][R], shared_z[SOFTMAX ? SCAN_WARPS : 1][R];
   __shared__ int shared_n[SOFTMAX ? SCAN_WARPS : 1][R];
 
   const emxi_cuda_pool &pool = a.pool;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, l = lane % L, sub = lane / L, D = FIXED ? FIXED : pool.D;
-  const int split = blockIdx.x % a.splits, item = blockIdx.x / a.splits, block = SPARSE ? 0 : item % a.blocks;
+  /* Parts of an item are far apart on the device, so that items end together. */
+  const uint32_t items = (uint32_t)(SPARSE ? a.batch.n * a.H : a.batch.n * a.pool.G * a.blocks);
+  const int split = (int)(blockIdx.x / items), item = (int)(blockIdx.x % items), block = SPARSE ? 0 : item % a.blocks;
   if (!SPARSE && a.cert && !a.cert_flat[item]) return;
   int g = item / a.blocks % pool.G, b = item / a.blocks / pool.G;
   const int first_row = block * R, left = a.group * a.S - first_row, rows = SPARSE || left >= R ? R : left;
@@ -318,8 +320,8 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
   }
   if (threadIdx.x < R) shared_max[threadIdx.x] = to_ordered(-emxi_inf());
   if (threadIdx.x == 0) shared_bad = 0;
-  if (RING && lane < ring_shape::STAGES) {
-    ring_open(&barriers[warp][lane]);
+  if (BULK && lane == 0) {
+    tile_open(&barriers[warp]);
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
@@ -501,62 +503,59 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
       if (__any_sync(EMXI_FULL, pass))
         keep_candidates<OWN, R>(a, c, tile * TILE, v, bound, own_r, own_token, row_number, lane, count);
       if (tile == TILES - 1)
-        close_chunk<R>(a, c, rows, own_r, reach, floor, shared_max, row_number, lane, heard, chunk_top, m, bound, count);
-      if (!SPARSE && tile == 0 && a.told && lane < rows)
-        heard = (int)as_told((int)*(const volatile uint32_t *)&a.told[row_number(lane)].top);
+        close_chunk<R, BULK>(a, c, rows, own_r, reach, floor, shared_max, row_number, lane, heard, chunk_top, m, bound, count);
+      if (BULK && tile == 0 && lane < rows) heard = (int)as_told((int)*(const volatile uint32_t *)&a.told[row_number(lane)].top);
     }
   };
-  if constexpr (RING) {
-    /* A copied piece is one lane's: it has the piece's page. Copies are STAGES tiles ahead, so at most one chunk, and a chunk's pages are asked for
-     * one chunk before that. Where parts tell each other, they also take what chunks are left: no block waits for another at the end. */
-    using ring = ring_shape;
-    constexpr int PIECES = ring::PIECES, STAGE = PIECES * ring::PIECE;
-    static_assert(ring::STAGES < TILES && ring::TILE == TILE, "the chunk that is copied is this one or the next one");
-    char *const own = (char *)shared_o + warp * ring::STAGES * STAGE;
-    uint64_t *const full = barriers[warp];
-    const bool shares = !SPARSE && a.told;
-    uint32_t *const next = shares ? &a.told[row_number(0)].next : nullptr;
-    const int end = (int)(shares ? chunks : to), stride = shares ? a.splits * SCAN_WARPS : SCAN_WARPS;
-    const auto pages_of = [&](int chunk) {
+  if constexpr (BULK) {
+    /* Warps take the next chunk that is left, so that all end together. A copied piece is one lane's, which has the piece's page. */
+    using shape = key_tile<T, FIXED, U>;
+    constexpr int PIECES = shape::PIECES, PIECE = shape::PIECE;
+    static_assert(shape::TOKENS == TILE && PIECES >= 1, "bulk copies are of 16 tokens");
+    char *const keys = (char *)shared_o + warp * PIECES * PIECE;
+    uint64_t *const full = &barriers[warp];
+    uint32_t *const next = &a.told[row_number(0)].next;
+    const auto take = [&]() {
+      int chunk = 0;
+      if (lane == 0) chunk = (int)atomicAdd(next, 1);
+      return __shfl_sync(EMXI_FULL, chunk, 0);
+    };
+    const auto page_in = [&](int chunk) {
       const int64_t token = (int64_t)chunk * CHUNK + 16 * lane;
-      return chunk < end && lane < CHUNK / 16 && token < length ? page_of(token >> pool.shift) : -1;
+      return chunk < chunks && lane < CHUNK / 16 && token < length ? page_of(token >> pool.shift) : -1;
     };
-    int c = shares ? split * SCAN_WARPS + warp : (int)from + warp, lead = c, lead_tile = 0, then = c + stride, stage = 0;
-    uint32_t parity = 0, claimed = 0;
-    int32_t page = pages_of(lead), next_page = pages_of(then);
-    if (shares && lane == 0) claimed = atomicAdd(next, 1);
-    const auto send = [&](int stage) {
-      if (lead < end && lane / PIECES == lead_tile) {
-        const int first = lead * CHUNK + lead_tile * TILE, there = (int)(length - first + 15) / 16;
-        if (lane % PIECES == 0) ring_expect(&full[stage], (uint32_t)(ring::PIECE * min(max(there, 0), PIECES)));
-        if (page >= 0)
-          ring_copy(own + stage * STAGE + lane % PIECES * ring::PIECE,
-                    k_base + page * pool.k_page + ((first + lane % PIECES * 16) & (pool.P - 1)) * FIXED, ring::PIECE,
-                    &full[stage], once);
-      }
-      if (++lead_tile < TILES) return;
-      lead_tile = 0;
-      lead = then, page = next_page;
-      then = shares ? (int)__shfl_sync(EMXI_FULL, claimed, 0) + 2 * stride : then + stride;
-      next_page = pages_of(then);
-      if (shares && lane == 0) claimed = atomicAdd(next, 1);
+    const auto send = [&](int chunk, int tile, int32_t page) {
+      if (chunk >= chunks || lane / PIECES != tile) return;
+      const int first = chunk * CHUNK + tile * TILE, there = (int)(length - first + 15) / 16;
+      if (lane % PIECES == 0) tile_expect(full, (uint32_t)(PIECE * min(max(there, 0), PIECES)));
+      if (page < 0) return;
+      tile_copy(keys + lane % PIECES * PIECE, k_base + page * pool.k_page + ((first + lane % PIECES * 16) & (pool.P - 1)) * FIXED,
+                PIECE, full, once);
     };
-    for (int i = 0; i < ring::STAGES; i++) send(i);
     const row_piece none[1] = {};
-    for (; c < end; c = lead) {
+    uint32_t parity = 0;
+    int c = take();
+    int32_t page = page_in(c);
+    send(c, 0, page);
+    while (c < chunks) {
+      const int chunk = c;
 #pragma unroll 1
       for (int tile = 0; tile < TILES; tile++) {
-        ring_wait(&full[stage], parity);
+        if (tile == TILES - 1) { /* the next copy is of another chunk */
+          c = take();
+          page = page_in(c);
+        }
+        tile_wait(full, parity);
+        parity ^= 1;
         float v[V];
         products(v, [&](int u) {
           row_piece x;
-          x.x = *(const uint4 *)(own + stage * STAGE + (32 * u + lane) * 16);
+          x.x = *(const uint4 *)(keys + (32 * u + lane) * 16);
           return x;
         });
         __syncwarp(); /* all have read it */
-        send(stage);
-        if (++stage == ring::STAGES) stage = 0, parity ^= 1;
-        judge_tile(c, tile, v, none);
+        send(c, (tile + 1) % TILES, page);
+        judge_tile(chunk, tile, v, none);
       }
     }
   } else {
@@ -651,10 +650,10 @@ __device__ __forceinline__ void scan_part(const emxi_cuda_decode &a) {
   }
 }
 
-template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE, bool RING>
+template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE, bool BULK>
 __global__ void __launch_bounds__(SCAN_THREADS, 2) scan(const __grid_constant__ emxi_cuda_decode a) {
   wait_for_previous();
-  scan_part<T, FIXED, R, U, SOFTMAX, SPARSE, RING>(a);
+  scan_part<T, FIXED, R, U, SOFTMAX, SPARSE, BULK>(a);
 }
 
 /* ---- values */
@@ -1426,6 +1425,7 @@ template <typename T>
 __global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ emxi_cuda_decode a) {
   __shared__ float sum[SCAN_WARPS][MAX_D];
   __shared__ bool last;
+  start_next(); /* most rows need nothing here, and kernels that follow wait before they look at anything */
   wait_for_previous();
   const int64_t row = blockIdx.x / a.shares;
   const int part = (int)(blockIdx.x % a.shares);
@@ -1546,22 +1546,25 @@ __global__ void __launch_bounds__(MAX_D) merge(const __grid_constant__ emxi_cuda
 
 /* ---- launches */
 
-template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE, bool RING>
+template <typename T, int FIXED, int R, int U, bool SOFTMAX, bool SPARSE, bool BULK>
 void launch_scan(const emxi_cuda_decode &d, cudaStream_t stream) {
   const unsigned grid = (unsigned)(SPARSE ? d.batch.n * d.H * d.splits : d.batch.n * d.pool.G * d.blocks * d.splits);
   size_t shared = SOFTMAX ? (size_t)SCAN_WARPS * R * d.pool.D * sizeof(float) : 0;
-  if constexpr (RING) {
-    shared = key_ring<T, FIXED, U>::SHARED;
-    (void)cudaFuncSetAttribute(scan<T, FIXED, R, U, SOFTMAX, SPARSE, RING>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  if constexpr (BULK) {
+    shared = key_tile<T, FIXED, U>::SHARED;
+    (void)cudaFuncSetAttribute(scan<T, FIXED, R, U, SOFTMAX, SPARSE, BULK>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                (int)shared);
   }
-  launch(scan<T, FIXED, R, U, SOFTMAX, SPARSE, RING>, grid, SCAN_THREADS, shared, stream, d.overlap, d);
+  launch(scan<T, FIXED, R, U, SOFTMAX, SPARSE, BULK>, grid, SCAN_THREADS, shared, stream, d.overlap, d);
 }
-/* Of U keys a lane at a time; with rings in shared memory, of RING. */
-template <typename T, int FIXED, int R, int U, int RING_U, bool SOFTMAX, bool SPARSE>
+/* Of U keys a lane at a time; by bulk copies, of BULK_U. */
+template <typename T, int FIXED, int R, int U, int BULK_U, bool SOFTMAX, bool SPARSE>
 void scan_fixed(const emxi_cuda_decode &d, cudaStream_t stream) {
-  if constexpr (!SOFTMAX)
-    if (d.rings) return launch_scan<T, FIXED, R, RING_U, SOFTMAX, SPARSE, true>(d, stream);
+  if constexpr (!SOFTMAX && !SPARSE)
+    if (d.told) {
+      launch(open_told, 1, 256, 0, stream, d.overlap, d);
+      return launch_scan<T, FIXED, R, BULK_U, SOFTMAX, SPARSE, true>(d, stream);
+    }
   launch_scan<T, FIXED, R, U, SOFTMAX, SPARSE, false>(d, stream);
 }
 template <typename T, bool SOFTMAX>
@@ -1596,10 +1599,7 @@ void decode_all(const emxi_cuda_decode &d, cudaStream_t stream) {
     launch(merge, rows, MAX_D, 0, stream, d.overlap, d);
   }
   if (!d.alphas && d.alpha == 1.0) return;
-  if (!scanned) {
-    if (d.told) launch(open_told, 1, 256, 0, stream, d.overlap, d);
-    scan_any<T, false>(d, stream);
-  }
+  if (!scanned) scan_any<T, false>(d, stream);
   launch(solve<T>, rows * (unsigned)d.parts, SOLVE_THREADS, 0, stream, d.overlap, d);
   launch(share<T>, rows * (unsigned)d.shares, SCAN_THREADS, 0, stream, d.overlap, d);
 }

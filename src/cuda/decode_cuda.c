@@ -66,7 +66,6 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
                        (d->alpha >= EMXI_CUDA_CERT_ALPHA_LEAST && d->alpha <= EMXI_CUDA_CERT_ALPHA_MOST));
   const bool limited = ladder && (select->max_bytes > 0 || select->max_delta > 0), scores = entmax || limited;
   const bool fast = k.vectors && kv->dtype != EMX_F32 && (kv->D == 32 || kv->D == 64 || kv->D == 128);
-  k.rings = k.overlap && kv->k_token == kv->D;
   k.rows = fast && per_head == 1 ? 1 : 4;
   if (ladder && k.rows > 4) k.rows = 4; /* its kernels take one row or four at a time */
   const int64_t blocks = ceil_div(per_head, k.rows), items = at_least_one(sparse ? rows : slice * kv->G * blocks);
@@ -109,11 +108,12 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   k.count = emxi_arena_take(arena, list, sizeof *k.count);
   k.chunk_max = emxi_arena_take(arena, list, sizeof *k.chunk_max);
   k.bad = emxi_arena_take(arena, parts, sizeof *k.bad);
-  k.split_max = emxi_arena_take(arena, solved, sizeof *k.split_max);
-  /* Parts of many chunks tell each other the largest score: a part's own leaves ten times the candidates that all of a million independent
-   * tokens would. Worth a kernel that makes it ready. */
-  const bool tells = select->kind == EMX_SELECT_ALL && scores && !d->select_only && k.chunks >= 24 * splits;
-  if (tells) k.told = emxi_arena_take(arena, rows, sizeof *k.told);
+  /* Keys of long sequences come by bulk copies of 16 tokens that are neighbours; the parts of the scan tell each other the largest score, for a
+   * part's own leaves ten times the candidates that all of a million independent tokens would, and take what chunks are left. Worth a kernel that
+   * makes this ready. */
+  if (k.overlap && fast && kv->k_token == kv->D && select->kind == EMX_SELECT_ALL && entmax && !d->select_only &&
+      k.chunks >= 48 * splits)
+    k.told = emxi_arena_take(arena, rows, sizeof *k.told);
   k.wide = emxi_arena_take(arena, d->select_only ? 0 : rows, sizeof *k.wide);
   k.share = emxi_arena_take(arena, solved ? rows * shares * kv->D : 0, sizeof *k.share);
   const int64_t packs = solved ? rows * k.parts * (EMXI_CUDA_SOLVE_THREADS / 32) : 0;
@@ -152,6 +152,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
     k.cert_size = emxi_arena_take(arena, cut, sizeof *k.cert_size);
     k.cert_flat = emxi_arena_take(arena, items, sizeof *k.cert_flat);
     if (limited) {
+      k.split_max = emxi_arena_take(arena, parts, sizeof *k.split_max);
       k.max_bytes = select->max_bytes;
       k.max_delta = select->max_delta;
       k.cert_bound = emxi_arena_take(arena, segments, sizeof *k.cert_bound);

@@ -106,6 +106,13 @@ __device__ __forceinline__ void wait_for_previous() {
   asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+/* The next kernel may be made ready before this one has waited. It must read nothing of what the kernels before this one write until it has waited
+ * itself. */
+__device__ __forceinline__ void start_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 /* Kernels of a chain: with `overlap` the next one's blocks may be started while the last blocks of this one run. They wait. After one that
  * could not be started there is none, for kernels poll what those before them write. */
 template <typename K, typename A>

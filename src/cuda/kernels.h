@@ -193,7 +193,7 @@ typedef struct emxi_cuda_wide {
 /* What parts of the scan tell each other of a row. */
 typedef struct emxi_cuda_told {
   uint32_t top;  /* the largest score, as an unsigned integer of the same order; 0: none yet */
-  uint32_t next; /* of an item's first row: chunks that have been taken, but for those that blocks begin with */
+  uint32_t next; /* of an item's first row: chunks that have been taken */
 } emxi_cuda_told;
 
 /* What a selector says of a row. */
@@ -225,7 +225,6 @@ typedef struct emxi_cuda_decode {
   int32_t parts;                     /* blocks that look at a row's candidates */
   int32_t q_dtype, o_dtype, vectors; /* vectors: rows of K may be read 16 bytes at a time */
   int32_t shared;                    /* bytes of shared memory that a block may have */
-  int32_t rings;                     /* keys go through shared memory, by bulk copies of 16 tokens, whose keys are neighbours */
   int32_t overlap;                   /* a kernel may be made ready while the one before it ends */
   double alpha;
   double power; /* 1/(alpha-1), and the integer that it is, 1..4, or 0 */
@@ -244,8 +243,7 @@ typedef struct emxi_cuda_decode {
   uint8_t *local;       /* [rows, chunks, CHUNK] their positions in the chunk */
   uint8_t *count;       /* [rows, chunks] */
   float *chunk_max;     /* [rows, chunks] */
-  float *split_max;     /* [rows, splits] */
-  emxi_cuda_told *told; /* [rows] or NULL: parts tell each other nothing */
+  emxi_cuda_told *told; /* [rows] or NULL: keys are not copied in bulk */
   int32_t *bad;         /* [rows, splits] NaN or +inf among the scores */
   emxi_cuda_wide *wide; /* [rows] */
   float *share;         /* [rows, shares, D] */
@@ -290,6 +288,7 @@ typedef struct emxi_cuda_decode {
   float *cert_bound;           /* [rows, chunks, CHUNK] bounds of keys that may matter, in the order of their positions */
   uint8_t *cert_local;         /* [rows, chunks, CHUNK] positions in the chunk */
   uint8_t *cert_count;         /* [rows, chunks] */
+  float *split_max;            /* [rows, splits] largest score of the part's keys that are read */
   emxi_cuda_limit *cert_limit; /* [rows] */
   /* the caller's lists: read with PAGES, written by emx_select */
   int32_t *io_pages, *io_n;

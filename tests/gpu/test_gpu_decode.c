@@ -250,15 +250,27 @@ static void test_deterministic(void **state) {
   }
 }
 
-/* So many query tokens that a part of the scan has many chunks: parts tell each other the largest score, whenever they do. */
-static void test_parts_that_tell(void **state) {
+/* So many query tokens that a part of the scan has many chunks: bulk copies, parts that tell each other the largest score whenever they come
+ * to know it, and chunks that go to whoever is free. The same call gives the same bits all the same. */
+static void test_bulk(void **state) {
   (void)state;
-  static const double alphas[] = {1.5, 2, 1.25, 3};
-  static const int data[] = {DATA_IID, DATA_AR, DATA_NEEDLE, DATA_FLAT};
-  for (int i = 0; i < 4; i++) {
-    decode_case c = {
-        .G = 4, .H = 16, .S = 8, .D = 64, .dtype = EMX_F16, .len = {26000 + 31 * i}, .alpha = alphas[i], .data = data[i]};
+  static const double alphas[] = {1.5, 2, 1.25, 3, 1.5};
+  static const int data[] = {DATA_IID, DATA_AR, DATA_NEEDLE, DATA_FLAT, DATA_IID};
+  for (int i = 0; i < 5; i++) {
+    decode_case c = {.G = 4,
+                     .H = 16,
+                     .S = 16,
+                     .D = i == 2 ? 32 : 64,
+                     .dtype = i == 3 ? EMX_BF16 : EMX_F16,
+                     .B = 1 + i % 2,
+                     .len = {26000 + 31 * i, 700 * (i - 1)}, /* what is cut for the longest is right for others */
+                     .P = i == 2 ? 64 : 16,
+                     .alpha = alphas[i],
+                     .data = data[i]};
     c.alibi = i == 1;
+    if (i == 1) c.kv_memory = EMX_KV_MEMORY_HOST;
+    if (i == 4) c.G = 2, c.H = 4, c.S = 64, c.D = 128;
+    if (i == 1) c.len[1] = 16;
     gpu_case g;
     gpu_open(&g, &c);
     gpu_decode(&g);
@@ -706,11 +718,11 @@ int main(int argc, char **argv) {
   const int missing = gpu_missing();
   if (missing) return missing;
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_cache),           cmocka_unit_test(test_lengths),  cmocka_unit_test(test_all),
-      cmocka_unit_test(test_fast_shapes),     cmocka_unit_test(test_flat),     cmocka_unit_test(test_low_alphas),
-      cmocka_unit_test(test_query_tokens),    cmocka_unit_test(test_odd_data), cmocka_unit_test(test_deterministic),
-      cmocka_unit_test(test_parts_that_tell), cmocka_unit_test(test_graph),    cmocka_unit_test(test_faults),
-      cmocka_unit_test(test_streams),         cmocka_unit_test(test_refusals), cmocka_unit_test(test_huge)};
+      cmocka_unit_test(test_cache),        cmocka_unit_test(test_lengths),  cmocka_unit_test(test_all),
+      cmocka_unit_test(test_fast_shapes),  cmocka_unit_test(test_flat),     cmocka_unit_test(test_low_alphas),
+      cmocka_unit_test(test_query_tokens), cmocka_unit_test(test_odd_data), cmocka_unit_test(test_deterministic),
+      cmocka_unit_test(test_bulk),         cmocka_unit_test(test_graph),    cmocka_unit_test(test_faults),
+      cmocka_unit_test(test_streams),      cmocka_unit_test(test_refusals), cmocka_unit_test(test_huge)};
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   emx_ctx_destroy(gpu);
   emx_ctx_destroy(cpu);
