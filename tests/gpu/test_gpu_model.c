@@ -45,7 +45,8 @@ static void pair_close(pair *p) {
     emx_model_close(p->model[i]);
   }
 }
-static void make(const emx_model_config *c) { assert_true(tiny_write(folder, c, 7)); }
+static float queries = 1; /* see tiny_write_scaled */
+static void make(const emx_model_config *c) { assert_true(tiny_write_scaled(folder, c, 7, queries)); }
 
 /* Largest difference of two rows of logits over the largest logit. */
 static double apart(const float *a, const float *b, int n) {
@@ -145,6 +146,20 @@ static void test_alphas_and_shapes(void **state) {
     }
     print_message("%s caches: logits at most %.2g apart\n", emx_dtype_name(dtypes[d]), worst);
   }
+}
+
+/* Queries whose elements f16 does not have, over an f16 cache: they are f32, and their rows have numbers. */
+static void test_long_queries(void **state) {
+  (void)state;
+  worst = 0;
+  queries = 2e4f;
+  for (int alphas = 0; alphas < 2; alphas++) {
+    emx_model_config c = tiny_config();
+    c.alpha_learned = alphas;
+    compare(&c, EMX_F16, "long queries");
+  }
+  queries = 1;
+  print_message("f16 caches, long queries: logits at most %.2g apart\n", worst);
 }
 
 /* Selectors: TOPK picks by the same bounds as the CPU's, CERTIFIED gives ALL's answer on either path, GAUSSIAN (whose summaries differ
@@ -351,6 +366,7 @@ int main(int argc, char **argv) {
   }
   const struct CMUnitTest tests[] = {cmocka_unit_test(test_positions_and_scales),
                                      cmocka_unit_test(test_alphas_and_shapes),
+                                     cmocka_unit_test(test_long_queries),
                                      cmocka_unit_test(test_selectors),
                                      cmocka_unit_test(test_laws),
                                      cmocka_unit_test(test_refusals),
