@@ -22,8 +22,8 @@ static inline emx_model_config tiny_config(void) {
   c.alibi_num_heads = 2;
   return c;
 }
-/* Writes config.json and model.safetensors into an existing folder; false if that fails. queries: how many times as long as usual they
- * are. */
+/* Writes config.json and model.safetensors into an existing folder; false if that fails. queries: how many times as long as
+ * usual they are. */
 static inline bool tiny_write_scaled(const char *folder, const emx_model_config *c, uint64_t seed, float queries) {
   const int64_t count = emx_model_config_parameters(c);
   float *w = malloc((size_t)count * sizeof *w);

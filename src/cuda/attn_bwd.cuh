@@ -178,8 +178,8 @@ size_t dense_keys_shared(int D) {
   return scan_shared<T>() + 2 * TILE * product<T>::LD * sizeof(T) + (size_t)TILE * D;
 }
 
-/* Notes what kinds of infinity and NaN columns d0 .. d0+63 of `grad` bring to a tile of keys, by the weights P of rows i0 .. end-1. noted:
- * there are notes already. */
+/* Notes what kinds of infinity and NaN columns d0 .. d0+63 of `grad` bring to a tile of keys, by the weights P of rows i0 ..
+ * end-1. noted: there are notes already. */
 template <typename T>
 __device__ __noinline__ void mark_odd(uint8_t *kinds, bool noted, const T *P, source grad, int i0, int end, int d0, int D) {
   for (int e = threadIdx.x; !noted && e < TILE * D; e += THREADS) kinds[e] = 0;

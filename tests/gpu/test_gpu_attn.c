@@ -795,8 +795,8 @@ static void judge_odd(const problem *p, const char *what, const double *got, con
   if (!(sqrt(err) <= limit * fmax(1, sqrt(norm))))
     fail_msg("%s: %s is off by %g of %g", describe(p), what, sqrt(err), sqrt(norm));
 }
-/* In V of masked keys (0), in V of keys that some rows weigh (1), in the gradient of o (2): in many tiles, rows of lists and dense
- * ones. */
+/* In V of masked keys (0), in V of keys that some rows weigh (1), in the gradient of o (2): in many tiles, rows of lists and
+ * dense ones. */
 static void test_odd_values(void **state) {
   (void)state;
   static const double alphas[] = {1.5, 2, 1.3, 1, 1.5};
@@ -913,7 +913,8 @@ static void repack(double *packed, double *alone, int64_t first, int64_t heads, 
       memcpy(back ? y : x, back ? x : y, sizeof *x * (size_t)width);
     }
 }
-/* Packed sequences with slopes, some of them long, against the oracle; behind them rows of the tensor that belong to no sequence. */
+/* Packed sequences with slopes, some of them long, against the oracle; behind them rows of the tensor that belong to no
+ * sequence. */
 static void test_packed_slopes(void **state) {
   (void)state;
   enum { B = 4, H = 4, G = 2, LEFT = 9 };
