@@ -9,7 +9,7 @@ cache (a set of half a million tokens or more four times); a time is the median 
 a different function and the speed to beat; rel_err of ours is the relative L2 distance from float64 attention of the same alpha over all
 keys, all heads of the first set, delta the entmax mass of what was not read (mean over heads), delta_bound and certified what the reports say.
 bytes: what the reports count, once for the heads of a group where they share it; roof: of the rate of a large copy on the same GPU.
-topics:24 are topics shifted by 24 tokens. FILE.safetensors as data: q, k and v of a trained layer, as `emx generate --dump-qkv` writes them (the newest
+topics:24 are topics shifted by 24 tokens. FILE.safetensors as data: q, k and v of a trained layer, as `emx generate --dump-qkv` or layers.py writes them (the newest
 query; ALiBi slopes are ours alone, softmax is the time to stream the same keys and values). Eight ragged sequences have no counterpart in PyTorch: softmax is there one query over the same keys
 and values as one sequence, the time to stream them. EntmaxKV runs beside them if it can be imported (rivals.py).
 Needs PyTorch with CUDA and a libentmax built with its CUDA back end. One JSON object a line goes to --out, a table to standard output.
@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PAGE = 16
 TOPK, GAUSSIAN, CERTIFIED = 1, 2, 3
+KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Tensor(C.Structure):
@@ -168,18 +169,23 @@ class Ours:
         self.lib.lib.emx_kv_destroy(self.kv)
 
 
-def trained(path):
-    """q [1,H,1,D] f32 of the last step, k and v [N,G,D], slopes [H] or None, of a file that emx wrote."""
-    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+def tensors_of(path):
+    """Those of a safetensors file, but for integers."""
     with open(path, "rb") as f:
         raw = bytearray(f.read())
     start = 8 + struct.unpack("<Q", raw[:8])[0]
-    header, t = json.loads(raw[8:start]), {}
-    for name in header.keys() & {"q", "k", "v", "alibi_slopes"}:
-        x = header[name]
-        begin, end = x["data_offsets"]
-        t[name] = torch.frombuffer(raw, dtype=torch.uint8, count=end - begin, offset=start + begin).clone()
-        t[name] = t[name].view(kinds[x["dtype"]]).view(x["shape"]).cuda()
+    t = {}
+    for name, x in json.loads(raw[8:start]).items():
+        if x.get("dtype") in KINDS:
+            begin, end = x["data_offsets"]
+            t[name] = torch.frombuffer(raw, dtype=torch.uint8, count=end - begin, offset=start + begin).clone()
+            t[name] = t[name].view(KINDS[x["dtype"]]).view(x["shape"])
+    return t
+
+
+def trained(path):
+    """q [1,H,1,D] f32 of the last step, k and v [N,G,D], slopes [H] or None, of a file that emx or layers.py wrote."""
+    t = {name: x.cuda() for name, x in tensors_of(path).items()}
     return t["q"][-1][None, :, None].float(), t["k"], t["v"], t.get("alibi_slopes")
 
 
