@@ -457,7 +457,9 @@ enum {
   EMX_SELECT_GAUSSIAN = 2, /* threshold estimated from page means and spreads (EntmaxKV's second selector, eq. 19) */
   /* Exact without reading every key: tokens whose sound score bound lies below the threshold are left out. Needs
    * EMX_SUMMARY_SKETCH. alpha = 1: with max_delta, for no weight of softmax is zero; heads without it take ALL's path. On a GPU
-   * heads with an alpha outside 1.05 to 2 take it, too, and so do those that share their reads; no page lists of it there. */
+   * heads with an alpha outside 1.05 to 2 take it, too, and so do those that share their reads; no page lists of it there. What
+   * it reads on a GPU depends on timing, unless max_bytes or max_delta is set: support and certificate are always the same, but
+   * tokens, bytes and max_unread of a report and the last bits of o and tau may differ from call to call. */
   EMX_SELECT_CERTIFIED = 3,
   EMX_SELECT_PAGES = 4 /* emx_decode only: the caller's page lists */
 };

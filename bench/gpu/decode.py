@@ -9,7 +9,8 @@ cache (a set of half a million tokens or more four times); a time is the median 
 a different function and the speed to beat; rel_err of ours is the relative L2 distance from float64 attention of the same alpha over all
 keys, all heads of the first set, delta the entmax mass of what was not read (mean over heads), delta_bound and certified what the reports say.
 bytes: what the reports count, once for the heads of a group where they share it; roof: of the rate of a large copy on the same GPU.
-topics:24 are topics shifted by 24 tokens. Eight ragged sequences have no counterpart in PyTorch: softmax is there one query over the same keys
+topics:24 are topics shifted by 24 tokens. FILE.safetensors as data: q, k and v of a trained layer, as `emx generate --dump-qkv` or layers.py writes them (the newest
+query; ALiBi slopes are ours alone, softmax is the time to stream the same keys and values). Eight ragged sequences have no counterpart in PyTorch: softmax is there one query over the same keys
 and values as one sequence, the time to stream them. EntmaxKV runs beside them if it can be imported (rivals.py).
 Needs PyTorch with CUDA and a libentmax built with its CUDA back end. One JSON object a line goes to --out, a table to standard output.
 """
@@ -17,7 +18,9 @@ import argparse
 import ctypes as C
 import json
 import math
+import os
 import statistics
+import struct
 import sys
 
 import rivals
@@ -26,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PAGE = 16
 TOPK, GAUSSIAN, CERTIFIED = 1, 2, 3
+KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Tensor(C.Structure):
@@ -89,8 +93,8 @@ class Library:
 class Ours:
     """A cache over [M,G,P,D] tensors with a block table, and one decode of it."""
 
-    def __init__(self, lib, k, v, q, lengths, alpha, scale, select=0, budget=0):
-        self.lib, self.keep, self.group = lib, [k, v, q], q.shape[1] // k.shape[1]
+    def __init__(self, lib, k, v, q, slopes, lengths, alpha, scale, select=0, budget=0):
+        self.lib, self.keep, self.group = lib, [k, v, q, slopes], q.shape[1] // k.shape[1]
         pages, g, p, d = k.shape
         b, h = q.shape[:2]
         kt, vt = lib.tensor(k), lib.tensor(v)
@@ -124,6 +128,9 @@ class Ours:
         self.select.kind, self.select.budget = select, budget
         self.io = lib.init("emx_decode_io", Io)
         self.io.alpha, self.io.scale = alpha, scale
+        if slopes is not None:
+            self.views.append(lib.tensor(slopes))
+            self.io.slopes = C.pointer(self.views[-1])
         self.io.q, self.io.o, self.io.reports = C.pointer(self.views[0]), C.pointer(self.views[1]), self.reports.data_ptr()
         size = C.c_size_t()
         lib.call("emx_decode_workspace_size", lib.ctx, self.kv, C.byref(self.select), C.byref(self.io), C.c_int64(most), C.byref(size))
@@ -163,6 +170,26 @@ class Ours:
         self.lib.lib.emx_kv_destroy(self.kv)
 
 
+def tensors_of(path):
+    """Those of a safetensors file, but for integers."""
+    with open(path, "rb") as f:
+        raw = bytearray(f.read())
+    start = 8 + struct.unpack("<Q", raw[:8])[0]
+    t = {}
+    for name, x in json.loads(raw[8:start]).items():
+        if x.get("dtype") in KINDS:
+            begin, end = x["data_offsets"]
+            t[name] = torch.frombuffer(raw, dtype=torch.uint8, count=end - begin, offset=start + begin).clone()
+            t[name] = t[name].view(KINDS[x["dtype"]]).view(x["shape"])
+    return t
+
+
+def trained(path):
+    """q [1,H,1,D] f32 of the last step, k and v [N,G,D], slopes [H] or None, of a file that emx or layers.py wrote."""
+    t = {name: x.cuda() for name, x in tensors_of(path).items()}
+    return t["q"][-1][None, :, None].float(), t["k"], t["v"], t.get("alibi_slopes")
+
+
 def keys(data, n, g, d, gen):
     """[n,g,d] f32"""
     noise = torch.randn(n, g, d, device="cuda", generator=gen)
@@ -195,19 +222,24 @@ def scale_of(data, d):
 
 
 def paged(x, lengths):
-    """[sum of lengths, g, d] -> [pages, g, PAGE, d], f16"""
+    """[sum of lengths, g, d] -> [pages, g, PAGE, d], f16 or, of a file, as they are"""
     out, first = [], 0
     for n in lengths:
         part = x[first:first + n]
         first += n
         pad = -n % PAGE
         if pad:
-            part = torch.cat([part, torch.zeros(pad, *part.shape[1:], device="cuda")])
-        out.append(part.view(-1, PAGE, *part.shape[1:]).transpose(1, 2).half())
+            part = torch.cat([part, part.new_zeros(pad, *part.shape[1:])])
+        part = part.view(-1, PAGE, *part.shape[1:]).transpose(1, 2)
+        out.append(part.half() if part.dtype == torch.float32 else part)
     return torch.cat(out).contiguous()
 
 
 def make_set(data, lengths, hq, g, d, seed):
+    """Pages of keys and values, queries, slopes or None."""
+    if data.endswith(".safetensors"):
+        q, k, v, slopes = trained(data)
+        return paged(k, lengths), paged(v, lengths), q, slopes
     gen = torch.Generator(device="cuda").manual_seed(seed)
     total = sum(lengths)
     k = torch.cat([keys(data, n, g, d, gen) for n in lengths])
@@ -222,10 +254,10 @@ def make_set(data, lengths, hq, g, d, seed):
             first += n
     del k
     vp = paged(torch.randn(total, g, d, device="cuda", generator=gen), lengths)
-    return kp, vp, q.half()
+    return kp, vp, q.half(), None
 
 
-def exact(kp, vp, q, lengths, alpha, scale, lists=None):
+def exact(kp, vp, q, slopes, lengths, alpha, scale, lists=None):
     """float64 attention [b,hq,d] of alpha 1, 1.5 or 2; and the mean over heads of the mass outside the lists."""
     out, first, dropped = [], 0, []
     b, hq, _, d = q.shape
@@ -237,6 +269,8 @@ def exact(kp, vp, q, lengths, alpha, scale, lists=None):
             k = kp[first:first + pages, h // (hq // g)].reshape(-1, d)[:n].double()
             v = vp[first:first + pages, h // (hq // g)].reshape(-1, d)[:n].double()
             s = k @ q[i, h, 0].double() * scale
+            if slopes is not None:
+                s -= slopes[h].double() * torch.arange(n - 1, -1, -1, device="cuda")
             if alpha == 1:
                 p = torch.softmax(s, 0)
             else:
@@ -329,8 +363,8 @@ def run(lib, data, lengths, hq, g, d, sets, rounds, seed, profile, roof):
     # PyTorch has no paged decode: contiguous copies
     flat = [tuple(t.transpose(0, 1).reshape(1, g, -1, d)[:, :, :sum(lengths)].contiguous() for t in p[:2]) for p in problems]
     for name, kind in (("softmax cuDNN", SDPBackend.CUDNN_ATTENTION), ("softmax FlashAttention", SDPBackend.FLASH_ATTENTION)):
-        methods[name] = [softmax(kind, *f, p[2][:1], scale) for f, p in zip(flat, problems)]
-    if len(lengths) == 1:
+        methods[name] = [softmax(kind, *f, p[2][:1].to(f[0].dtype), scale) for f, p in zip(flat, problems)]
+    if len(lengths) == 1 and not data.endswith(".safetensors"):
         for f, p in zip(flat, problems):
             for name, (call, o) in rivals.methods(*f, p[2], 1.5, scale, PAGE).items():
                 methods.setdefault(name, []).append(call)
@@ -376,8 +410,8 @@ def run(lib, data, lengths, hq, g, d, sets, rounds, seed, profile, roof):
     base = min((statistics.median(t) for n, t in times.items() if n.startswith("softmax")), default=None)
     for name, t in times.items():
         ms = statistics.median(t)
-        row = {"device": torch.cuda.get_device_name(), "data": data, "n": max(lengths), "batch": len(lengths), "tokens": sum(lengths),
-               "hq": hq, "hkv": g, "d": d, "dtype": "f16", "page": PAGE, "method": name, "ms": ms, "ms_min": min(t),
+        row = {"device": torch.cuda.get_device_name(), "data": os.path.basename(data), "n": max(lengths), "batch": len(lengths), "tokens": sum(lengths),
+               "hq": hq, "hkv": g, "d": d, "dtype": "bf16" if problems[0][0].dtype == torch.bfloat16 else "f16", "page": PAGE, "method": name, "ms": ms, "ms_min": min(t),
                "ms_mad": statistics.median(abs(x - ms) for x in t), "ms_eager": statistics.median(eager[name]),
                "vs_softmax": base / ms if base else None, "bytes": 2 * bytes_k, "sets": sets, "rounds": rounds, "seed": seed,
                "graph": name not in uncaptured}
@@ -426,6 +460,10 @@ def main():
     kinds = ("iid", "flat:0.05") if args.quick else ("iid", "ar:0.9", "ar:0.99", "topics", "topics:24", "outlier:4,50", "flat:0.05")
     kinds = args.data.split(";") if args.data else kinds
     ragged = [131072 - 65536 * i // 7 for i in range(8)]
+    for data in [x for x in kinds if x.endswith(".safetensors")]:
+        q, k, _, _ = trained(data)
+        cases.append((data, [k.shape[0]], q.shape[1], *k.shape[1:], 1))
+    kinds = [x for x in kinds if not x.endswith(".safetensors")]
     for lengths, sets in (([1 << 20], 1), ([32768], 8), (ragged, 1), ([131072], 4), ([1 << 19], 1)):
         if (args.batch or args.quick or args.data) and args.batch != (len(lengths) > 1):
             continue

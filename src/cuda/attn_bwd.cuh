@@ -174,15 +174,31 @@ __global__ void __launch_bounds__(THREADS) dense_queries(const __grid_constant__
 }
 
 template <typename T>
-size_t dense_keys_shared() {
-  return scan_shared<T>() + 2 * TILE * product<T>::LD * sizeof(T);
+size_t dense_keys_shared(int D) {
+  return scan_shared<T>() + 2 * TILE * product<T>::LD * sizeof(T) + (size_t)TILE * D;
+}
+
+/* Notes what kinds of infinity and NaN columns d0 .. d0+63 of `grad` bring to a tile of keys, by the weights P of rows i0 ..
+ * end-1. noted: there are notes already. */
+template <typename T>
+__device__ __noinline__ void mark_odd(uint8_t *kinds, bool noted, const T *P, source grad, int i0, int end, int d0, int D) {
+  for (int e = threadIdx.x; !noted && e < TILE * D; e += THREADS) kinds[e] = 0;
+  __syncthreads();
+  for (int e = threadIdx.x; e < TILE * TILE; e += THREADS) {
+    const int j = e / TILE, d = d0 + e % TILE;
+    if (d >= D) continue;
+    for (int i = i0; i < end; i++)
+      if (!((float)P[(i - i0) * product<T>::LD + j] == 0)) kinds[j * D + d] |= odd_kind(at_row(grad, i), grad.dtype, d);
+  }
 }
 
 template <typename T, int CHUNKS>
-__global__ void __launch_bounds__(THREADS) dense_keys(const __grid_constant__ emxi_cuda_attn a) {
+__global__ void __launch_bounds__(THREADS, 1) /* for two blocks' sake registers would spill */ dense_keys(
+    const __grid_constant__ emxi_cuda_attn a) {
   extern __shared__ __align__(128) char shared[];
   float *S = (float *)shared;
   T *A = (T *)(S + TILE * S_LD), *B = A + TILE * product<T>::LD, *P = B + TILE * product<T>::LD, *dS = P + TILE * product<T>::LD;
+  uint8_t *odd_grads = (uint8_t *)(dS + TILE * product<T>::LD); /* [TILE, D]; set once there are some */
   key_tile t;
   if (!key_tile_of(a, blockIdx.x, &t)) return;
   const int r = threadIdx.x / 4, part = threadIdx.x % 4, D = a.d;
@@ -194,7 +210,7 @@ __global__ void __launch_bounds__(THREADS) dense_keys(const __grid_constant__ em
     dk[c].zero();
     dv[c].zero();
   }
-  bool any = false;
+  bool any = false, odd = false;
   const int n_tiles = t.n ? (t.sp.s + TILE - 1) / TILE : 0;
   for (int e = 0; e < a.group * n_tiles; e++) { /* tiles of queries, head by head; where none of many is dense, on to the next */
     const int hh = e / n_tiles, x = e % n_tiles;
@@ -228,9 +244,12 @@ __global__ void __launch_bounds__(THREADS) dense_keys(const __grid_constant__ em
     }
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-      load_tile<T, true>(A, grad, qt.i0, q_end, c * TILE, D);
+      const bool met = load_tile<T, true>(A, grad, qt.i0, q_end, c * TILE, D);
       load_tile<T, true>(B, q, qt.i0, q_end, c * TILE, D);
-      __syncthreads();
+      if (__syncthreads_or(met)) { /* an infinity or NaN in a gradient: seldom */
+        mark_odd(odd_grads, odd, P, grad, qt.i0, q_end, c * TILE, D);
+        odd = true;
+      }
       dv[c].template add<true, false>(P, A);
       dk[c].template add<true, false>(dS, B);
       __syncthreads();
@@ -248,7 +267,8 @@ __global__ void __launch_bounds__(THREADS) dense_keys(const __grid_constant__ em
       for (int e = 0; e < PART; e++) {
         const int d = c * TILE + part * PART + e;
         const float y = S[r * S_LD + part * PART + e];
-        if (d < D) (which ? a.dv : a.dk)[out + r * D + d] = which ? y / stretch : y;
+        if (d >= D) break;
+        (which ? a.dv : a.dk)[out + r * D + d] = !which ? y : odd_sum(y / stretch, odd ? odd_grads[r * D + d] : 0);
       }
     }
 }
@@ -334,7 +354,7 @@ void attend_chunks(const emxi_cuda_attn &call, cudaStream_t stream) {
   }
   if (key_tiles) {
     emxi_cuda_attn_sort(&a, (unsigned)units, stream);
-    dense_keys<T, CHUNKS><<<(unsigned)key_tiles, THREADS, with(dense_keys<T, CHUNKS>, dense_keys_shared<T>()), stream>>>(a);
+    dense_keys<T, CHUNKS><<<(unsigned)key_tiles, THREADS, with(dense_keys<T, CHUNKS>, dense_keys_shared<T>(a.d)), stream>>>(a);
     multiply(a, 1);
     emxi_cuda_attn_gather_keys(&a, (unsigned)units, stream);
   }

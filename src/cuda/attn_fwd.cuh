@@ -200,6 +200,14 @@ size_t dense_forward_shared(int D) {
 
 /* Kinds of infinity and NaN among the values that a row's output element has a weight for. */
 enum { ODD_PLUS = 1, ODD_MINUS = 2, ODD_NAN = 4 };
+__device__ __forceinline__ uint8_t odd_kind(const char *row, int32_t dtype, int d) {
+  const float v = load_any(row, dtype, d);
+  return finite(v) ? 0 : v != v ? ODD_NAN : v > 0 ? ODD_PLUS : ODD_MINUS;
+}
+/* A sum whose other terms are y. */
+__device__ __forceinline__ float odd_sum(float y, uint8_t kinds) {
+  return !kinds ? y : kinds == ODD_PLUS ? y + emxi_inf() : kinds == ODD_MINUS ? y - emxi_inf() : emxi_nan();
+}
 
 template <typename T, int CHUNKS>
 __global__ void __launch_bounds__(THREADS) dense_forward(const __grid_constant__ emxi_cuda_attn a) {
@@ -330,11 +338,8 @@ __global__ void __launch_bounds__(THREADS) dense_forward(const __grid_constant__
           const int qr = e / TILE, d = c * TILE + e % TILE;
           if (d >= D) continue;
           uint8_t kinds = odd_values[qr * D + d];
-          for (int j = j0; j < min(j0 + TILE, end); j++) {
-            if (!(S[qr * S_LD + j - j0] > 0)) continue;
-            const float v = load_any(at_row(values, j), values.dtype, d);
-            if (!finite(v)) kinds |= v != v ? ODD_NAN : v > 0 ? ODD_PLUS : ODD_MINUS;
-          }
+          for (int j = j0; j < min(j0 + TILE, end); j++)
+            if (S[qr * S_LD + j - j0] > 0) kinds |= odd_kind(at_row(values, j), values.dtype, d);
           odd_values[qr * D + d] = kinds;
         }
       }
@@ -354,10 +359,8 @@ __global__ void __launch_bounds__(THREADS) dense_forward(const __grid_constant__
     for (int e = 0; mine && e < PART; e++) {
       const int d = c * TILE + part * PART + e;
       if (d >= D) break;
-      float y = live ? S[r * S_LD + part * PART + e] * factor : odd ? emxi_nan() : 0.0f;
-      const uint8_t kinds = live ? odd_values[r * D + d] : 0;
-      if (kinds) y = kinds == ODD_PLUS ? emxi_inf() : kinds == ODD_MINUS ? -emxi_inf() : emxi_nan();
-      store_any(out, a.o.dtype, d, y);
+      const float y = live ? S[r * S_LD + part * PART + e] * factor : odd ? emxi_nan() : 0.0f;
+      store_any(out, a.o.dtype, d, odd_sum(y, live ? odd_values[r * D + d] : 0));
     }
   }
   if (!mine || part) return;

@@ -32,6 +32,7 @@ typedef struct emxi_block_parts {
   void *q;                     /* [H,m,2D] q rounded, and the rest of it rounded */
   void *k, *v;                 /* [G,n,2D] k twice; v and zeros */
   float *o;                    /* [H,m,2D], of which the first half means something */
+  int32_t *beyond;             /* in memory of the device: working memory of part_queries */
 } emxi_block_parts;
 
 typedef struct emxi_blocks {
@@ -44,8 +45,10 @@ typedef struct emxi_blocks {
   emx_status (*begin)(emx_ctx *ctx, void *state, const emxi_block *b, const float *embed, const int32_t *tokens);
   /* q (turned, and times theta), k (turned) and v of x. */
   emx_status (*before)(emx_ctx *ctx, void *state, const emxi_block *b);
-  /* Dense attention by 16-bit products, heads of 2 D: q, k and v for it; a of its o. NULL on the CPU. */
-  emx_status (*part)(emx_ctx *ctx, void *state, const emxi_block *b, const emxi_block_parts *parts);
+  /* Dense attention by 16-bit products, heads of 2 D: q for it, and whether two numbers of that dtype are enough (f16 ends at
+   * 65,504, and to know whether all queries do, the call waits); k and v; a of its o. NULL on the CPU. */
+  emx_status (*part_queries)(emx_ctx *ctx, void *state, const emxi_block *b, const emxi_block_parts *parts, bool *enough);
+  emx_status (*part_keys)(emx_ctx *ctx, void *state, const emxi_block *b, const emxi_block_parts *parts);
   emx_status (*join)(emx_ctx *ctx, void *state, const emxi_block *b, const emxi_block_parts *parts);
   /* x += W_o a, then x += W_down(silu(W_gate rms(x)) * W_up rms(x)). */
   emx_status (*after)(emx_ctx *ctx, void *state, const emxi_block *b);

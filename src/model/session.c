@@ -632,15 +632,19 @@ static emx_status attend_in_parts(emx_session *s, int32_t l, const emx_kv_batch 
     parts.k = k.data = emxi_arena_take(&arena, 2 * G * n * D, es);
     parts.v = v.data = emxi_arena_take(&arena, 2 * G * n * D, es);
     parts.o = o.data = emxi_arena_take(&arena, 2 * H * m * D, sizeof(float));
+    parts.beyond = emxi_arena_take(&arena, 1, sizeof *parts.beyond);
     /* without the memory for it: a few queries at a time */
     if (!placed && (arena.overflow || grow_device(ctx, &p->attn_work, &p->attn_size, emxi_arena_total(&arena))))
       return attend_by_decoder(s, l, batch, m, length);
   }
   parts.from_k = read.k, parts.from_v = read.v;
   const emxi_blocks *blocks = p->model->blocks;
+  bool enough;
+  EMX_TRY(blocks->part_queries(ctx, p->model->blocks_state, &p->block, &parts, &enough));
+  if (!enough) return attend_by_decoder(s, l, batch, m, length);
   EMX_TRY(emx_kv_append(ctx, kv, batch, &t->k, &t->v, NULL));
   EMX_TRY(ctx->backend->kv_read(ctx, &read));
-  EMX_TRY(blocks->part(ctx, p->model->blocks_state, &p->block, &parts));
+  EMX_TRY(blocks->part_keys(ctx, p->model->blocks_state, &p->block, &parts));
   EMX_TRY(emx_attn_forward(ctx, &desc, &io, work, size));
   return blocks->join(ctx, p->model->blocks_state, &p->block, &parts);
 }

@@ -578,6 +578,22 @@ static void test_refused(void **state) {
   emx_kv *kv = NULL;
   assert_int_equal(emx_kv_create(gpu, &o, &kv), EMX_ERR_UNSUPPORTED);
   assert_true(!kv && strstr(emx_last_error(), "residual"));
+  /* no page lists of it yet, said before anything runs: what the lists held stays */
+  decode_case c = {.D = 64, .dtype = EMX_F16, .summaries = EMX_SUMMARY_SKETCH, .len = {600}, .alpha = 1.5};
+  gpu_case g;
+  gpu_open(&g, &c);
+  const emx_select_desc certified = case_desc(EMX_SELECT_CERTIFIED, 0), all = case_desc(EMX_SELECT_ALL, 0);
+  size_t bytes;
+  char *work = gpu_work(&g, &certified, &bytes);
+  CUDA(cudaMemset(g.n_pages.data, 0x77, gpu_bytes(&g.n_pages)));
+  fails(emx_select(gpu, g.kv, &g.batch, &certified, &g.io, work + 1, bytes), EMX_ERR_UNSUPPORTED, "page lists of CERTIFIED");
+  OK(emx_ctx_sync(gpu));
+  gpu_fetch(c.n_pages, g.n_pages.data, gpu_bytes(&g.n_pages));
+  assert_int_equal(c.n_pages[0], 0x77777777);
+  gpu_free(work);
+  gpu_select(&g, &all); /* others are as before */
+  assert_int_equal(c.n_pages[0], (600 + c.P - 1) / c.P);
+  gpu_close(&g);
 }
 
 int main(int argc, char **argv) {

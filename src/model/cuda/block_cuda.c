@@ -305,6 +305,7 @@ static emxi_cuda_parts parts_of(const emxi_block *b, const emxi_block_parts *p) 
                            .v = p->v,
                            .o = p->o,
                            .a = b->a,
+                           .beyond = p->beyond,
                            .q_row = b->q_row,
                            .m = p->m,
                            .n = p->n,
@@ -313,14 +314,30 @@ static emxi_cuda_parts parts_of(const emxi_block *b, const emxi_block_parts *p) 
                            .d = c->head_dim,
                            .dtype = p->dtype};
 }
-static emx_status parted(emx_ctx *ctx, const emxi_block *b, const emxi_block_parts *p) {
+static emx_status parted_queries(emx_ctx *ctx, const emxi_block *b, const emxi_block_parts *p, bool *enough) {
   const emxi_cuda_parts x = parts_of(b, p);
-  emxi_cuda_launch_part(&x, ctx->stream);
+  emxi_cuda_launch_part_queries(&x, ctx->stream);
+  *enough = true;
+  if (p->dtype != EMX_F16) return EMX_OK; /* bf16 goes as far as f32 */
+  int32_t beyond = 0;
+  cudaError_t error = cudaMemcpyAsync(&beyond, p->beyond, sizeof beyond, cudaMemcpyDeviceToHost, ctx->stream);
+  if (!error) error = cudaStreamSynchronize(ctx->stream);
+  if (error) return emxi_fail(EMX_ERR_DEVICE, "emx_session: queries could not be looked at: %s", cudaGetErrorString(error));
+  *enough = !beyond;
   return EMX_OK;
 }
-static emx_status cuda_part(emx_ctx *ctx, void *state, const emxi_block *b, const emxi_block_parts *p) {
+static emx_status cuda_part_queries(emx_ctx *ctx, void *state, const emxi_block *b, const emxi_block_parts *p, bool *enough) {
   (void)state;
-  ON_DEVICE(parted(ctx, b, p));
+  ON_DEVICE(parted_queries(ctx, b, p, enough));
+}
+static emx_status parted_keys(emx_ctx *ctx, const emxi_block *b, const emxi_block_parts *p) {
+  const emxi_cuda_parts x = parts_of(b, p);
+  emxi_cuda_launch_part_keys(&x, ctx->stream);
+  return EMX_OK;
+}
+static emx_status cuda_part_keys(emx_ctx *ctx, void *state, const emxi_block *b, const emxi_block_parts *p) {
+  (void)state;
+  ON_DEVICE(parted_keys(ctx, b, p));
 }
 static emx_status joined(emx_ctx *ctx, const emxi_block *b, const emxi_block_parts *p) {
   const emxi_cuda_parts x = parts_of(b, p);
@@ -437,7 +454,8 @@ const emxi_blocks emxi_blocks_cuda = {.merged = true,
                                       .close = cuda_close,
                                       .begin = cuda_begin,
                                       .before = cuda_before,
-                                      .part = cuda_part,
+                                      .part_queries = cuda_part_queries,
+                                      .part_keys = cuda_part_keys,
                                       .join = cuda_join,
                                       .after = cuda_after,
                                       .norm = cuda_norm,

@@ -89,6 +89,7 @@ __global__ void part_queries(const __grid_constant__ emxi_cuda_parts a) {
   store_any((char *)a.q, a.dtype, p.wide, x);
   const float first = load_any((const char *)a.q, a.dtype, p.wide);
   store_any((char *)a.q, a.dtype, p.wide + a.d, fabsf(first) < INFINITY ? x - first : 0.0f);
+  if (fabsf(x) < INFINITY && fabsf(first) == INFINITY) *a.beyond = 1;
 }
 __global__ void part_keys(const __grid_constant__ emxi_cuda_parts a) {
   const int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
@@ -178,10 +179,12 @@ void emxi_cuda_launch_turn(const emxi_cuda_turn *a, bool overlap, void *stream) 
   launch(turn, blocks_of(a->m * (a->heads + (a->rope ? a->kv_heads : 0)), WARPS), 32 * WARPS, 0, (cudaStream_t)stream, overlap,
          *a);
 }
-void emxi_cuda_launch_part(const emxi_cuda_parts *a, void *stream) {
-  const auto blocks = [&](int64_t rows, int64_t heads) { return (unsigned)((rows * heads * a->d + 255) / 256); };
-  part_queries<<<blocks(a->m, a->heads), 256, 0, (cudaStream_t)stream>>>(*a);
-  part_keys<<<blocks(a->n, a->kv_heads), 256, 0, (cudaStream_t)stream>>>(*a);
+void emxi_cuda_launch_part_queries(const emxi_cuda_parts *a, void *stream) {
+  (void)cudaMemsetAsync(a->beyond, 0, sizeof *a->beyond, (cudaStream_t)stream);
+  part_queries<<<(unsigned)((a->m * a->heads * a->d + 255) / 256), 256, 0, (cudaStream_t)stream>>>(*a);
+}
+void emxi_cuda_launch_part_keys(const emxi_cuda_parts *a, void *stream) {
+  part_keys<<<(unsigned)((a->n * a->kv_heads * a->d + 255) / 256), 256, 0, (cudaStream_t)stream>>>(*a);
 }
 void emxi_cuda_launch_join(const emxi_cuda_parts *a, void *stream) {
   join_outputs<<<(unsigned)((a->m * a->heads * a->d + 255) / 256), 256, 0, (cudaStream_t)stream>>>(*a);

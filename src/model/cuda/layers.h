@@ -37,13 +37,14 @@ typedef struct emxi_cuda_turn {
   bool rope;
   double rope_theta, focal;
 } emxi_cuda_turn;
-/* emxi_block_parts: part makes q, k, v of from_q [m, heads d] (q_row floats apart) and of from_k, from_v; join makes a of o. */
+/* emxi_block_parts: part makes q of from_q [m, heads d] (q_row floats apart), and k, v of from_k, from_v; join makes a of o. */
 typedef struct emxi_cuda_parts {
   const float *from_q;
   const void *from_k, *from_v;
   void *q, *k, *v;
   const float *o;
   float *a;
+  int32_t *beyond; /* not 0: a query has an element that is too large for the dtype */
   int64_t q_row, m, n;
   int32_t heads, kv_heads, d, dtype;
 } emxi_cuda_parts;
@@ -72,7 +73,8 @@ void emxi_cuda_launch_step(const emxi_cuda_step *a, void *stream);
 void emxi_cuda_launch_embed(const emxi_cuda_embed *a, void *stream);
 void emxi_cuda_launch_norm(const emxi_cuda_norm *a, bool overlap, void *stream);
 void emxi_cuda_launch_turn(const emxi_cuda_turn *a, bool overlap, void *stream);
-void emxi_cuda_launch_part(const emxi_cuda_parts *a, void *stream);
+void emxi_cuda_launch_part_queries(const emxi_cuda_parts *a, void *stream);
+void emxi_cuda_launch_part_keys(const emxi_cuda_parts *a, void *stream);
 void emxi_cuda_launch_join(const emxi_cuda_parts *a, void *stream);
 void emxi_cuda_launch_glu(const emxi_cuda_glu *a, bool overlap, void *stream);
 void emxi_cuda_launch_product(const emxi_cuda_product *a, bool overlap, void *stream);
