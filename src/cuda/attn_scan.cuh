@@ -26,19 +26,6 @@ struct fast {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void barrier_init(uint64_t *b, int n) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(n));
-}
-__device__ __forceinline__ void barrier_arrive(uint64_t *b) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint64_t *b, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred p;\nW: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@p bra D;\nbra W;\nD:\n}" ::"r"(shared_address(b)),
-      "r"(parity)
-      : "memory");
-}
 /* 16 bytes, of which the first `bytes` are copied and the others are zero. */
 __device__ __forceinline__ void copy16(uint32_t to, const void *from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -122,7 +109,7 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) fast_scan(const __grid_consta
   const int total = tile_hi - tile_lo;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) barrier_init(&full[i], 128), barrier_init(&empty[i], 4 * FAST_GROUPS);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
   }
   __syncthreads();
   if (group == FAST_GROUPS) { /* the copier */

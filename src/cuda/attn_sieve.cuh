@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(FAST_THREADS, 1) sieve(const __grid_constant__
     barrier_init(&known, 4 * FAST_GROUPS), barrier_init(&marked, 4 * FAST_GROUPS);
     barrier_init(&looked, 4 * FAST_GROUPS);
     busy = 0;
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_ready();
   }
   __syncthreads();
   /* Tiles of the first pass: after the even ones, if few of them are marked, the others. Counted before the last that the ring may hold, so

@@ -98,10 +98,10 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
   const int index = place.s * a.group + place.h % a.group, item = (place.b * a.pool.G + place.g) * a.blocks + index / a.rows,
             lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const cert_item it = {place.b, place.g, index, 1, place.length, (place.length + GROUP - 1) / GROUP, place.table};
-  for (int i = threadIdx.x; i < BINS; i += SEED_THREADS) a.cert_bins[blockIdx.x * (int64_t)BINS + i] = 0;
-  for (int i = threadIdx.x; i < a.splits; i += SEED_THREADS) a.bad[blockIdx.x * (int64_t)a.splits + i] = 0;
   if (threadIdx.x < SEED_GROUPS) chosen[threadIdx.x] = -1;
   wait_for_previous();
+  for (int i = threadIdx.x; i < BINS; i += SEED_THREADS) a.cert_bins[blockIdx.x * (int64_t)BINS + i] = 0;
+  for (int i = threadIdx.x; i < a.splits; i += SEED_THREADS) a.bad[blockIdx.x * (int64_t)a.splits + i] = 0;
 
   /* The best groups; the two of a part may be the same one, and a key may count only once. */
   const int parts = 2 * a.splits < SEED_PARTS ? 2 * a.splits : SEED_PARTS;
@@ -226,9 +226,6 @@ struct sieve_warp {
   int32_t open_count[R];
 };
 constexpr int SIEVE_ITEMS = 32;
-__device__ __forceinline__ void copy16(void *to, const void *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
 /* Block = (sequence, up to SIEVE_ITEMS of its items, part of the sequence): turns of 32 groups, of every item as many. Heads
  * differ in how much their limits leave, parts hardly: a warp starts with an item of its own and, when that has no turn left,
  * goes on with others'. In a turn a lane has a group: bounds and pages are asked for one turn ahead, the codes of the next few

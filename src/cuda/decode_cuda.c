@@ -108,9 +108,9 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   k.count = emxi_arena_take(arena, list, sizeof *k.count);
   k.chunk_max = emxi_arena_take(arena, list, sizeof *k.chunk_max);
   k.bad = emxi_arena_take(arena, parts, sizeof *k.bad);
-  /* Keys of long sequences come by bulk copies of 16 tokens that are neighbours; the parts of the scan tell each other the largest score, for a
-   * part's own leaves ten times the candidates that all of a million independent tokens would, and take what chunks are left. Worth a kernel that
-   * makes this ready. */
+  /* Keys of long sequences come by bulk copies of 16 tokens that are neighbours; the parts of the scan tell each other the largest
+   * score, for a part's own leaves ten times the candidates that all of a million independent tokens would, and take what chunks are
+   * left. Worth a kernel that makes this ready. */
   if (k.overlap && fast && kv->k_token == kv->D && select->kind == EMX_SELECT_ALL && entmax && !d->select_only &&
       k.chunks >= 48 * splits)
     k.told = emxi_arena_take(arena, rows, sizeof *k.told);

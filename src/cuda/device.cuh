@@ -72,8 +72,8 @@ __device__ __forceinline__ const int32_t *batch_entry(const emxi_cuda_batch &bat
   *length = n + batch.added;
   return batch.tables + b * batch.stride;
 }
-/* What an entry's table has as page i; one outside the pool is a fault and counts as page 0. The check waits for the load: who needs several
- * pages loads all of them first. */
+/* What an entry's table has as page i; one outside the pool is a fault and counts as page 0. The check waits for the load: who
+ * needs several pages loads all of them first. */
 __device__ __forceinline__ int32_t checked_page(const emxi_cuda_batch &batch, const emxi_cuda_pool &pool, int32_t b, int64_t i,
                                                 int32_t page) {
   if ((uint32_t)page < (uint32_t)pool.max_pages) return page;
@@ -85,8 +85,8 @@ __device__ __forceinline__ int32_t table_page(const emxi_cuda_batch &batch, cons
   return checked_page(batch, pool, b, i, __ldg(table + i));
 }
 
-/* Sixteen bytes that are read once: they leave the second-level cache first, where the code of the kernels that follow and what they share
- * shall stay. `once`: read_once(). */
+/* Sixteen bytes that are read once: they leave the second-level cache first, where the code of the kernels that follow and
+ * what they share shall stay. `once`: read_once(). */
 __device__ __forceinline__ uint64_t read_once() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -100,21 +100,55 @@ __device__ __forceinline__ uint4 load16(const void *p, uint64_t once) {
   return x;
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+/* Sixteen bytes into shared memory, asynchronously. */
+__device__ __forceinline__ void copy16(void *to, const void *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+#if __CUDA_ARCH__ >= 900
+/* Barriers in shared memory that n arrivals, and the bytes of bulk copies that were announced, complete. */
+__device__ __forceinline__ void barrier_init(uint64_t *b, int n) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(n));
+}
+/* By the thread that has initialised some, before others use them behind a barrier of the block. */
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_arrive(uint64_t *b) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+/* Arrives, and announces `bytes`. */
+__device__ __forceinline__ void barrier_expect(uint64_t *b, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t *b, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nW: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@p bra D;\nbra W;\nD:\n}" ::"r"(shared_address(b)),
+      "r"(parity)
+      : "memory");
+}
+/* Bytes, a multiple of sixteen like both addresses, into shared memory; read once: read_once(). */
+__device__ __forceinline__ void copy_bulk(void *to, const void *from, uint32_t bytes, uint64_t *barrier, uint64_t once) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(once)
+               : "memory");
+}
+#endif
+
 /* First in every kernel that `launch` starts: what the kernel before it wrote is there; then the next one may be made ready. */
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-/* The next kernel may be made ready before this one has waited. It must read nothing of what the kernels before this one write until it has waited
- * itself. */
+/* The next kernel may be made ready before this one has waited. It must read nothing of what the kernels before this one write
+ * until it has waited itself. */
 __device__ __forceinline__ void start_next() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-/* Kernels of a chain: with `overlap` the next one's blocks may be started while the last blocks of this one run. They wait. After one that
- * could not be started there is none, for kernels poll what those before them write. */
+/* Kernels of a chain: with `overlap` the next one's blocks may be started while the last blocks of this one run. They wait.
+ * After one that could not be started there is none, for kernels poll what those before them write. */
 template <typename K, typename A>
 void launch(K kernel, dim3 grid, unsigned threads, size_t shared, cudaStream_t stream, bool overlap, const A &argument) {
   if (cudaPeekAtLastError()) return;
@@ -141,13 +175,14 @@ __device__ __forceinline__ float warp_max(float x) {
   for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(EMXI_FULL, x, step));
   return x;
 }
-/* A root of a sum of d squares whose terms carry d + 3 roundings, upwards; what squares lose to underflow has a root under 1e-21. */
+/* A root of a sum of d squares whose terms carry d + 3 roundings, upwards; what squares lose to underflow has a root under
+ * 1e-21. */
 __device__ __forceinline__ float root_up(float square, int d) {
   return __fadd_ru(__fsqrt_ru(__fmul_ru(square, 1.0f + (float)(d + 8) * 0x1p-23f)), 1e-21f);
 }
 
-/* Sum over the block in a fixed order, in every thread. scratch: a double for each warp, at most 32. Has barriers. The warps' sums are
- * added by lanes: a loop over them in every warp would be issued by all of them. */
+/* Sum over the block in a fixed order, in every thread. scratch: a double for each warp, at most 32. Has barriers. The warps'
+ * sums are added by lanes: a loop over them in every warp would be issued by all of them. */
 __device__ __forceinline__ double block_sum(double x, double *scratch) {
   const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
 #pragma unroll
