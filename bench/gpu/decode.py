@@ -9,9 +9,9 @@ cache (a set of half a million tokens or more four times); a time is the median 
 a different function and the speed to beat; rel_err of ours is the relative L2 distance from float64 attention of the same alpha over all
 keys, all heads of the first set, delta the entmax mass of what was not read (mean over heads), delta_bound and certified what the reports say.
 bytes: what the reports count, once for the heads of a group where they share it; roof: of the rate of a large copy on the same GPU.
-topics:24 are topics shifted by 24 tokens. FILE.safetensors as data: q, k and v of a trained layer, as `emx generate --dump-qkv` or layers.py writes them (the newest
-query; ALiBi slopes are ours alone, softmax is the time to stream the same keys and values). Eight ragged sequences have no counterpart in PyTorch: softmax is there one query over the same keys
-and values as one sequence, the time to stream them. EntmaxKV runs beside them if it can be imported (rivals.py).
+topics:24 are topics shifted by 24 tokens. FILE.safetensors as data: q, k and v of a trained layer, as `emx generate --dump-qkv` or layers.py
+writes them (the newest query; ALiBi slopes are ours alone, softmax is the time to stream the same keys and values). Eight ragged sequences have
+no counterpart in PyTorch: softmax is there one query over the same keys and values as one sequence, the time to stream them. EntmaxKV runs beside them if it can be imported (rivals.py).
 Needs PyTorch with CUDA and a libentmax built with its CUDA back end. One JSON object a line goes to --out, a table to standard output.
 """
 import argparse

@@ -20,7 +20,7 @@ namespace {
 
 /* ---- keys */
 
-/* Exact scores of `n` keys of an item for all its rows, with the bits of ALL's scan (decode.cuh): U keys a lane group are under way at a time,
+/* Exact scores of `n` keys of an item for all its rows, with the bits of ALL's scan (scan.cuh): U keys a lane group are under way at a time,
  * W of them are added up together. where(i): the i-th. use(i, row in the item, score) is called by all lanes together; i < 0: none of mine.
  * What a row does not see has -inf. */
 struct cert_key {

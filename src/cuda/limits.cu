@@ -6,7 +6,7 @@
  *   cut    block = row, before every round. The scores that have been read raise the limit; what is not read yet is counted by its bounds:
  *          is it little enough to stop, and if not, how far down shall the next round read?
  *   fetch  block = (row, part of the sequence). Keys with bounds between the last cut and this one, exactly, into the segments that ALL's scan
- *          would have filled: solve and share of decode.cuh then do the rest.
+ *          would have filled: solve and share of solve.cuh then do the rest.
  *   blend  block = (row, part): alpha = 1. Weighted values of the keys that were read, into the parts that merge joins.
  *
  * A row with so many keys above the limit that ALL is as fast, and one whose delta stays too large, makes its item flat: ALL's scan takes it.

@@ -284,7 +284,7 @@ static void test_turns(void **state) {
   assert_true(ladders * 2 > rows_done); /* ALL's path would prove nothing here */
 }
 
-/* Rows with weights in more chunks than one block solves (MAX_ALIVE in decode.cuh): all parts of the row pack what they have, and the last
+/* Rows with weights in more chunks than one block solves (MAX_ALIVE in solve.cuh): all parts of the row pack what they have, and the last
  * one to arrive solves. Independent keys whose scores deviate so little have some 2,000 weights among 400,000. */
 static void test_wide(void **state) {
   (void)state;
