@@ -96,7 +96,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   k.splits = (int32_t)splits;
   k.shares = (int32_t)shares;
   const int64_t solvers = emxi_cuda_of(ctx)->processors / at_least_one(rows);
-  k.parts = solvers < 1 ? 1 : solvers > 16 ? 16 : (int32_t)solvers;
+  k.parts = solvers < 1 ? 1 : solvers > EMXI_CUDA_PARTS ? EMXI_CUDA_PARTS : (int32_t)solvers;
 
   int64_t cells; /* chunks of all rows */
   if (__builtin_mul_overflow(rows, k.chunks, &cells)) cells = -1;
@@ -116,9 +116,13 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
     k.told = emxi_arena_take(arena, rows, sizeof *k.told);
   k.wide = emxi_arena_take(arena, d->select_only ? 0 : rows, sizeof *k.wide);
   k.share = emxi_arena_take(arena, solved ? rows * shares * kv->D : 0, sizeof *k.share);
-  const int64_t packs = solved ? rows * k.parts * (EMXI_CUDA_SOLVE_THREADS / 32) : 0;
-  k.packed_z = emxi_arena_take(arena, packs * EMXI_CUDA_PACKED, sizeof *k.packed_z);
-  k.packed_at = emxi_arena_take(arena, packs * EMXI_CUDA_PACKED, sizeof *k.packed_at);
+  /* Room for 32K scores of a row with many (flat:0.05 leaves 10,000 at 64K to 1M tokens), but for no more than there are. */
+  const int64_t solve_warps = (int64_t)k.parts * (EMXI_CUDA_SOLVE_THREADS / 32), packs = solved ? rows * solve_warps : 0,
+                room = ceil_div(k.chunks, solve_warps) * EMXI_CUDA_CHUNK,
+                wanted = k.parts > 4 ? 512 : 32768 / solve_warps / 32 * 32;
+  k.packed = (int32_t)(room < wanted ? room : wanted);
+  k.packed_z = emxi_arena_take(arena, packs * k.packed, sizeof *k.packed_z);
+  k.packed_at = emxi_arena_take(arena, packs * k.packed, sizeof *k.packed_at);
   k.packed_n = emxi_arena_take(arena, packs, sizeof *k.packed_n);
   k.points = emxi_arena_take(arena, solved ? rows * k.parts * 2 * EMXI_CUDA_POINTS : 0, sizeof *k.points);
   k.part_o = emxi_arena_take(arena, merged * kv->D, sizeof *k.part_o);

@@ -15,9 +15,8 @@ extern "C" {
 #define EMXI_CUDA_SLICE 64
 /* Positions of a chunk: what one warp scores in one go, and what one candidate segment has room for. A local position is a byte. */
 #define EMXI_CUDA_CHUNK 128
-/* Room for the scores above the threshold that a warp finds, in a row that has many. A row with more is solved from all candidates. */
-#define EMXI_CUDA_PACKED 512
 #define EMXI_CUDA_POINTS 16
+#define EMXI_CUDA_PARTS 16
 #define EMXI_CUDA_SOLVE_THREADS 512
 #define EMXI_CUDA_UPDATES 300
 
@@ -247,8 +246,10 @@ typedef struct emxi_cuda_decode {
   int32_t *bad;         /* [rows, splits] NaN or +inf among the scores */
   emxi_cuda_wide *wide; /* [rows] */
   float *share;         /* [rows, shares, D] */
-  float *packed_z;      /* [rows, parts, warps of a block, EMXI_CUDA_PACKED]; positions; [rows, parts, warps] how many */
-  int32_t *packed_at, *packed_n;
+  /* Of rows with many candidates: [rows, parts, warps of a block, packed] and places among z, [rows, parts, warps] how many. If more than
+   * there is room for, a row is solved from all its candidates. */
+  float *packed_z;
+  int32_t *packed_at, *packed_n, packed; /* a multiple of 32 */
   float *points; /* [rows, parts, 2, EMXI_CUDA_POINTS] mass and slope of what a part has packed, at several thresholds */
   /* alpha = 1 */
   float *part_o; /* [rows, splits, D] sum of exp(s - m) v */

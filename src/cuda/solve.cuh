@@ -67,13 +67,12 @@ __device__ __forceinline__ void add_values(const emxi_cuda_decode &a, const row_
 /* Scores above thr of a row with many, as `solve` has packed them: a list for each warp of each part. */
 struct packed {
   const float *z;
-  const int32_t *at, *n;
+  const int32_t *at, *n; /* at: where the scan has put them, counted along the row's segments */
   int lists;
 };
 __device__ __forceinline__ packed packed_of(const emxi_cuda_decode &a, int64_t row) {
   const int lists = a.parts * SOLVE_WARPS;
-  return {a.packed_z + row * lists * EMXI_CUDA_PACKED, a.packed_at + row * lists * EMXI_CUDA_PACKED, a.packed_n + row * lists,
-          lists};
+  return {a.packed_z + row * lists * a.packed, a.packed_at + row * lists * a.packed, a.packed_n + row * lists, lists};
 }
 
 /* What a block that solves a row has in shared memory. */
@@ -185,12 +184,12 @@ __device__ __forceinline__ void store_values(const emxi_cuda_decode &a, const ro
  * those of its chunks, and the last one of the row solves. */
 template <typename T>
 __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &space, const solve_row &known) {
-  constexpr int POINTS = EMXI_CUDA_POINTS;
+  constexpr int POINTS = EMXI_CUDA_POINTS, MOST_PARTS = EMXI_CUDA_PARTS, ABREAST = 8;
   const int64_t row = known.row, chunks = known.chunks;
   const int part = known.part, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const row_place place = place_of(a, row);
   const float *chunk_max = a.chunk_max + row * a.chunks, *z = a.z + row * a.chunks * CHUNK;
-  const uint8_t *count = a.count + row * a.chunks, *local = a.local + row * a.chunks * CHUNK;
+  const uint8_t *count = a.count + row * a.chunks;
   emxi_cuda_wide *wide = &a.wide[row];
   const threshold k = known.k;
   const float m = k.m, fa = (float)k.a, fb = (float)k.b;
@@ -246,7 +245,7 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
     total = (int)min((int64_t)total * CHUNK, place.count);
     const int64_t share_of = (chunks + a.parts - 1) / a.parts, first = part * share_of,
                   end = first + share_of < chunks ? first + share_of : chunks;
-    const int64_t slot = ((row * a.parts + part) * SOLVE_WARPS + warp) * EMXI_CUDA_PACKED;
+    const int64_t slot = ((row * a.parts + part) * SOLVE_WARPS + warp) * a.packed;
     int n = 0;
     for (int64_t base = first + warp; base < end; base += SOLVE_WARPS * 4) { /* four chunks at a time, of few one for each warp */
       float v[4][CHUNK / 32];
@@ -263,11 +262,9 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
         for (int j = 0; j < CHUNK / 32; j++) {
           const uint32_t mask = __ballot_sync(EMXI_FULL, v[u][j] > thr);
           const int to_place = n + __popc(mask & ((1u << lane) - 1));
-          if (v[u][j] > thr && to_place < EMXI_CUDA_PACKED) {
-            const int64_t c = base + u * SOLVE_WARPS;
-            list[warp * EMXI_CUDA_PACKED + to_place] = v[u][j];
+          if (v[u][j] > thr && to_place < a.packed) {
             a.packed_z[slot + to_place] = v[u][j];
-            a.packed_at[slot + to_place] = (int32_t)(c * CHUNK + local[c * CHUNK + 32 * j + lane]);
+            a.packed_at[slot + to_place] = (int32_t)((base + u * SOLVE_WARPS) * CHUNK + 32 * j + lane);
           }
           n += __popc(mask);
         }
@@ -287,10 +284,14 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
       for (int i = 0; i < 2 * POINTS; i++) sum[i] = 0;
       __syncwarp();
       const auto add_all = [&](auto add) {
-        for (int j = lane, packs = min(n, EMXI_CUDA_PACKED); j < packs; j += 32) {
-          const float y = fmaf(fa, list[warp * EMXI_CUDA_PACKED + j] - m, -low);
+        for (int j = lane, packs = min(n, a.packed); j < packs; j += 128) {
+          float y[4];
 #pragma unroll
-          for (int i = 0; i < POINTS; i++) add(fmaf(-(float)i, gap, y), sum[i], sum[POINTS + i]);
+          for (int u = 0; u < 4; u++) y[u] = j + 32 * u < packs ? fmaf(fa, a.packed_z[slot + j + 32 * u] - m, -low) : -emxi_inf();
+#pragma unroll
+          for (int u = 0; u < 4; u++)
+#pragma unroll
+            for (int i = 0; i < POINTS; i++) add(fmaf(-(float)i, gap, y[u]), sum[i], sum[POINTS + i]);
         }
       };
       closed ? add_all(add_closed) : add_all(add_other);
@@ -313,8 +314,12 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
     if (!space.chosen_n) return;
     __threadfence();
     if (convex) {
-      float mass = 0, best = -1.0f;
-      for (int i = 0; i < a.parts; i++) mass += __ldcg(a.points + (row * a.parts + i) * 2 * POINTS + lane);
+      float mass = 0, best = -1.0f, of_part[MOST_PARTS];
+#pragma unroll
+      for (int i = 0; i < MOST_PARTS; i++)
+        of_part[i] = i < a.parts ? __ldcg(a.points + (row * a.parts + i) * 2 * POINTS + lane) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < MOST_PARTS; i++) mass += of_part[i];
       const float slope = __shfl_xor_sync(EMXI_FULL, mass, POINTS);
       if (lane < POINTS && mass > LEAST_MASS)
         best = fmaf((float)lane, gap, low) +
@@ -324,26 +329,26 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
     }
     /* What is above it, to shared memory: counted, then put where it belongs. A warp has the lists of one warp of every part. */
     const int n_list = lane < a.parts ? __ldcg(pack.n + lane * SOLVE_WARPS + warp) : 0;
-    listed = !__syncthreads_or(n_list > EMXI_CUDA_PACKED);
+    listed = !__syncthreads_or(n_list > a.packed);
     at = 0;
     for (int pass = 0; listed && pass < 2; pass++) {
-      for (int i = 0; i < a.parts; i += 4) {
-        const float *from_z[4];
-        int n_of[4];
+      for (int i = 0; i < a.parts; i += ABREAST) {
+        const float *from_z[ABREAST];
+        int n_of[ABREAST], longest = 0;
 #pragma unroll
-        for (int u = 0; u < 4; u++) {
+        for (int u = 0; u < ABREAST; u++) {
           n_of[u] = __shfl_sync(EMXI_FULL, n_list, i + u);
-          from_z[u] = pack.z + ((int64_t)(i + u) * SOLVE_WARPS + warp) * EMXI_CUDA_PACKED;
+          from_z[u] = pack.z + ((int64_t)(i + u) * SOLVE_WARPS + warp) * a.packed;
+          longest = max(longest, n_of[u]);
         }
-        const int longest = max(max(n_of[0], n_of[1]), max(n_of[2], n_of[3]));
         for (int base = lane; base - lane < longest; base += 64) {
-          float v[4][2];
+          float v[ABREAST][2];
 #pragma unroll
-          for (int u = 0; u < 4; u++)
+          for (int u = 0; u < ABREAST; u++)
 #pragma unroll
             for (int j = 0; j < 2; j++) v[u][j] = base + 32 * j < n_of[u] ? from_z[u][base + 32 * j] : -emxi_inf();
 #pragma unroll
-          for (int u = 0; u < 4; u++)
+          for (int u = 0; u < ABREAST; u++)
 #pragma unroll
             for (int j = 0; j < 2; j++) {
               const uint32_t mask = __ballot_sync(EMXI_FULL, v[u][j] > thr);
@@ -369,14 +374,37 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
         for (int j = lane, n = pack.n[i]; j < n; j += 128) {
           float v[4];
 #pragma unroll
-          for (int u = 0; u < 4; u++) v[u] = j + 32 * u < n ? pack.z[(int64_t)i * EMXI_CUDA_PACKED + j + 32 * u] : -emxi_inf();
+          for (int u = 0; u < 4; u++) v[u] = j + 32 * u < n ? pack.z[(int64_t)i * a.packed + j + 32 * u] : -emxi_inf();
 #pragma unroll
           for (int u = 0; u < 4; u++) f(v[u]);
         }
     } else {
-      for (int64_t c = threadIdx.x; c < chunks; c += SOLVE_THREADS)
-        for (int j = 0, n = chunk_max[c] > thr ? count[c] : 0; j < n; j++)
-          if (z[c * CHUNK + j] > thr) f(z[c * CHUNK + j]);
+      /* Where a score lies in its segment depends on timing, how many above thr lie before it does not. */
+      float *dense = list + warp * 2 * CHUNK;
+      for (int64_t c = warp; c < chunks; c += 2 * SOLVE_WARPS) {
+        float v[2][CHUNK / 32];
+        int n[2] = {0, 0};
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+          const int64_t chunk = c + u * SOLVE_WARPS;
+          const int there = chunk < chunks && chunk_max[chunk] > thr ? count[chunk] : 0;
+#pragma unroll
+          for (int j = 0; j < CHUNK / 32; j++) v[u][j] = 32 * j + lane < there ? z[chunk * CHUNK + 32 * j + lane] : -emxi_inf();
+        }
+        __syncwarp();
+#pragma unroll
+        for (int u = 0; u < 2; u++)
+#pragma unroll
+          for (int j = 0; j < CHUNK / 32; j++) {
+            const uint32_t mask = __ballot_sync(EMXI_FULL, v[u][j] > thr);
+            if (v[u][j] > thr) dense[u * CHUNK + n[u] + __popc(mask & ((1u << lane) - 1))] = v[u][j];
+            n[u] += __popc(mask);
+          }
+        __syncwarp();
+#pragma unroll
+        for (int u = 0; u < 2; u++)
+          for (int j = lane; j < n[u]; j += 32) f(dense[u * CHUNK + j]);
+      }
     }
   };
   /* The same numbers in every thread that works. A short list is the first warp's, which needs no barriers. */
@@ -636,8 +664,8 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     if (n_read && chunk_max[c] > thr) alive[at] = (int32_t)c, space.alive_n[at++] = count[c];
   });
   __syncthreads();
-  /* Their candidates: a warp counts what is above thr in four chunks, then all warps write. */
-  for (int first = 0, turn = 0; first < n_read; first += SOLVE_WARPS * 4, turn ^= 1) {
+  /* Their candidates: a warp counts what is above thr in four chunks, then all warps write, until there are too many. */
+  for (int first = 0, turn = 0; first < n_read && known.total <= MOST; first += SOLVE_WARPS * 4, turn ^= 1) {
     constexpr int EACH = CHUNK / 32;
     float v[4][EACH];
     uint8_t in_chunk[4][EACH];
@@ -778,15 +806,16 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
   }
   store_values(a, place, space, acc);
 }
+static_assert(EMXI_CUDA_PARTS <= 32, "a lane has the list of a part");
+static_assert(SOLVE_WARPS * 2 * CHUNK <= 2 * LISTED, "two chunks a warp");
 static_assert(SOLVE_WARPS * MAX_D <= 2 * LISTED, "the warps' sums lie where the list was");
-static_assert(SOLVE_WARPS * EMXI_CUDA_PACKED <= 2 * LISTED, "a part's packed scores lie there too");
 static_assert(EMXI_CUDA_POINTS == 16 && SOLVE_WARPS * 2 * EMXI_CUDA_POINTS <= MAX_ALIVE, "a lane has one sum");
 
 /* ---- share */
 
 template <typename T>
 __global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ emxi_cuda_decode a) {
-  __shared__ float sum[SCAN_WARPS][MAX_D];
+  __shared__ __align__(8) float sum[SCAN_WARPS][MAX_D];
   __shared__ bool last;
   start_next(); /* most rows need nothing here, and kernels that follow wait before they look at anything */
   wait_for_previous();
@@ -802,23 +831,30 @@ __global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ em
   float acc[PER_LANE];
 #pragma unroll
   for (int e = 0; e < PER_LANE; e++) acc[e] = 0;
+  const uint8_t *local = a.local + row * a.chunks * CHUNK;
   const auto add = [&](float score, int64_t at, bool there) {
     const float p = there ? weight_of(k, score, t) : 0.0f;
     add_values<T>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, at, lane, acc);
   };
   if (wide->wide == WIDE_PACKED) {
+    /* Pieces of 32 places, the first ones of all lists before the second ones. A warp asks 32 at a time how many hold anything. */
     const packed pack = packed_of(a, row);
-    for (int i = part * SCAN_WARPS + warp; i < pack.lists; i += a.shares * SCAN_WARPS)
-      for (int base = 0, n = pack.n[i]; base < n; base += 32) {
-        const int64_t j = (int64_t)i * EMXI_CUDA_PACKED + base + lane;
-        const bool there = base + lane < n;
-        add(there ? pack.z[j] : 0.0f, there ? pack.at[j] : 0, there);
+    const int pieces = a.packed / 32 * pack.lists, step = a.shares * SCAN_WARPS;
+    for (int first = part * SCAN_WARPS + warp; first < pieces; first += 32 * step) {
+      const int looked = first + lane * step,
+                filled = looked < pieces ? pack.n[looked % pack.lists] - looked / pack.lists * 32 : 0;
+      for (uint32_t left = __ballot_sync(EMXI_FULL, filled > 0); left; left &= left - 1) {
+        const int from = __ffs(left) - 1, piece = first + from * step;
+        const bool there = lane < __shfl_sync(EMXI_FULL, filled, from);
+        const int64_t j = (int64_t)(piece % pack.lists) * a.packed + piece / pack.lists * 32 + lane;
+        const int32_t at = there ? pack.at[j] : 0;
+        add(there ? pack.z[j] : 0.0f, at / CHUNK * CHUNK + (there ? local[at] : 0), there);
       }
+    }
   } else {
     const int64_t chunks = (place.count + CHUNK - 1) / CHUNK, per = (chunks + a.shares - 1) / a.shares, from = part * per,
                   to = from + per < chunks ? from + per : chunks;
     const float *z = a.z + row * a.chunks * CHUNK;
-    const uint8_t *local = a.local + row * a.chunks * CHUNK;
     for (int64_t c = from + warp; c < to; c += SCAN_WARPS) {
       if (!(a.chunk_max[row * a.chunks + c] > wide->thr)) continue;
       const int n = a.count[row * a.chunks + c];
@@ -842,12 +878,19 @@ __global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ em
   __syncthreads();
   if (!last) return;
   __threadfence();
-  for (int d = threadIdx.x; d < D; d += SCAN_THREADS) {
-    double x = 0;
-    for (int i = 0; i < a.shares; i++) x += (double)__ldcg(&a.share[(row * a.shares + i) * D + d]);
-    store_output(a, place, d, (float)x);
-  }
+  const int groups = SCAN_THREADS / D, group = threadIdx.x / D, of_group = threadIdx.x % D;
+  double x = 0, *sums = (double *)sum; /* [groups][D] */
+  if (group < groups)
+#pragma unroll 8
+    for (int i = group; i < a.shares; i += groups) x += (double)__ldcg(&a.share[(row * a.shares + i) * D + of_group]);
+  sums[threadIdx.x] = x;
+  __syncthreads();
+  if (group) return;
+  for (int i = 1; i < groups; i++) x += sums[i * D + of_group];
+  store_output(a, place, of_group, (float)x);
 }
+
+static_assert(SCAN_THREADS >= MAX_D && SCAN_THREADS * 2 <= SCAN_WARPS * MAX_D, "groups of D threads add up");
 
 } // namespace
 

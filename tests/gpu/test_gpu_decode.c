@@ -123,6 +123,36 @@ static void test_flat(void **state) {
     run_case((decode_case){
         .D = 64, .dtype = EMX_BF16, .len = {i % 2 ? 14000 : 30011}, .alpha = alphas[i % 3 * 2], .data = DATA_EQUAL});
 }
+/* Long supports of so many rows that one block or two solve each: scores packed closely, more of them than there is room for (equal keys),
+ * and the same bits every time. */
+static void test_flat_rows(void **state) {
+  (void)state;
+  for (int i = 0; i < 6; i++) {
+    decode_case c = {.G = 2,
+                     .H = 4,
+                     .S = i % 2 ? 10 : 34,
+                     .D = 64,
+                     .dtype = EMX_F16,
+                     .len = {40000 + 77 * i},
+                     .alpha = i == 4   ? 2
+                              : i == 5 ? 1.25
+                                       : 1.5,
+                     .data = i / 2 == 1 ? DATA_EQUAL : DATA_FLAT};
+    gpu_case g;
+    gpu_open(&g, &c);
+    gpu_decode(&g);
+    check(&c);
+    const size_t bytes = gpu_bytes(&c.to);
+    void *first = case_take(bytes);
+    memcpy(first, c.o_data, bytes);
+    for (int n = 0; n < 3; n++) {
+      gpu_decode(&g);
+      assert_memory_equal(first, c.o_data, bytes);
+    }
+    free(first);
+    gpu_close(&g);
+  }
+}
 /* Alphas so close to one that powers of most differences are no floats: bounds that are found in float must stay below the threshold. */
 static void test_low_alphas(void **state) {
   (void)state;
@@ -718,11 +748,12 @@ int main(int argc, char **argv) {
   const int missing = gpu_missing();
   if (missing) return missing;
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(test_cache),        cmocka_unit_test(test_lengths),  cmocka_unit_test(test_all),
-      cmocka_unit_test(test_fast_shapes),  cmocka_unit_test(test_flat),     cmocka_unit_test(test_low_alphas),
-      cmocka_unit_test(test_query_tokens), cmocka_unit_test(test_odd_data), cmocka_unit_test(test_deterministic),
-      cmocka_unit_test(test_bulk),         cmocka_unit_test(test_graph),    cmocka_unit_test(test_faults),
-      cmocka_unit_test(test_streams),      cmocka_unit_test(test_refusals), cmocka_unit_test(test_huge)};
+      cmocka_unit_test(test_cache),         cmocka_unit_test(test_lengths),      cmocka_unit_test(test_all),
+      cmocka_unit_test(test_fast_shapes),   cmocka_unit_test(test_flat),         cmocka_unit_test(test_flat_rows),
+      cmocka_unit_test(test_low_alphas),    cmocka_unit_test(test_query_tokens), cmocka_unit_test(test_odd_data),
+      cmocka_unit_test(test_deterministic), cmocka_unit_test(test_bulk),         cmocka_unit_test(test_graph),
+      cmocka_unit_test(test_faults),        cmocka_unit_test(test_streams),      cmocka_unit_test(test_refusals),
+      cmocka_unit_test(test_huge)};
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   emx_ctx_destroy(gpu);
   emx_ctx_destroy(cpu);
