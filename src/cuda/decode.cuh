@@ -131,7 +131,15 @@ void decode_all(const emxi_cuda_decode &d, cudaStream_t stream) {
   if (!d.alphas && d.alpha == 1.0) return;
   if (!scanned) scan_any<T, false>(d, stream);
   launch(solve<T>, rows * (unsigned)d.parts, SOLVE_THREADS, 0, stream, d.overlap, d);
-  launch(share<T>, rows * (unsigned)d.shares, SCAN_THREADS, 0, stream, d.overlap, d);
+  const auto launch_share = [&](auto kernel) {
+    launch(kernel, rows * (unsigned)d.shares, SCAN_THREADS, 0, stream, d.overlap, d);
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (d.vectors && d.pool.D == 32) return launch_share(share<T, 32>);
+    if (d.vectors && d.pool.D == 64) return launch_share(share<T, 64>);
+    if (d.vectors && d.pool.D == 128) return launch_share(share<T, 128>);
+  }
+  launch_share(share<T, 0>);
 }
 
 } // namespace

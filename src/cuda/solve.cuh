@@ -14,41 +14,42 @@
 namespace {
 
 constexpr int MAX_HERE = 256; /* support whose values the block of the row reads by itself */
-constexpr int PER_LANE = MAX_D / 32, MAX_ALIVE = 1024,
+constexpr int PER_LANE = 8, MAX_ALIVE = 1024,
               LISTED = 4096; /* of a row that one block solves in shared memory: chunks, candidates */
 enum { WIDE_NOT, WIDE_SEGMENTS, WIDE_PACKED };
 
 /* ---- values */
 
-/* Elements l + 32 e of the value at `position`, for a whole warp. */
-template <typename T>
-__device__ __forceinline__ piece<T, 0> load_value(const emxi_cuda_decode &a, const row_place &p, int64_t position, int lane) {
+/* Where the value at `position` begins, in elements. */
+__device__ __forceinline__ int64_t value_at(const emxi_cuda_decode &a, const row_place &p, int64_t position) {
   const int32_t page =
       p.place ? p.place[position >> a.pool.shift] : table_page(a.batch, a.pool, p.table, p.b, position >> a.pool.shift);
-  piece<T, 0> x;
-  x.load((const T *)a.pool.v + page * a.pool.v_page + p.g * a.pool.v_head + (position & (a.pool.P - 1)) * a.pool.v_token, lane,
-         a.pool.D, 0);
-  return x;
+  return page * a.pool.v_page + p.g * a.pool.v_head + (position & (a.pool.P - 1)) * a.pool.v_token;
 }
-/* acc += sum over the set bits of `active` of p v, in ascending order of the lanes whose p and position they are. */
-template <typename T>
+/* acc += sum of p v over lanes with a bit in `active`, in ascending order: the warp reads 32 / L values at a time, of which lanes
+ * l + L sub have every 32 / L th, and pieces of its elements. */
+template <typename T, int FIXED>
 __device__ __forceinline__ void add_values(const emxi_cuda_decode &a, const row_place &place, uint32_t active, float p,
-                                           int64_t position, int lane, float (&acc)[PER_LANE]) {
-  constexpr int AHEAD = 4;
+                                           int64_t position, int lane, uint64_t once, float (&acc)[PER_LANE]) {
+  using value_piece = piece<T, FIXED>;
+  constexpr int L = value_piece::L, SUBS = 32 / L, AHEAD = 4;
+  const int64_t start = active >> lane & 1 ? value_at(a, place, position) : 0;
   while (active) {
-    piece<T, 0> x[AHEAD];
+    value_piece x[AHEAD];
     float w[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
-      const bool more = active != 0;
-      const int from = more ? __ffs(active) - 1 : 0;
-      const int64_t at = __shfl_sync(EMXI_FULL, position, from);
+      int from = 0;
+      bool more = false;
+#pragma unroll
+      for (int sub = 0; sub < SUBS; sub++, active &= active - 1)
+        if (sub == lane / L) more = active != 0, from = more ? __ffs(active) - 1 : 0;
+      const int64_t at = __shfl_sync(EMXI_FULL, start, from);
       w[i] = __shfl_sync(EMXI_FULL, p, from);
       if (more)
-        x[i] = load_value<T>(a, place, at, lane);
+        x[i].load((const T *)a.pool.v + at, lane % L, a.pool.D, once);
       else
         x[i].clear(), w[i] = 0;
-      active &= active - 1;
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) {
@@ -528,7 +529,7 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
     const int i = base + lane;
     const bool there = lane < 4 && i < total;
     const float p = there ? weight_of(k, list[i], t) : 0.0f;
-    add_values<T>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, there ? position[i] : 0, lane, acc);
+    add_values<T, 0>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, there ? position[i] : 0, lane, 0, acc);
   }
   store_values(a, place, space, acc);
 }
@@ -747,7 +748,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
     for (int u = 0; u < AHEAD; u++) {
       const int i = first + u * OTHERS;
       value[u].clear();
-      if (i < chosen) value[u] = load_value<T>(a, place, position[i], lane);
+      if (i < chosen) value[u].load((const T *)a.pool.v + value_at(a, place, position[i]), lane, D, 0);
     }
   };
   if (warp) {
@@ -813,9 +814,11 @@ static_assert(EMXI_CUDA_POINTS == 16 && SOLVE_WARPS * 2 * EMXI_CUDA_POINTS <= MA
 
 /* ---- share */
 
-template <typename T>
-__global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ emxi_cuda_decode a) {
-  __shared__ __align__(8) float sum[SCAN_WARPS][MAX_D];
+template <typename T, int FIXED>
+__global__ void __launch_bounds__(SCAN_THREADS, FIXED ? 4 : 2) share(const __grid_constant__ emxi_cuda_decode a) {
+  using value_piece = piece<T, FIXED>;
+  constexpr int L = value_piece::L, SUBS = 32 / L;
+  __shared__ __align__(8) float sum[SCAN_WARPS * MAX_D]; /* [warps, SUBS, D] */
   __shared__ bool last;
   start_next(); /* most rows need nothing here, and kernels that follow wait before they look at anything */
   wait_for_previous();
@@ -825,7 +828,8 @@ __global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ em
   emxi_cuda_wide *wide = &a.wide[row];
   if (!wide->wide) return;
   const row_place place = place_of(a, row);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = a.pool.D;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, D = FIXED ? FIXED : a.pool.D;
+  const uint64_t once = read_once();
   const threshold k = threshold_of(a, alpha_of(a, place.h), wide->m);
   const double t = wide->t;
   float acc[PER_LANE];
@@ -834,7 +838,7 @@ __global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ em
   const uint8_t *local = a.local + row * a.chunks * CHUNK;
   const auto add = [&](float score, int64_t at, bool there) {
     const float p = there ? weight_of(k, score, t) : 0.0f;
-    add_values<T>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, at, lane, acc);
+    add_values<T, FIXED>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, at, lane, once, acc);
   };
   if (wide->wide == WIDE_PACKED) {
     /* Pieces of 32 places, the first ones of all lists before the second ones. A warp asks 32 at a time how many hold anything. */
@@ -865,11 +869,12 @@ __global__ void __launch_bounds__(SCAN_THREADS) share(const __grid_constant__ em
     }
   }
 #pragma unroll
-  for (int e = 0; e < PER_LANE; e++) sum[warp][lane + 32 * e] = acc[e];
+  for (int e = 0; e < PER_LANE; e++)
+    if (value_piece::element(lane % L, e) < D) sum[(warp * SUBS + lane / L) * D + value_piece::element(lane % L, e)] = acc[e];
   __syncthreads();
   for (int d = threadIdx.x; d < D; d += SCAN_THREADS) {
     float x = 0;
-    for (int w = 0; w < SCAN_WARPS; w++) x += sum[w][d];
+    for (int w = 0; w < SCAN_WARPS * SUBS; w++) x += sum[w * D + d];
     a.share[blockIdx.x * (int64_t)D + d] = x;
   }
   __threadfence();
