@@ -82,8 +82,8 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   int64_t page_splits = at_least_one((int64_t)emxi_cuda_of(ctx)->processors * 2 / judges);
   page_splits = page_splits > few ? few : page_splits;
   k.page_splits = (int32_t)page_splits;
-  /* Blocks of 512 threads, two a multiprocessor. Each finds the threshold: with slopes that is a long way over all pages. */
-  int64_t picks = at_least_one((int64_t)emxi_cuda_of(ctx)->processors * 2 / at_least_one(rows));
+  /* Blocks of 512 threads, one a multiprocessor. Each finds the threshold: with slopes that is a long way over all pages. */
+  int64_t picks = at_least_one((int64_t)emxi_cuda_of(ctx)->processors / at_least_one(rows));
   picks = picks > EMXI_CUDA_PICKS ? EMXI_CUDA_PICKS : picks;
   picks = picks > at_least_one(k.pages / 1024) ? at_least_one(k.pages / 1024) : picks;
   k.picks = d->slopes ? 1 : (int32_t)picks;

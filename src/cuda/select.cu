@@ -129,9 +129,9 @@ __device__ __noinline__ double mixture_tau(double alpha, double n, const float *
 }
 
 /* Parts of a row get their number when they start, so one may wait for those before it. */
-__global__ void __launch_bounds__(CHOOSE_THREADS, 2) choose(const __grid_constant__ emxi_cuda_decode a) {
+__global__ void __launch_bounds__(CHOOSE_THREADS) choose(const __grid_constant__ emxi_cuda_decode a) {
   constexpr int WORDS = 8; /* of 32 pages, at a time, so that loads overlap */
-  __shared__ double scratch[32], sums[4];
+  __shared__ double scratch[32], sums[3][4];
   __shared__ float shared_top[32], shared_size;
   __shared__ int shared_part, shared_n[CHOOSE_WARPS], before, total;
   wait_for_previous();
@@ -140,13 +140,14 @@ __global__ void __launch_bounds__(CHOOSE_THREADS, 2) choose(const __grid_constan
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, h = (int)(row % (uint32_t)a.H), b = (int)(row / (uint32_t)a.H);
   emxi_cuda_judged *state = &a.judged[row];
   if (threadIdx.x == CHOOSE_THREADS - 1) shared_part = (int)atomicAdd(&state->picked, 1u);
-  if (warp < 4) {
+  if (warp < 12) { /* a third of a sum each */
     double x = 0;
 #pragma unroll 4
-    for (int j = lane; j < a.page_splits; j += 32) x += a.stats[((int64_t)row * a.page_splits + j) * 4 + warp];
+    for (int j = warp / 4 * 32 + lane; j < a.page_splits; j += 96)
+      x += a.stats[((int64_t)row * a.page_splits + j) * 4 + warp % 4];
     x = warp_sum_double(x);
-    if (lane == 0) sums[warp] = x;
-  } else if (warp == 4) {
+    if (lane == 0) sums[warp / 4][warp % 4] = x;
+  } else if (warp == 12) {
     float size = 0;
 #pragma unroll 4
     for (int j = lane; j < a.page_splits; j += 32) size = fmaxf(size, a.sizes[(int64_t)row * a.page_splits + j]);
@@ -167,37 +168,8 @@ __global__ void __launch_bounds__(CHOOSE_THREADS, 2) choose(const __grid_constan
             begin = min(part * each, words), share = (min(begin + each, words) - begin + CHOOSE_WARPS - 1) / CHOOSE_WARPS,
             end = min(begin + each, words), from = min(begin + warp * share, end), to = min(from + share, end);
 
-  emxi_cuda_choice choice = {0, -emxi_inf(), shared_size, 0, 0};
-  float floor = -emxi_inf();
-  bool all = alpha == 0;
-  if (!all) {
-    const double count = sums[0], near = (double)(1 / (float)count), per = near * (2 - count * near), mean = sums[1] * per;
-    const float spread = sqrtf((float)fmax(sums[3] * per - mean * mean, 0.0));
-    choice.judged = (int32_t)count;
-    if (count > 0 && !(spread < emxi_inf() && fabs(mean) < emxi_inf())) {
-      all = true; /* means that overflow say nothing */
-    } else if (count > 0) {
-      const threshold k = threshold_of(a, alpha, 0);
-      double tau;
-      if (a.slopes && a.slopes[h] != 0) {
-        tau = mixture_tau(alpha, pool.P, mu, sigma, pages, {scratch, shared_top});
-      } else if (k.power >= 1 && k.power <= 3) {
-        tau = single_tau(k.a, k.power, (float)count * (float)pool.P, mean, spread);
-      } else {
-        tau = general_tau(k.a, k.b, count * pool.P, mean, (double)spread);
-      }
-      const double excess = tau * k.b - (sums[1] + 1.5 * sums[2]) * per;
-      floor = (float)(tau * k.b - fmax((double)(a.safety_margin * spread), (double)a.excess_margin * fmax(excess, 0.0)));
-      choice.estimate = tau;
-      choice.estimated = 1;
-    }
-  }
-
-  int n = 0;
-  uint32_t kept = 0; /* word `lane` of up to 32; more are in `chosen` */
-  float unread = -emxi_inf();
-  for (int first = from; first < to; first += WORDS) {
-    float up[WORDS], x[WORDS];
+  float up[WORDS], x[WORDS]; /* of the first words, on their way while the threshold is found */
+  const auto load = [&](int first) {
 #pragma unroll
     for (int u = 0; u < WORDS; u++) {
       const int p = (first + u) * 32 + lane;
@@ -205,6 +177,29 @@ __global__ void __launch_bounds__(CHOOSE_THREADS, 2) choose(const __grid_constan
       up[u] = there && a.bounds ? upper[p] : -emxi_inf();
       x[u] = there ? mu[p] : -emxi_inf();
     }
+  };
+  const auto sum_of = [&](int i) { return sums[0][i] + sums[1][i] + sums[2][i]; };
+  const double count = sum_of(0), near = (double)(1 / (float)count), per = near * (2 - count * near), mean = sum_of(1) * per;
+  const float spread = sqrtf((float)fmax(sum_of(3) * per - mean * mean, 0.0));
+  emxi_cuda_choice choice = {0, -emxi_inf(), shared_size, 0, alpha != 0 ? (int32_t)count : 0};
+  float floor = -emxi_inf();
+  const bool all = alpha == 0 || (count > 0 && !(spread < emxi_inf() && fabs(mean) < emxi_inf())); /* such means say nothing */
+  load(from);
+  if (!all && count > 0) {
+    const threshold k = threshold_of(a, alpha, 0);
+    choice.estimate = a.slopes && a.slopes[h] != 0   ? mixture_tau(alpha, pool.P, mu, sigma, pages, {scratch, shared_top})
+                      : k.power >= 1 && k.power <= 3 ? single_tau(k.a, k.power, (float)count * (float)pool.P, mean, spread)
+                                                     : general_tau(k.a, k.b, count * pool.P, mean, (double)spread);
+    const double tau = choice.estimate * k.b, excess = tau - (sum_of(1) + 1.5 * sum_of(2)) * per;
+    floor = (float)(tau - fmax((double)(a.safety_margin * spread), (double)a.excess_margin * fmax(excess, 0.0)));
+    choice.estimated = 1;
+  }
+
+  int n = 0;
+  uint32_t kept = 0; /* word `lane` of up to 32; more are in `chosen` */
+  float unread = -emxi_inf();
+  for (int first = from; first < to; first += WORDS) {
+    if (first > from) load(first);
 #pragma unroll
     for (int u = 0; u < WORDS; u++) {
       const int p = (first + u) * 32 + lane;
@@ -461,8 +456,8 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
   __shared__ bool shared_last;
   constexpr int AHEAD = 8;
   for (int i = threadIdx.x; i < BINS; i += CERTIFY_THREADS) bins[i] = 0;
-  wait_for_previous();
   __syncthreads();
+  /* What judge, choose and pick have written is there: the decode has waited for it. */
   const int64_t row = blockIdx.x / (uint32_t)a.picks;
   const int part = (int)(blockIdx.x % (uint32_t)a.picks), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const row_place place = place_of(a, row);
@@ -477,13 +472,15 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
   if (a.judged) load(from + threadIdx.x);
   const emxi_cuda_choice choice = a.choice[row];
   const emxi_cuda_wide *wide = &a.wide[row];
-  const double alpha = alpha_of(a, place.h), unit = alpha > 1.0 ? alpha - 1.0 : 1.0;
+  const double alpha = alpha_of(a, place.h), unit = alpha > 1.0 ? alpha - 1.0 : 1.0,
+               bias = a.slopes ? fabs((double)a.slopes[place.h]) * (double)place.visible : 0.0,
+               usual = a.judged ? score_slack(a.pool.D, a.judged[row].norm, (double)choice.size, bias) + a.judged[row].lost : 0.0;
+  wait_for_previous();
   const bool unread = choice.max_unread > -emxi_inf(), known = wide->solved && choice.max_unread < emxi_inf();
   double slack = 0, low = 0;
   if (unread && known) { /* judge has been there */
-    const double bias = a.slopes ? fabs((double)a.slopes[place.h]) * (double)place.visible : 0.0,
-                 tau = wide->exact + unit * (double)wide->m;
-    slack = score_slack(a.pool.D, a.judged[row].norm, (double)choice.size, bias) + a.judged[row].lost;
+    const double tau = wide->exact + unit * (double)wide->m;
+    slack = usual;
     low = tau - unit * slack - 1e-9 * fmax(1.0, fabs(tau)) - (double)place.visible * 0x1p-50;
   }
   const bool sound = unread && known && slack < emxi_inf(),

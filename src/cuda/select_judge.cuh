@@ -244,20 +244,18 @@ struct ball_query {
 /* By one warp, a lane E elements. Differences are exact but for 2^-24 of what is left by a, which is at most s1: 16 2^-24 s1
  * in all. */
 template <int WORDS>
-__device__ __forceinline__ void open_ball_query(const emxi_cuda_decode &a, int b, int h, ball_query<WORDS> *out) {
+__device__ __forceinline__ void open_ball_query(const emxi_cuda_decode &a, const float (&q)[2 * WORDS], ball_query<WORDS> *out) {
   constexpr int E = 2 * WORDS;
   const int lane = threadIdx.x % 32, D = a.pool.D;
   float w[E], top = 0;
   double square = 0, two = 0;
   int small = 0;
-  load_lanes(a.q, a.q_dtype, b * a.q_stride[0] + h * a.q_stride[1], D, w);
 #pragma unroll
   for (int e = 0; e < E; e++) {
-    const float x = w[e];
-    w[e] = x * a.scale;
+    w[e] = q[e] * a.scale;
     top = fmaxf(top, fabsf(w[e]));
     square += (double)w[e] * (double)w[e];
-    small += x != 0 && fabsf(w[e]) < 1.17549435e-38f;
+    small += q[e] != 0 && fabsf(w[e]) < 1.17549435e-38f;
   }
   top = warp_max(top);
   square = warp_sum_double(square);
@@ -351,8 +349,8 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
   const int32_t *table = batch_entry(a.batch, b, &length);
   const int pages = (int)((length + pool.P - 1) >> pool.shift);
 
-  /* Codes are copied some turns ahead, the first ones before anything else; page numbers, a lane each, are asked for a turn
-   * before that. What is not there is read from page 0, or from the last dimensions, and not used. */
+  /* Codes are copied some turns ahead, the first ones before anything but queries; page numbers, a lane each, are asked for a
+   * turn before that. What is not there is read from page 0, or from the last dimensions, and not used. */
   const uint64_t once = read_once();
   const int piece = lane % ROW, in = 16 * (piece % (ROW / 2)), odd = lane / ROW % 2 * 4, page_step = pool.G * 2 * padded;
   const uint8_t *codes = pool.sum.codes + (int64_t)g * 2 * padded + (piece < ROW / 2 ? 0 : padded) + min(in, padded - 16);
@@ -377,11 +375,15 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
   const int stride = a.page_splits * slots * AT_ONCE;
   int base = (split * slots + slot) * AT_ONCE, stage = 0;
   int32_t page;
+  float q[R][2 * WORDS];
   {
     int32_t begin[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) begin[i] = look_up(base + i * stride);
     page = look_up(base + AHEAD * stride);
+#pragma unroll
+    for (int of = 0; of < R; of++)
+      load_lanes(a.q, a.q_dtype, b * a.q_stride[0] + (g * a.group + first + (of < rows ? of : 0)) * a.q_stride[1], pool.D, q[of]);
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) copy(base + i * stride, begin[i], i);
   }
@@ -395,7 +397,11 @@ __global__ void __launch_bounds__(JUDGE_THREADS, WORDS == 4 ? 1 : 2) judge_balls
 #pragma unroll 1
   for (int of = 0; of < rows; of++) {
     ball_query<WORDS> &query = queries[warp];
-    open_ball_query(a, b, g * a.group + first + of, &query);
+    open_ball_query<WORDS>(a, q[0], &query);
+#pragma unroll
+    for (int i = 1; i < R; i++)
+#pragma unroll
+      for (int e = 0; e < 2 * WORDS; e++) q[i - 1][e] = q[i][e];
     __syncwarp();
     if (split == 0 && slot == 0) open_row(a, row0 + of, query.exact_norm, query.lost, lane);
     if (R == 1 || key / 2 == of)

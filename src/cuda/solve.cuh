@@ -820,7 +820,7 @@ __global__ void __launch_bounds__(SCAN_THREADS, FIXED ? 4 : 2) share(const __gri
   constexpr int L = value_piece::L, SUBS = 32 / L;
   __shared__ __align__(8) float sum[SCAN_WARPS * MAX_D]; /* [warps, SUBS, D] */
   __shared__ bool last;
-  start_next(); /* most rows need nothing here, and kernels that follow wait before they look at anything */
+  start_next(); /* most rows need nothing here, and what follows waits before it looks at results */
   wait_for_previous();
   const int64_t row = blockIdx.x / a.shares;
   const int part = (int)(blockIdx.x % a.shares);
