@@ -815,7 +815,7 @@ static_assert(EMXI_CUDA_POINTS == 16 && SOLVE_WARPS * 2 * EMXI_CUDA_POINTS <= MA
 /* ---- share */
 
 template <typename T, int FIXED>
-__global__ void __launch_bounds__(SCAN_THREADS, FIXED ? 4 : 2) share(const __grid_constant__ emxi_cuda_decode a) {
+__global__ void __launch_bounds__(SCAN_THREADS, 2) share(const __grid_constant__ emxi_cuda_decode a) {
   using value_piece = piece<T, FIXED>;
   constexpr int L = value_piece::L, SUBS = 32 / L;
   __shared__ __align__(8) float sum[SCAN_WARPS * MAX_D]; /* [warps, SUBS, D] */
