@@ -63,10 +63,10 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
     return emxi_fail(EMX_ERR_UNSUPPORTED,
                      "emx_select: on a GPU this version has no page lists of CERTIFIED; emx_decode takes it");
   /* Below, ALL reads the keys as fast. Of alphas in device memory `seed` decides. */
-  const int64_t elements = d->max_len * kv->D;
+  const int64_t elements = d->max_len * kv->D, padding = EMXI_CUDA_SKETCH_PADDED(kv->D) / kv->D; /* what sketches read in vain */
   const bool ladder = certified && elements >= emxi_cuda_certified_short &&
                       (select->max_bytes > 0 || select->max_delta > 0 || kv->pinned_block ||
-                       elements * kv->G * slice >= 8 * emxi_cuda_certified_short) &&
+                       elements * kv->G * slice >= 8 * emxi_cuda_certified_short * padding * padding) &&
                       (d->per_head || (d->alpha == 1 && select->max_delta > 0) ||
                        (d->alpha >= EMXI_CUDA_CERT_ALPHA_LEAST && d->alpha <= EMXI_CUDA_CERT_ALPHA_MOST));
   const bool limited = ladder && (select->max_bytes > 0 || select->max_delta > 0), scores = entmax || limited;

@@ -585,6 +585,7 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
                                            for (int64_t i = c; i < c + 4 && i < chunks; i++) f(i);
   };
 
+  const float limit = a.cert && !a.cert_bound ? from_ordered(__ldcg(&a.cert[row].limit)) : -emxi_inf();
   for (int i = threadIdx.x; i < a.splits && alpha != 0; i += SOLVE_THREADS) bad |= a.bad[row * a.splits + i] != 0;
   /* The largest scores of up to 128 sets of chunks, each of a thread's or of four neighbours'. */
   float top = -emxi_inf();
@@ -622,7 +623,9 @@ __global__ void __launch_bounds__(SOLVE_THREADS) solve(const __grid_constant__ e
    * little more than the support. */
   const bool closed = is_closed(k), two = k.alpha == 2.0;
   const float fa = (float)k.a, fb = (float)k.b;
-  if (closed)
+  known.low = fmaxf(-1.0f, fmaf(fa, limit - m, -1e-6f));
+  if (known.low > -1.0f) { /* CERTIFIED has found it already */
+  } else if (closed)
     known.low = bound_of<true>(space, list, tops, 1, -1.0f, two, fa, fb, m);
   else if (k.alpha < 2.0)
     known.low = bound_of<false>(space, list, tops, 1, -1.0f, two, fa, fb, m);
