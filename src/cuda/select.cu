@@ -294,7 +294,7 @@ __device__ __forceinline__ uint32_t sortable(float f) {
 }
 
 __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emxi_cuda_decode a) {
-  __shared__ int offsets[PICK_THREADS / 32], bins[256], shared_choice[2];
+  __shared__ int offsets[PICK_THREADS / 32], bins[256][32], totals[256], shared_choice[2]; /* bins: a count of each lane */
   __shared__ double scratch[PICK_THREADS / 32];
   __shared__ float shared_top[PICK_THREADS / 32];
   wait_for_previous();
@@ -324,6 +324,18 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
   const auto leave_out = [&](float up) {
     if (!(up <= unread)) unread = up;
   };
+  /* f(page, its bound) for pages below the row's number, a warp's neighbours together, several loads under way; all lanes come. */
+  const auto each_page = [&](auto f) {
+    constexpr int AHEAD = 8;
+    for (int64_t first = threadIdx.x; first - lane < pages; first += AHEAD * PICK_THREADS) {
+      float up[AHEAD];
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++) up[u] = first + u * PICK_THREADS < pages ? upper[first + u * PICK_THREADS] : -emxi_inf();
+#pragma unroll
+      for (int u = 0; u < AHEAD; u++)
+        if (first - lane + u * PICK_THREADS < pages) f(first + u * PICK_THREADS, up[u]);
+    }
+  };
 
   if (a.kind == EMX_SELECT_ALL) {
     n = (int)pages;
@@ -349,7 +361,9 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
     if (!judged || wrong) { /* a wrong list may have marked pages as read */
       if (n < pages) unread = emxi_inf();
     } else {
-      for (int64_t p = threadIdx.x; p < pages; p += PICK_THREADS) leave_out(upper[p]);
+      each_page([&](int64_t p, float up) {
+        if (p < pages) leave_out(up);
+      });
       choice.judged = (int32_t)pages;
     }
   } else {
@@ -360,7 +374,7 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
     if (!all) {
       if (a.budget >= pages) all = true;
       int64_t usable = 0;
-      for (int64_t p = threadIdx.x; p < pages && !all; p += PICK_THREADS) usable += upper[p] != emxi_inf();
+      if (!all) each_page([&](int64_t p, float up) { usable += p < pages && up != emxi_inf(); });
       usable = (int64_t)block_sum((double)usable, scratch);
       choice.judged = (int32_t)usable;
       spare = a.budget - (pages - usable);
@@ -369,20 +383,34 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
         uint32_t mask = 0;
         int64_t k = spare;
         for (int shift = 24; shift >= 0; shift -= 8) {
-          if (threadIdx.x < 256) bins[threadIdx.x] = 0;
+          for (int i = threadIdx.x; i < 256 * 32; i += PICK_THREADS) (&bins[0][0])[i] = 0;
           __syncthreads();
-#pragma unroll 4
-          for (int64_t p = threadIdx.x; p < pages; p += PICK_THREADS) {
-            const uint32_t u = sortable(upper[p]);
-            if (upper[p] != emxi_inf() && (u & mask) == last) atomicAdd(&bins[u >> shift & 255], 1);
+          each_page([&](int64_t p, float up) {
+            const uint32_t u = sortable(up);
+            if (p < pages && up != emxi_inf() && (u & mask) == last) atomicAdd(&bins[u >> shift & 255][lane], 1);
+          });
+          __syncthreads();
+          for (int i = warp; i < 256; i += PICK_THREADS / 32) {
+            const int sum = __reduce_add_sync(EMXI_FULL, bins[i][lane]);
+            if (lane == 0) totals[i] = sum;
           }
           __syncthreads();
-          if (threadIdx.x == 0) {
-            int bin = 255;
-            int64_t left = k;
-            while (left > bins[bin]) left -= bins[bin--];
-            shared_choice[0] = bin;
-            shared_choice[1] = (int)left;
+          if (warp == 0) { /* lane l has the bins from 255 - 8 l down */
+            int mine = 0, upto;
+#pragma unroll
+            for (int i = 0; i < 8; i++) mine += totals[255 - 8 * lane - i];
+            upto = mine;
+#pragma unroll
+            for (int step = 1; step < 32; step <<= 1) {
+              const int other = __shfl_up_sync(EMXI_FULL, upto, step);
+              if (lane >= step) upto += other;
+            }
+            if (upto >= k && upto - mine < k) {
+              int bin = 255 - 8 * lane, left = (int)k - (upto - mine);
+              while (left > totals[bin]) left -= totals[bin--];
+              shared_choice[0] = bin;
+              shared_choice[1] = left;
+            }
           }
           __syncthreads();
           last |= (uint32_t)shared_choice[0] << shift;
@@ -394,15 +422,13 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
       }
     }
     /* A bit a page; those like the last one in `place` for now. */
-    for (int64_t w = warp; w < words; w += PICK_THREADS / 32) {
-      const int64_t p = w * 32 + lane;
-      const float up = p < pages ? upper[p] : -emxi_inf();
+    each_page([&](int64_t p, float up) {
       const uint32_t key = sortable(up);
       const bool take = p < pages && (all || up == emxi_inf() || (spare > 0 && key > last)),
                  tie = p < pages && !take && spare > 0 && key == last;
       const uint32_t bits = __ballot_sync(EMXI_FULL, take), even = __ballot_sync(EMXI_FULL, tie);
-      if (lane == 0) chosen[w] = bits, place[w] = (int32_t)even;
-    }
+      if (lane == 0) chosen[p / 32] = bits, place[p / 32] = (int32_t)even;
+    });
     __syncthreads();
     const int64_t per = (words + PICK_THREADS - 1) / PICK_THREADS, from = threadIdx.x * per,
                   to = from + per < words ? from + per : words;
@@ -415,11 +441,14 @@ __global__ void __launch_bounds__(PICK_THREADS) pick(const __grid_constant__ emx
           if (before++ < ties) chosen[w] |= even & -even;
       __syncthreads();
     }
-    for (int64_t p = threadIdx.x; a.bounds && p < pages; p += PICK_THREADS)
-      if (chosen[p / 32] >> (p % 32) & 1)
-        upper[p] = -emxi_inf();
-      else
-        leave_out(upper[p]);
+    if (a.bounds)
+      each_page([&](int64_t p, float up) {
+        if (p >= pages) return;
+        if (chosen[p / 32] >> (p % 32) & 1)
+          upper[p] = -emxi_inf();
+        else
+          leave_out(up);
+      });
     int mine = 0;
     for (int64_t w = from; w < to; w++) mine += __popc(chosen[w]);
     int at = block_offsets(mine, offsets, &n);
