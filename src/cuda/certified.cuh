@@ -543,7 +543,9 @@ __global__ void __launch_bounds__(CERT_THREADS, 2) sieve(const __grid_constant__
         }
         open_chunk = __shfl_sync(EMXI_FULL, chunk, n - 1);
         front += n, waiting -= n;
-        if (raised) __threadfence();
+        /* With nothing left to do the warp leaves that to those who go on: its scores are in the histogram. Which of them a look at it
+         * finds does not matter, so that no fence is needed. */
+        if (!more && done == opened && !waiting) raised = 0;
         for (; raised; raised &= raised - 1) {
           const int64_t row = query[__ffs(raised) - 1].row;
           raise_limit(a, row, alpha_of(a, head_of(a, row)), from_ordered(__ldcg(&a.cert[row].limit)));
