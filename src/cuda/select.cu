@@ -551,12 +551,13 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
       const float *z = a.z + row * a.chunks * CHUNK, *chunk_max = a.chunk_max + row * a.chunks,
                   thr = nextafterf(edge, -emxi_inf());
       const int64_t chunks = (place.count + CHUNK - 1) / CHUNK;
-      for (int64_t first = warp * 32; first < chunks && n <= LISTED; first += CERTIFY_THREADS) {
-        const int64_t mine = first + lane;
+      for (int64_t first = warp; first < chunks && n <= LISTED; first += CERTIFY_THREADS) { /* every warp has some of few */
+        const int64_t mine = first + lane * SOLVE_WARPS;
+        const int of_mine = mine < chunks ? a.count[row * a.chunks + mine] : 0;
         uint32_t alive = __ballot_sync(EMXI_FULL, mine < chunks && chunk_max[mine] > thr);
         for (; alive && n <= LISTED; alive &= alive - 1) {
-          const int64_t c = first + __ffs(alive) - 1;
-          const int there = a.count[row * a.chunks + c];
+          const int from = __ffs(alive) - 1, there = __shfl_sync(EMXI_FULL, of_mine, from);
+          const int64_t c = first + from * SOLVE_WARPS;
 #pragma unroll
           for (int j = 0; j < CHUNK; j += 32) {
             const float score = j + lane < there ? z[c * CHUNK + j + lane] : -emxi_inf();
