@@ -486,7 +486,7 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
   constexpr int AHEAD = 8;
   for (int i = threadIdx.x; i < BINS; i += CERTIFY_THREADS) bins[i] = 0;
   __syncthreads();
-  /* What judge, choose and pick have written is there: the decode has waited for it. */
+  /* What judge, choose and pick have written is there, in the second-level cache: the decode's first kernel has waited for it. */
   const int64_t row = blockIdx.x / (uint32_t)a.picks;
   const int part = (int)(blockIdx.x % (uint32_t)a.picks), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const row_place place = place_of(a, row);
@@ -496,14 +496,19 @@ __global__ void __launch_bounds__(CERTIFY_THREADS, 2) certify(const __grid_const
   float up[AHEAD];
   const auto load = [&](int64_t first) {
 #pragma unroll
-    for (int u = 0; u < AHEAD; u++) up[u] = first + u * CERTIFY_THREADS < to ? upper[first + u * CERTIFY_THREADS] : -emxi_inf();
+    for (int u = 0; u < AHEAD; u++)
+      up[u] = first + u * CERTIFY_THREADS < to ? __ldcg(upper + first + u * CERTIFY_THREADS) : -emxi_inf();
   };
   if (a.judged) load(from + threadIdx.x);
-  const emxi_cuda_choice choice = a.choice[row];
+  const emxi_cuda_choice *chosen = &a.choice[row];
+  const emxi_cuda_choice choice = {__ldcg(&chosen->estimate), __ldcg(&chosen->max_unread), __ldcg(&chosen->size),
+                                   __ldcg(&chosen->estimated), __ldcg(&chosen->judged)};
   const emxi_cuda_wide *wide = &a.wide[row];
   const double alpha = alpha_of(a, place.h), unit = alpha > 1.0 ? alpha - 1.0 : 1.0,
                bias = a.slopes ? fabs((double)a.slopes[place.h]) * (double)place.visible : 0.0,
-               usual = a.judged ? score_slack(a.pool.D, a.judged[row].norm, (double)choice.size, bias) + a.judged[row].lost : 0.0;
+               usual = a.judged ? score_slack(a.pool.D, __ldcg(&a.judged[row].norm), (double)choice.size, bias) +
+                                      __ldcg(&a.judged[row].lost)
+                                : 0.0;
   wait_for_previous();
   const bool unread = choice.max_unread > -emxi_inf(), known = wide->solved && choice.max_unread < emxi_inf();
   double slack = 0, low = 0;
