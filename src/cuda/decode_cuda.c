@@ -16,9 +16,7 @@ static bool rows_are_aligned(const emx_kv *kv) {
          heads * kv->v_head * es % 16 == 0 && kv->v_token * es % 16 == 0;
 }
 
-/* Cached tokens times head dimension below which CERTIFIED takes ALL's path. Without a limit and with K and V on the device so it does below an
- * eighth as many keys in all KV heads of the call, eight heads of 98,304 tokens: keys not read must win back what its five kernels, one
- * after the other, cost, and of dimensions below 64 sketches are half of the keys and more. A variable for the tests alone. */
+/* Cached tokens times head dimension below which CERTIFIED takes ALL's path. A variable for the tests alone. */
 int64_t emxi_cuda_certified_short = (int64_t)6 << 20;
 
 emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
@@ -63,10 +61,7 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
     return emxi_fail(EMX_ERR_UNSUPPORTED,
                      "emx_select: on a GPU this version has no page lists of CERTIFIED; emx_decode takes it");
   /* Below, ALL reads the keys as fast. Of alphas in device memory `seed` decides. */
-  const int64_t keys = d->max_len * kv->G * slice, padding = EMXI_CUDA_SKETCH_PADDED(kv->D) / kv->D;
   const bool ladder = certified && d->max_len * kv->D >= emxi_cuda_certified_short &&
-                      (select->max_bytes > 0 || select->max_delta > 0 || kv->pinned_block ||
-                       8 * keys >= emxi_cuda_certified_short * padding * padding * padding) &&
                       (d->per_head || (d->alpha == 1 && select->max_delta > 0) ||
                        (d->alpha >= EMXI_CUDA_CERT_ALPHA_LEAST && d->alpha <= EMXI_CUDA_CERT_ALPHA_MOST));
   const bool limited = ladder && (select->max_bytes > 0 || select->max_delta > 0), scores = entmax || limited;
@@ -77,7 +72,8 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   /* Two blocks fit a multiprocessor. One sequence: all parts run at once. Several may have unequal lengths: twice as many parts, handed
    * out as blocks become free. */
   const int64_t target = (int64_t)emxi_cuda_of(ctx)->processors * (slice > 1 ? 4 : 2), most = ceil_div(k.chunks, 8);
-  int64_t splits = at_least_one(target / items), shares = at_least_one(target / at_least_one(rows));
+  /* Selectors leave few weights, and `certify` starts the sooner for fewer blocks of `share`. */
+  int64_t splits = at_least_one(target / items), shares = at_least_one((sparse ? target / 2 : target) / at_least_one(rows));
   splits = splits > most ? most : splits;
   shares = shares > most ? most : shares;
   k.judge_heads = k.box ? 1 : 8; /* eight warps a block */
