@@ -4,7 +4,7 @@
  *   judge  block = (sequence, KV head, up to R query rows, part of the sequence). An upper bound of the scores of every group of 16 keys
  *          from its centre and radius; the best groups of each part.
  *   seed   block = row. The keys of the best groups, exactly. Their threshold bounds the threshold from below (T1 of docs/math.md).
- *          Rows of which most of these keys have weight are flat: the item goes to ALL's scan.
+ *          Rows of which most of these keys have weight (of few keys nearly all) are flat: the item goes to ALL's scan.
  *   sieve  block = (sequence, part of it), for all heads. Groups above a row's limit, key by key from their 4-bit codes, then the keys that
  *          these leave, exactly, into the segments that ALL's scan would have filled. Exact scores are counted in a histogram at the lower
  *          edges of its bins; any state of it bounds the threshold from below, and whoever adds to it raises the limit.
@@ -194,7 +194,9 @@ __global__ void __launch_bounds__(SEED_THREADS) seed(const __grid_constant__ emx
       cert->tokens = cert->pages = cert->codes = 0;
       cert->longest = 0;
       a.wide[blockIdx.x].arrived = 0; /* as ALL's scan does, which this row's item may skip */
-      if (!(limit > -emxi_inf()) || (alpha > 1 && 2 * above > there)) atomicOr(&a.cert_flat[item], 1);
+      /* The best of few groups may have most of their keys above the limit in any row: parts are few where sequences are many */
+      const bool most = there < SEED_GROUPS * GROUP / 2 ? 8 * above > 7 * there : 2 * above > there;
+      if (!(limit > -emxi_inf()) || (alpha > 1 && most)) atomicOr(&a.cert_flat[item], 1);
     }
   }
 }

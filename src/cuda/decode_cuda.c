@@ -18,6 +18,13 @@ static bool rows_are_aligned(const emx_kv *kv) {
 
 /* Cached tokens times head dimension below which CERTIFIED takes ALL's path. A variable for the tests alone. */
 int64_t emxi_cuda_certified_short = (int64_t)6 << 20;
+/* So it does where all KV heads of a launch have less than so many times this: five launches one after the other cost what ALL needs
+ * for some 60 million elements of K, twice as many where several rows share a KV head. Sketches are 64 dimensions wide at least, and
+ * kernels are made for 64 and 128, so at others less is saved. */
+static int64_t certified_least(const emxi_cuda_decode *k) {
+  const bool made_for = k->vectors && k->pool.dtype != EMX_F32 && (k->pool.D == 64 || k->pool.D == 128);
+  return emxi_cuda_certified_short * (!made_for ? 32 : k->group * k->S > 1 ? 20 : 10);
+}
 
 emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *arena) {
   static const char who[] = "emx_decode";
@@ -60,8 +67,10 @@ emx_status emxi_cuda_decode_run(emx_ctx *ctx, const emxi_decode *d, emxi_arena *
   if (certified && d->select_only)
     return emxi_fail(EMX_ERR_UNSUPPORTED,
                      "emx_select: on a GPU this version has no page lists of CERTIFIED; emx_decode takes it");
-  /* Below, ALL reads the keys as fast. Of alphas in device memory `seed` decides. */
+  /* Below, ALL reads the keys as fast: on the device, and all of them. Of alphas in device memory `seed` decides. */
+  const bool whole = !kv->pinned_block && !(select->max_bytes > 0 || select->max_delta > 0);
   const bool ladder = certified && d->max_len * kv->D >= emxi_cuda_certified_short &&
+                      !(whole && slice * d->max_len * kv->G * kv->D < certified_least(&k)) &&
                       (d->per_head || (d->alpha == 1 && select->max_delta > 0) ||
                        (d->alpha >= EMXI_CUDA_CERT_ALPHA_LEAST && d->alpha <= EMXI_CUDA_CERT_ALPHA_MOST));
   const bool limited = ladder && (select->max_bytes > 0 || select->max_delta > 0), scores = entmax || limited;
