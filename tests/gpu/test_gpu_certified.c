@@ -596,6 +596,43 @@ static void test_refused(void **state) {
   gpu_close(&g);
 }
 
+/* When the ladder is taken: its workspace is larger than ALL's. */
+static void test_short(void **state) {
+  (void)state;
+  const struct {
+    int32_t G, group, D, kv_memory;
+    double max_delta;
+    bool ladder;
+  } ways[] = {{4, 1, 64, EMX_KV_MEMORY_DEVICE, 0, true},  {1, 1, 64, EMX_KV_MEMORY_DEVICE, 0, false},
+              {1, 1, 64, EMX_KV_MEMORY_HOST, 0, true},    {1, 1, 64, EMX_KV_MEMORY_DEVICE, 0.5, true},
+              {4, 2, 64, EMX_KV_MEMORY_DEVICE, 0, false}, {4, 2, 128, EMX_KV_MEMORY_DEVICE, 0, true},
+              {8, 1, 32, EMX_KV_MEMORY_DEVICE, 0, false}, {4, 1, 8, EMX_KV_MEMORY_HOST, 0, false}};
+  const int64_t usual = emxi_cuda_certified_short;
+  emxi_cuda_certified_short = 640;
+  for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+    decode_case c = {.G = ways[i].G,
+                     .H = ways[i].G * ways[i].group,
+                     .D = ways[i].D,
+                     .dtype = EMX_F16,
+                     .summaries = EMX_SUMMARY_SKETCH,
+                     .len = {40},
+                     .alpha = 1.5,
+                     .kv_memory = ways[i].kv_memory,
+                     .seed = 800 + (uint64_t)i};
+    gpu_case g;
+    gpu_open(&g, &c);
+    emx_select_desc s = case_desc(EMX_SELECT_ALL, 0);
+    size_t all, bytes;
+    OK(emx_decode_workspace_size(gpu, g.kv, &s, &g.io, 40, &all));
+    s.kind = EMX_SELECT_CERTIFIED;
+    s.max_delta = ways[i].max_delta;
+    OK(emx_decode_workspace_size(gpu, g.kv, &s, &g.io, 40, &bytes));
+    assert_int_equal(bytes > all, ways[i].ladder);
+    gpu_close(&g);
+  }
+  emxi_cuda_certified_short = usual;
+}
+
 int main(int argc, char **argv) {
   if (argc > 1) problems = atoll(argv[1]);
   if (argc > 2) seed = atoll(argv[2]);
@@ -607,7 +644,7 @@ int main(int argc, char **argv) {
       cmocka_unit_test(test_refused),       cmocka_unit_test(test_changes),        cmocka_unit_test(test_weights),
       cmocka_unit_test(test_wide_channels), cmocka_unit_test(test_odd_beginnings), cmocka_unit_test(test_random),
       cmocka_unit_test(test_many),          cmocka_unit_test(test_turns),          cmocka_unit_test(test_wide),
-      cmocka_unit_test(test_alphas),
+      cmocka_unit_test(test_alphas),        cmocka_unit_test(test_short),
   };
   const int failed = cmocka_run_group_tests(tests, NULL, NULL);
   emx_ctx_destroy(gpu);
