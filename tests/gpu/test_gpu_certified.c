@@ -606,7 +606,7 @@ static void test_short(void **state) {
   } ways[] = {{4, 1, 64, EMX_KV_MEMORY_DEVICE, 0, true},  {1, 1, 64, EMX_KV_MEMORY_DEVICE, 0, false},
               {1, 1, 64, EMX_KV_MEMORY_HOST, 0, true},    {1, 1, 64, EMX_KV_MEMORY_DEVICE, 0.5, true},
               {4, 2, 64, EMX_KV_MEMORY_DEVICE, 0, false}, {4, 2, 128, EMX_KV_MEMORY_DEVICE, 0, true},
-              {8, 1, 32, EMX_KV_MEMORY_DEVICE, 0, false}, {4, 1, 8, EMX_KV_MEMORY_HOST, 0, false}};
+              {8, 1, 32, EMX_KV_MEMORY_DEVICE, 0, false}};
   const int64_t usual = emxi_cuda_certified_short;
   emxi_cuda_certified_short = 640;
   for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
