@@ -26,14 +26,17 @@ __device__ __forceinline__ int64_t value_at(const emxi_cuda_decode &a, const row
       p.place ? p.place[position >> a.pool.shift] : table_page(a.batch, a.pool, p.table, p.b, position >> a.pool.shift);
   return page * a.pool.v_page + p.g * a.pool.v_head + (position & (a.pool.P - 1)) * a.pool.v_token;
 }
-/* acc += sum of p v over lanes with a bit in `active`, in ascending order: the warp reads 32 / L values at a time, of which lanes
- * l + L sub have every 32 / L th, and pieces of its elements. */
+/* acc += sum of p v over lanes with a bit in `active`, in ascending order: the warp reads 32 / L values at a time. The n-th of all
+ * values, of all calls with the same `phase`, is added by lanes of group n % (32 / L), whichever calls they come in: places in
+ * the scan's segments depend on timing, their order does not. */
 template <typename T, int FIXED>
 __device__ __forceinline__ void add_values(const emxi_cuda_decode &a, const row_place &place, uint32_t active, float p,
-                                           int64_t position, int lane, uint64_t once, float (&acc)[PER_LANE]) {
+                                           int64_t position, int lane, uint64_t once, int &phase, float (&acc)[PER_LANE]) {
   using value_piece = piece<T, FIXED>;
   constexpr int L = value_piece::L, SUBS = 32 / L, AHEAD = 4;
   const int64_t start = active >> lane & 1 ? value_at(a, place, position) : 0;
+  const int mine = (lane / L - phase) & (SUBS - 1);
+  phase += __popc(active);
   while (active) {
     value_piece x[AHEAD];
     float w[AHEAD];
@@ -43,7 +46,7 @@ __device__ __forceinline__ void add_values(const emxi_cuda_decode &a, const row_
       bool more = false;
 #pragma unroll
       for (int sub = 0; sub < SUBS; sub++, active &= active - 1)
-        if (sub == lane / L) more = active != 0, from = more ? __ffs(active) - 1 : 0;
+        if (sub == mine) more = active != 0, from = more ? __ffs(active) - 1 : 0;
       const int64_t at = __shfl_sync(EMXI_FULL, start, from);
       w[i] = __shfl_sync(EMXI_FULL, p, from);
       if (more)
@@ -524,12 +527,13 @@ __device__ __noinline__ void solve_long(const emxi_cuda_decode &a, solve_space &
   float acc[PER_LANE];
 #pragma unroll
   for (int e = 0; e < PER_LANE; e++) acc[e] = 0;
+  int phase = 0;
   for (int base = warp * 4; base < total;
        base += SOLVE_WARPS * 4) { /* four candidates a warp, so that a short list is read by all */
     const int i = base + lane;
     const bool there = lane < 4 && i < total;
     const float p = there ? weight_of(k, list[i], t) : 0.0f;
-    add_values<T, 0>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, there ? position[i] : 0, lane, 0, acc);
+    add_values<T, 0>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, there ? position[i] : 0, lane, 0, phase, acc);
   }
   store_values(a, place, space, acc);
 }
@@ -839,9 +843,10 @@ __global__ void __launch_bounds__(SCAN_THREADS, 2) share(const __grid_constant__
 #pragma unroll
   for (int e = 0; e < PER_LANE; e++) acc[e] = 0;
   const uint8_t *local = a.local + row * a.chunks * CHUNK;
+  int phase = 0;
   const auto add = [&](float score, int64_t at, bool there) {
     const float p = there ? weight_of(k, score, t) : 0.0f;
-    add_values<T, FIXED>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, at, lane, once, acc);
+    add_values<T, FIXED>(a, place, __ballot_sync(EMXI_FULL, p > 0), p, at, lane, once, phase, acc);
   };
   if (wide->wide == WIDE_PACKED) {
     /* Pieces of 32 places, the first ones of all lists before the second ones. A warp asks 32 at a time how many hold anything. */

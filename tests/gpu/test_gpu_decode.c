@@ -284,9 +284,9 @@ static void test_deterministic(void **state) {
  * to know it, and chunks that go to whoever is free. The same call gives the same bits all the same. */
 static void test_bulk(void **state) {
   (void)state;
-  static const double alphas[] = {1.5, 2, 1.25, 3, 1.5};
-  static const int data[] = {DATA_IID, DATA_AR, DATA_NEEDLE, DATA_FLAT, DATA_IID};
-  for (int i = 0; i < 5; i++) {
+  static const double alphas[] = {1.5, 2, 1.25, 3, 1.5, 1.5};
+  static const int data[] = {DATA_IID, DATA_AR, DATA_NEEDLE, DATA_FLAT, DATA_IID, DATA_IID};
+  for (int i = 0; i < 6; i++) {
     decode_case c = {.G = 4,
                      .H = 16,
                      .S = 16,
@@ -301,6 +301,7 @@ static void test_bulk(void **state) {
     if (i == 1) c.kv_memory = EMX_KV_MEMORY_HOST;
     if (i == 4) c.G = 2, c.H = 4, c.S = 64, c.D = 128;
     if (i == 1) c.len[1] = 16;
+    if (i == 5) c.scale = 0.3f / sqrtf(64); /* hundreds of weights, added from the scan's segments */
     gpu_case g;
     gpu_open(&g, &c);
     gpu_decode(&g);
